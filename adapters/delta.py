@@ -1,0 +1,112 @@
+"""The operator's data: what one adapter adds to each layer of the base.
+
+For token t with adapter k, at a linear layer with frozen weight W (NF4) and bias b:
+
+    y  =  g ⊙ ( W (p ⊙ x)  +  Σ_j  B_j ( d_j ⊙ (A_j x) ) )  +  b_eff
+
+Every field that an adapter does not need is None and costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from base.kernels import NF4Weight
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """One term B (d ⊙ (A x)); the adapter's scale is folded into B."""
+
+    A: torch.Tensor  # [r, in]
+    B: torch.Tensor  # [out, r]
+    d: torch.Tensor | None = None  # [r]
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class LinearDelta:
+    """What an unmerged adapter adds to one linear layer."""
+
+    low_rank: tuple[LowRank, ...] = ()
+    g: torch.Tensor | None = None  # [out], scales the output rows (DoRA, IA3)
+    p: torch.Tensor | None = None  # [in], scales the input (IA3 on feed-forward layers)
+    bias: torch.Tensor | None = None  # [out], b_eff in place of the base's own bias; None keeps b
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateLinear:
+    """An adapter's own matrix for one linear layer: merged placement, or modules_to_save."""
+
+    weight: torch.Tensor | NF4Weight  # [out, in]
+    bias: torch.Tensor | None = None  # [out]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingDelta:
+    """rows(ids) = g[ids] ⊙ (E[ids] + (A[:, ids]ᵀ Bᵀ)); the scale is folded into B."""
+
+    A: torch.Tensor  # [r, vocabulary]
+    B: torch.Tensor  # [width, r]
+    g: torch.Tensor | None = None  # [vocabulary]
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateEmbedding:
+    """An adapter's own embedding table: merged placement, or modules_to_save."""
+
+    weight: torch.Tensor  # [vocabulary, width]
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateNorm:
+    """An adapter's own norm scale: modules_to_save on a norm layer."""
+
+    weight: torch.Tensor  # [width]
+
+
+Delta = LinearDelta | PrivateLinear | EmbeddingDelta | PrivateEmbedding | PrivateNorm
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredAdapter:
+    """One adapter, ready for the operator: a delta for each module path that it touches."""
+
+    digest: str
+    kind: str  # "lora", "dora", ...
+    placement: str  # "unmerged" | "merged"
+    deltas: Mapping[str, Delta]
+    rank: int = 0
+    notes: Mapping[str, float] = field(default_factory=dict)  # e.g. {"requantisation_error": …}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all distinct tensors: what the adapter costs in a slot."""
+        seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
+        return sum(seen.values())
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        for delta in self.deltas.values():
+            yield from _tensors(delta)
+
+
+def _tensors(delta: Delta) -> Iterator[torch.Tensor]:
+    if isinstance(delta, LinearDelta):
+        for term in delta.low_rank:
+            yield from (t for t in (term.A, term.B, term.d) if t is not None)
+        yield from (t for t in (delta.g, delta.p, delta.bias) if t is not None)
+    elif isinstance(delta, PrivateLinear):
+        weight = delta.weight
+        yield from (weight.packed, weight.absmax) if isinstance(weight, NF4Weight) else (weight,)
+        if delta.bias is not None:
+            yield delta.bias
+    elif isinstance(delta, EmbeddingDelta):
+        yield from (t for t in (delta.A, delta.B, delta.g) if t is not None)
+    else:
+        yield delta.weight

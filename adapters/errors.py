@@ -1,0 +1,52 @@
+"""Errors of the adapter layer.
+
+AdapterError
+├── InvalidAdapter        the upload is refused: says which tensor or field, and what was expected
+│   ├── UnsupportedMedia  pickle, archive: not safetensors (415)
+│   └── TooLarge          over a size, tensor or rank limit (413)
+├── AdapterNotFound       no such name, version, alias or digest (404)
+├── AdapterInUse          an alias, a pin or a running sequence still needs it (409)
+└── StoreUnavailable      disk or database failed; nothing was acknowledged (503/507)
+"""
+
+from __future__ import annotations
+
+
+class AdapterError(Exception):
+    """Base of all errors that concern one adapter."""
+
+
+class InvalidAdapter(AdapterError):
+    """The upload cannot be served as it is.
+
+    `reason` says what was wrong and what would be right; `where` names the tensor or the field.
+    """
+
+    def __init__(self, reason: str, where: str | None = None) -> None:
+        super().__init__(f"{where}: {reason}" if where else reason)
+        self.reason = reason
+        self.where = where
+
+
+class UnsupportedMedia(InvalidAdapter):
+    """The weights are not a safetensors file."""
+
+
+class TooLarge(InvalidAdapter):
+    """A size, tensor or rank limit is exceeded."""
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter has this name, version, alias or digest."""
+
+    def __init__(self, reference: str) -> None:
+        super().__init__(f"adapter {reference!r} does not exist")
+        self.reference = reference
+
+
+class AdapterInUse(AdapterError):
+    """The adapter cannot be removed now; the message names what needs it."""
+
+
+class StoreUnavailable(AdapterError):
+    """The store could not complete a write or a read; nothing was acknowledged."""

@@ -1,0 +1,36 @@
+"""AdapterManifest: who an adapter is. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Placement = Literal["unmerged", "merged"]
+MergedDtype = Literal["bfloat16", "float32", "nf4"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterManifest:
+    """One immutable adapter version.
+
+    `digest` is sha-256 (64 hex digits) over the weights, the canonical config and the base
+    fingerprint: the adapter's identity. A name is only an alias to a digest.
+    """
+
+    digest: str
+    name: str
+    version: int
+    kind: str  # "lora" | "rslora" | "dora" | ...
+    rank: int  # the largest rank of any target
+    targets: tuple[str, ...]  # module paths, sorted
+    base_fingerprint: str
+    config: Mapping[str, Any]  # the canonical adapter_config
+    weights_sha256: str  # address of the weights blob
+    weights_bytes: int  # size of the weights blob
+    memory_bytes: int  # what a slot will need, in fp32
+    placement: Placement = "unmerged"
+    merged_dtype: MergedDtype = "bfloat16"
+    template: str | None = None
+    created: str = ""  # ISO 8601, UTC
+    provenance: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""The serving wing: HTTP, admission, the engine and the residency of adapters."""

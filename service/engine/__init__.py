@@ -1,0 +1,1 @@
+"""Continuous batching over one base: schedule, run, sample, deliver."""

@@ -1,0 +1,84 @@
+"""What a user asked, and what comes back: the only nouns that HTTP and engine share. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["eos_token", "length", "stop_sequence", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. Bounds are checked at the wire, not here."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    top_logprobs: int = 0  # how many alternatives to report beside the chosen token
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """The adapter that a request is pinned to: a digest, never a name."""
+
+    digest: str
+    name: str
+    placement: Literal["unmerged", "merged"] = "unmerged"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation. `n` > 1 makes n sequences over one prompt (seeds seed, seed+1, …)."""
+
+    id: str
+    prompt: tuple[int, ...]  # token ids
+    sampling: Sampling = field(default_factory=Sampling)
+    adapter: AdapterRef | None = None
+    n: int = 1
+    tenant: str = ""  # salt of the cache key
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token of sequence `index`. `text` may be empty while a character or a
+    possible stop string is incomplete; the texts of a sequence join to its whole output."""
+
+    index: int
+    id: int
+    text: str
+    logprob: float
+    special: bool = False
+    top: tuple[tuple[int, str, float], ...] = ()  # (id, text, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of sequence `index`; `text` is its whole output, stop string removed."""
+
+    index: int
+    reason: FinishReason
+    text: str
+    prompt_tokens: int
+    cached_tokens: int  # prompt tokens that came from the prefix cache
+    generated_tokens: int
+    error: str | None = None
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    tail: str = ""  # text held back until now (a stop string that did not complete)
+
+
+Event = Token | Finished

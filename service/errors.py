@@ -1,0 +1,43 @@
+"""Errors of the serving wing.
+
+ServiceError
+├── InvalidRequest   the request cannot be served as it is (422): names the field
+├── Overloaded       the queue is full (429), with `retry_after` seconds
+├── Draining         the server is stopping (503)
+├── AdapterLoadFailed  the store or the lowering failed while a request waited (503)
+└── EngineFailed     the engine's thread stopped; the process should be restarted (500)
+"""
+
+from __future__ import annotations
+
+
+class ServiceError(Exception):
+    """Base of all errors that a request can end with."""
+
+
+class InvalidRequest(ServiceError):
+    """The request cannot be served; `field` names what is wrong."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class Overloaded(ServiceError):
+    """The queue is full; come back after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Draining(ServiceError):
+    """The server takes no new requests."""
+
+
+class AdapterLoadFailed(ServiceError):
+    """The adapter of a waiting request could not be brought to its slot."""
+
+
+class EngineFailed(ServiceError):
+    """The engine stopped; nothing more will be served by this process."""

@@ -1,0 +1,1 @@
+"""Where adapters live while they serve: host cache and slots."""
