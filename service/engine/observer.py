@@ -1,0 +1,53 @@
+"""What the engine tells the outside about itself; the metrics implement it. No torch here.
+
+All methods are called from the engine's thread and must return at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from service.engine.request import Finished
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step of the engine, after it ran."""
+
+    running: int  # sequences that hold blocks
+    waiting: int  # sequences that do not
+    blocks_used: int
+    blocks_total: int
+    prompt_tokens: int  # prompt tokens computed in this step
+    generated_tokens: int
+    preempted: int  # sequences that gave their blocks back in this step
+    prefix_queried: int  # prompt tokens looked up in the prefix cache
+    prefix_hit: int  # of these, tokens found there
+    seconds: float
+    running_adapters: tuple[str, ...] = ()  # names, of running sequences
+    waiting_adapters: tuple[str, ...] = ()
+
+
+class Observer(Protocol):
+    """Receives what happens in the engine."""
+
+    def stepped(self, report: StepReport) -> None: ...
+    def first_token(self, seconds: float) -> None: ...
+    def inter_token(self, seconds: float) -> None: ...
+    def finished(self, end: Finished, seconds: float) -> None: ...
+    def adapter_loaded(self, name: str, seconds: float, nbytes: int) -> None: ...
+    def adapter_hit(self, name: str) -> None: ...
+    def adapter_evicted(self, digest: str, tier: str) -> None: ...
+
+
+class Silent:
+    """An observer that keeps nothing."""
+
+    def stepped(self, report: StepReport) -> None: ...
+    def first_token(self, seconds: float) -> None: ...
+    def inter_token(self, seconds: float) -> None: ...
+    def finished(self, end: Finished, seconds: float) -> None: ...
+    def adapter_loaded(self, name: str, seconds: float, nbytes: int) -> None: ...
+    def adapter_hit(self, name: str) -> None: ...
+    def adapter_evicted(self, digest: str, tier: str) -> None: ...
