@@ -1,0 +1,117 @@
+"""The products of the serving path, and the one place that picks who computes them.
+
+- float32 tensors on the CPU, contiguous, no gradient: the C library, where it was built
+- CUDA: bitsandbytes' fused NF4 product; plain torch for the rest
+- anything else: `reference`, plain torch
+
+Nothing outside this package imports its modules; they come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .lowrank import LowRank, LowRankPlan, Segment
+from .weight import NF4Weight
+
+__all__ = [
+    "LowRank",
+    "LowRankPlan",
+    "NF4Weight",
+    "Segment",
+    "lowrank_add",
+    "native_status",
+    "nf4_linear",
+    "paged_attention",
+]
+
+
+def native_status() -> str:
+    """One line for people: which instruction set the C library runs on, or why it does not."""
+    return "not built"
+
+
+def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + b with W in NF4: x [..., in] -> y [..., out]. Differentiable in x and bias.
+
+    With the C library the bits of a row of y depend on that row of x alone: not on how many rows
+    there are, where it stands among them, or the number of threads.
+    """
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has {x.shape[-1]} columns, the weight needs {weight.shape[1]}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        y: Tensor = _NF4Product.apply(x, weight)  # type: ignore[no-untyped-call]
+        return y if bias is None else y + bias
+    return _forward(x, weight, bias)
+
+
+def _forward(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+    return reference.nf4_linear(x, weight, bias)
+
+
+class _NF4Product(torch.autograd.Function):
+    """x Wᵀ; W is frozen, so the gradient of x is all there is, and nothing is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight) -> Tensor:
+        ctx.weight = weight
+        return _forward(x, weight, None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return reference.nf4_backward(grads[0], ctx.weight), None
+
+
+def lowrank_add(y: Tensor, x: Tensor, terms: LowRankPlan | Sequence[Segment]) -> Tensor:
+    """In place for each segment of rows: y = gain * (y + B (d * (A x))) + bias. Returns y.
+
+    y [T, out], x [T, in]. Build a `LowRankPlan` once for a batch and a layer and pass it in:
+    a bare sequence is checked and laid out again on each call. Not differentiable.
+    """
+    plan = terms if isinstance(terms, LowRankPlan) else LowRankPlan(terms)
+    plan.check(y, x)
+    return reference.lowrank_add(y, x, plan)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_len: Tensor,
+    scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Causal attention of a ragged batch over a paged cache: decode and chunked prefill alike.
+
+    q            [T, H, D]        the new tokens of all sequences, laid end to end
+    k_cache      [NB, BS, Hkv, D] pages; keys of the new tokens are already written. H % Hkv == 0
+    v_cache      [NB, BS, Hkv, D]
+    block_tables [S, MB] int32    page numbers of each sequence, in order
+    query_start  [S + 1] int32    sequence i owns rows query_start[i] to query_start[i + 1]
+    context_len  [S] int32        keys that the last token of a sequence sees, itself included
+    scale                         factor of q·k
+    sliding_window                0, or the number of keys a token sees at most, itself included
+    softcap                       0, or c: scores become c tanh(score / c)
+    returns      [T, H, D]
+
+    Keep the three index tensors on the CPU for a CPU cache.
+    """
+    return reference.paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start,
+        context_len,
+        scale,
+        sliding_window,
+        softcap,
+    )

@@ -1,0 +1,151 @@
+"""What an adapter adds to one linear layer, in the form the kernels take it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+_STORED = {torch.float32: 0, torch.bfloat16: 1}
+
+# One `lowrank_segment` of csrc/kernels.h: the span, then the rest.
+_SPAN = struct.Struct("=qq")
+_REST = struct.Struct("=QQQQQqqq")
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """One term of the adapter operator: y = gain * (y + B (d * (A x))) + bias.
+
+    Any part may be missing: no `a` and `b` leaves only the scale and the bias (IA3, BitFit), no
+    `gain` means 1, no `bias` 0, no `d` 1. `a` and `b` are float32 or bfloat16 and are read as
+    float32; the vectors are float32. `b` is kept with its columns contiguous, which is what the
+    kernel streams: a row-major `b` is copied here, once, so drop your own.
+    """
+
+    a: Tensor | None = None  # [r, in]
+    b: Tensor | None = None  # [out, r]; memory order [r, out]
+    d: Tensor | None = None  # [r]
+    gain: Tensor | None = None  # [out]
+    bias: Tensor | None = None  # [out]
+
+    def __post_init__(self) -> None:
+        if (self.a is None) != (self.b is None):
+            raise ValueError("a low-rank term needs both a and b, or neither")
+        if self.a is not None and self.b is not None:
+            if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1]:
+                raise ValueError(
+                    "a must be [r, in] and b [out, r] with the same r, got "
+                    f"{list(self.a.shape)} and {list(self.b.shape)}"
+                )
+            for name, matrix in (("a", self.a), ("b", self.b)):
+                if matrix.dtype not in _STORED:
+                    raise ValueError(f"{name} must be float32 or bfloat16, got {matrix.dtype}")
+            object.__setattr__(self, "a", self.a.contiguous())
+            object.__setattr__(self, "b", self.b.t().contiguous().t())
+        for name, vector, size in (
+            ("d", self.d, self.rank),
+            ("gain", self.gain, self.out_features),
+            ("bias", self.bias, self.out_features),
+        ):
+            if vector is None:
+                continue
+            if vector.dtype != torch.float32 or vector.shape != (size,):
+                raise ValueError(
+                    f"{name} must be float32 [{size}], got {vector.dtype} {list(vector.shape)}"
+                )
+            object.__setattr__(self, name, vector.contiguous())
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.a is None else self.a.shape[0]
+
+    @property
+    def in_features(self) -> int | None:
+        """Width of x, or None where nothing reads it."""
+        return None if self.a is None else self.a.shape[1]
+
+    @property
+    def out_features(self) -> int | None:
+        """Width of y, or None for an empty term."""
+        for part in (self.b, self.gain, self.bias):
+            if part is not None:
+                return part.shape[0]
+        return None
+
+    @property
+    def device(self) -> torch.device | None:
+        for part in (self.b, self.gain, self.bias):
+            if part is not None:
+                return part.device
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            t.nbytes for t in (self.a, self.b, self.d, self.gain, self.bias) if t is not None
+        )
+
+    @cached_property
+    def record(self) -> bytes:
+        """The C description without its span. It holds addresses: valid while this object lives."""
+        pointers = (
+            0 if part is None else part.data_ptr()
+            for part in (self.a, self.b, self.d, self.gain, self.bias)
+        )
+        stored = [0 if part is None else _STORED[part.dtype] for part in (self.a, self.b)]
+        return _REST.pack(*pointers, self.rank, *stored)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [start, stop) of a batch and what one adapter adds to them."""
+
+    start: int
+    stop: int
+    term: LowRank
+
+
+class LowRankPlan:
+    """The segments of one layer in one batch, checked and laid out for the kernel once.
+
+    Keep it as long as the composition of the batch stays the same: decode steps of the same
+    sequences use the same plan, whatever x is. Segments may touch the same rows (an adapter of
+    several terms): they run in the order given, so put `gain` and `bias` on the last of them.
+    """
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.segments = tuple(segments)
+        self.records = b"".join(
+            [_SPAN.pack(s.start, s.stop) + s.term.record for s in self.segments]
+        )
+        self.rows = max((s.stop for s in self.segments), default=0)
+        # Length of the workspace for all A x, in floats.
+        self.workspace = sum((s.stop - s.start) * s.term.rank for s in self.segments)
+        self.in_features = self._agreed("in_features")
+        self.out_features = self._agreed("out_features")
+        if any(not 0 <= s.start <= s.stop for s in self.segments):
+            spans = [(s.start, s.stop) for s in self.segments]
+            raise ValueError(f"segments need 0 <= start <= stop, got {spans}")
+
+    def _agreed(self, name: str) -> int | None:
+        widths = {getattr(s.term, name) for s in self.segments} - {None}
+        if len(widths) > 1:
+            raise ValueError(f"the segments of one layer differ in {name}: {sorted(widths)}")
+        return widths.pop() if widths else None
+
+    def check(self, y: Tensor, x: Tensor) -> None:
+        """Raise ValueError where y [T, out] or x [T, in] do not fit these segments."""
+        if y.dim() != 2 or x.dim() != 2 or y.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"y must be [T, out] and x [T, in], got {list(y.shape)} and {list(x.shape)}"
+            )
+        for what, tensor, width in (("y", y, self.out_features), ("x", x, self.in_features)):
+            if width is not None and tensor.shape[1] != width:
+                raise ValueError(f"{what} has {tensor.shape[1]} columns, the terms need {width}")
+        if self.rows > y.shape[0]:
+            raise ValueError(f"a segment ends at row {self.rows}, the batch has {y.shape[0]}")

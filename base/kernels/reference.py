@@ -1,0 +1,86 @@
+"""The kernels in plain torch: slow, obvious, for any device and dtype. The oracle of the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .lowrank import LowRankPlan
+from .weight import NF4Weight
+
+_TILE_ROWS = 1024  # rows of W that are dequantised at a time: bounds the fp32 copy
+
+
+def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + b: x [..., in] -> [..., out]."""
+    return functional.linear(x, weight.dequantize(x.dtype), bias)
+
+
+def nf4_backward(grad_y: Tensor, weight: NF4Weight) -> Tensor:
+    """∂L/∂x = ∂L/∂y W, by tiles of rows of W: grad_y [..., out] -> [..., in]."""
+    out, width = weight.shape
+    grad_x = grad_y.new_zeros(*grad_y.shape[:-1], width)
+    for start in range(0, out, _TILE_ROWS):
+        stop = min(start + _TILE_ROWS, out)
+        grad_x += grad_y[..., start:stop] @ weight.dequantize_rows(start, stop, grad_y.dtype)
+    return grad_x
+
+
+def lowrank_add(y: Tensor, x: Tensor, plan: LowRankPlan) -> Tensor:
+    """In place, by segment: y = gain * (y + B (d * (A x))) + bias."""
+    for segment in plan.segments:
+        rows = slice(segment.start, segment.stop)
+        term = segment.term
+        part = y[rows]
+        if term.a is not None and term.b is not None:
+            inner = x[rows] @ term.a.to(x.dtype).t()
+            if term.d is not None:
+                inner = inner * term.d.to(inner.dtype)
+            part = part + (inner @ term.b.to(x.dtype).t()).to(part.dtype)
+        if term.gain is not None:
+            part = part * term.gain.to(part.dtype)
+        if term.bias is not None:
+            part = part + term.bias.to(part.dtype)
+        y[rows] = part
+    return y
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Sequence[int] | Tensor,
+    context_len: Sequence[int] | Tensor,
+    scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """softmax(scale q Kᵀ + causal mask) V over paged keys and values; see the dispatch."""
+    starts = [int(n) for n in query_start]
+    contexts = [int(n) for n in context_len]
+    block_size, groups = k_cache.shape[1], q.shape[1] // k_cache.shape[2]
+    out = torch.zeros_like(q)
+    for i, context in enumerate(contexts):
+        rows = slice(starts[i], starts[i + 1])
+        length = rows.stop - rows.start
+        if length == 0:
+            continue
+        blocks = block_tables[i, : math.ceil(context / block_size)].long()
+        k = k_cache[blocks].flatten(0, 1)[:context].to(q.dtype).repeat_interleave(groups, dim=1)
+        v = v_cache[blocks].flatten(0, 1)[:context].to(q.dtype).repeat_interleave(groups, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        position = torch.arange(context - length, context, device=q.device)[:, None]
+        key = torch.arange(context, device=q.device)[None, :]
+        hidden = key > position
+        if sliding_window:
+            hidden = hidden | (key <= position - sliding_window)
+        weights = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
+        out[rows] = torch.einsum("hqk,khd->qhd", weights, v)
+    return out
