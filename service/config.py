@@ -1,0 +1,307 @@
+"""The configuration of one server: flat, frozen, and read once, at the door. No torch here.
+
+A value comes from the command line, else from the environment (`NIBBLE_PORT`), else from a TOML
+file (`nibble.toml` in the working directory, or `--config PATH`), else from its default.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+PREFIX = "NIBBLE_"
+FILE = "nibble.toml"
+MASK = "**********"
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+# Variables that are read elsewhere: where a file is, and where a client finds its server.
+OTHER_VARIABLES = frozenset({"NIBBLE_CONFIG", "NIBBLE_URL"})
+
+Source = Literal["flag", "env", "file", "default"]
+
+_PACKAGES = Path(__file__).resolve().parents[1]
+_BYTE_SIZE = TypeAdapter(ByteSize)
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or out of bounds; the message names it and where it came from."""
+
+
+def _bytes(value: Any) -> Any:
+    """`"512MiB"` -> 536870912; what is not text passes unchanged."""
+    return int(_BYTE_SIZE.validate_python(value)) if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes)]
+
+
+def _default_adapters(data: dict[str, Any]) -> Path | None:
+    """The shipped samples belong to the embedded base; any other base starts without adapters."""
+    return _PACKAGES / "training" / "samples" if data.get("base") == "mini" else None
+
+
+def _setting(description: str, panel: str, default: Any = ..., **rest: Any) -> Any:
+    if default is not ...:
+        rest["default"] = default
+    return Field(description=description, json_schema_extra={"panel": panel}, **rest)
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Sizes are in bytes and accept `512MiB`; times are in seconds.
+
+    Constructed with keyword arguments only: `configure` adds environment and file.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+    )
+
+    host: str = _setting("Address to listen on.", "Server", "127.0.0.1", min_length=1)
+    port: int = _setting("Port to listen on; 0 takes a free one.", "Server", 8080, ge=0, le=65535)
+    max_body_bytes: Bytes = _setting("Largest JSON body.", "Server", 4 * MIB, ge=KIB, le=GIB)
+    drain_seconds: float = _setting(
+        "How long a stopping server lets running requests finish.", "Server", 30.0, ge=0, le=3600
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "Least important line to log.", "Server", "info"
+    )
+    log_format: Literal["text", "json"] = _setting("How a log line looks.", "Server", "text")
+
+    base: str = _setting(
+        "The base model: `mini` (embedded), a directory, or a hub id.", "Base", "mini", min_length=1
+    )
+    revision: str | None = _setting("Revision of a base from the hub.", "Base", None)
+    device: str = _setting(
+        "auto, cpu, cuda or cuda:N.", "Base", "auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
+        "Compute dtype; auto takes what the device does well.", "Base", "auto"
+    )
+    double_quant: bool = _setting("Quantise the NF4 scales once more.", "Base", False)
+    hf_token: SecretStr | None = _setting("Token for a base behind a login.", "Base", None)
+
+    home: Path = _setting(
+        "Where adapters and their catalog are kept.",
+        "Store",
+        default_factory=lambda: Path("~/.local/share/nibble"),
+    )
+    blobs: str = _setting(
+        "URL of the adapters' blobs; from home when unset.",
+        "Store",
+        default_factory=lambda data: (data["home"] / "blobs").as_uri(),
+    )
+    catalog: str = _setting(
+        "URL of the catalog's database; from home when unset.",
+        "Store",
+        default_factory=lambda data: f"sqlite:///{data['home'] / 'catalog.db'}",
+        repr=False,
+    )
+    adapters: Path | None = _setting(
+        "Directory of adapters to load at start, one directory each; `none` for nothing.",
+        "Store",
+        default_factory=_default_adapters,
+    )
+    max_upload_bytes: Bytes = _setting("Largest adapter upload.", "Store", GIB, ge=KIB, le=TIB)
+    max_rank: int = _setting("Largest rank of an adapter.", "Store", 256, ge=1, le=4096)
+
+    max_model_len: int | None = _setting(
+        "Longest prompt and output together; the base's own limit when unset.",
+        "Engine",
+        None,
+        ge=16,
+        le=1 << 20,
+    )
+    block_size: int = _setting(
+        "Tokens in one KV block, a power of two.", "Engine", 16, ge=1, le=256
+    )
+    kv_cache_bytes: Bytes | None = _setting(
+        "Size of the KV cache; a share of free memory when unset.", "Engine", None, ge=MIB, le=TIB
+    )
+    kv_cache_fraction: float = _setting(
+        "That share of free memory.", "Engine", 0.25, ge=0.01, le=0.95
+    )
+    max_num_seqs: int = _setting("Sequences in one step.", "Engine", 64, ge=1, le=4096)
+    max_step_tokens: int = _setting(
+        "Tokens in one step: longer prompts are prefilled in chunks.",
+        "Engine",
+        512,
+        ge=16,
+        le=65536,
+    )
+    max_queue: int = _setting("Requests that may wait.", "Engine", 256, ge=1, le=100_000)
+    slot_bytes: Bytes = _setting(
+        "Budget for adapters on the device.", "Engine", GIB, ge=MIB, le=TIB
+    )
+    host_cache_bytes: Bytes = _setting(
+        "Budget for adapters kept ready in memory.", "Engine", GIB, ge=MIB, le=TIB
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_none(cls, data: Any) -> Any:
+        """Neither TOML nor the environment has a null: the word `none` unsets an optional field."""
+        optional = {"revision", "hf_token", "adapters", "max_model_len", "kv_cache_bytes"}
+        return {k: None if k in optional and v == "none" else v for k, v in dict(data).items()}
+
+    @field_validator("home", "adapters")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser().absolute()
+
+    @field_validator("block_size")
+    @classmethod
+    def _power_of_two(cls, size: int) -> int:
+        if size & (size - 1):
+            raise ValueError("must be a power of two, for example 16")
+        return size
+
+    @model_validator(mode="after")
+    def _step_holds_all(self) -> Settings:
+        if self.max_step_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_step_tokens ({self.max_step_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running sequence needs one token in a step"
+            )
+        return self
+
+    @property
+    def base_source(self) -> str:
+        """What `base.load.load_base` takes: the embedded base by its directory."""
+        return str(_PACKAGES / "base" / "mini") if self.base == "mini" else self.base
+
+    def shown(self) -> dict[str, Any]:
+        """Plain values by name, secrets and passwords inside URLs masked."""
+        return {name: _masked(getattr(self, name)) for name in type(self).model_fields}
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, SecretStr):
+        return MASK
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str):
+        return re.sub(r"(://[^:/@]*:)[^@/]*@", rf"\g<1>{MASK}@", value)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """The effective settings, and for each of them where its value came from."""
+
+    settings: Settings
+    sources: Mapping[str, Source]
+    file: Path | None
+    unknown: tuple[str, ...]  # NIBBLE_* variables that set nothing
+
+
+def configure(flags: Mapping[str, Any] | None = None, file: Path | None = None) -> Configuration:
+    """Flags over environment over file over defaults.
+
+    `flags` holds what was given on the command line; a value of None was not given. `file` must
+    exist when it is named (here or by NIBBLE_CONFIG); `nibble.toml` in the working directory is
+    read when it is there. Raises ConfigError.
+    """
+    path = _file(file)
+    layers: list[tuple[Source, Mapping[str, Any]]] = [
+        ("file", _read(path)),
+        ("env", EnvSettingsSource(Settings)()),
+        ("flag", {k: v for k, v in (flags or {}).items() if v is not None}),
+    ]
+    values: dict[str, Any] = {}
+    sources: dict[str, Source] = dict.fromkeys(Settings.model_fields, "default")
+    for source, layer in layers:
+        values.update(layer)
+        sources.update(dict.fromkeys(layer, source))
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, sources, path)) from None
+    return Configuration(settings, sources, path, _unknown_variables())
+
+
+def _file(named: Path | None) -> Path | None:
+    named = named or (Path(os.environ["NIBBLE_CONFIG"]) if os.getenv("NIBBLE_CONFIG") else None)
+    if named is not None:
+        if not named.is_file():
+            raise ConfigError(f"configuration file {named} does not exist")
+        return named
+    return Path(FILE) if Path(FILE).is_file() else None
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"configuration file {path}: {error}") from error
+
+
+def _unknown_variables() -> tuple[str, ...]:
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
+    return tuple(sorted(v for v in os.environ if v.startswith(PREFIX) and v not in known))
+
+
+def _explain(error: ValidationError, sources: Mapping[str, Source], path: Path | None) -> str:
+    # A default that could not be computed only follows from another error.
+    lines = [dict(e) for e in error.errors() if e["type"] != "default_factory_not_called"]
+    return "; ".join(_explain_one(line, sources, path) for line in lines)
+
+
+def _explain_one(line: dict[str, Any], sources: Mapping[str, Source], path: Path | None) -> str:
+    name = str(line["loc"][0]) if line["loc"] else ""
+    message = str(line["msg"]).removeprefix("Value error, ")
+    if not name:
+        return message
+    origin = {
+        "flag": f"--{name.replace('_', '-')}",
+        "env": PREFIX + name.upper(),
+        "file": f"{name} in {path}",
+        "default": f"default of {name}",
+    }[sources.get(name, "flag")]
+    if line["type"] == "extra_forbidden":
+        near = get_close_matches(name, Settings.model_fields, n=1)
+        return f"{origin}: there is no such setting" + (
+            f"; did you mean {near[0]}?" if near else ""
+        )
+    # A secret's value stays out of messages: they end up in logs.
+    value = "" if name == "hf_token" else f" (got {line['input']!r})"
+    return f"{origin}: {message}{value}"
