@@ -1,0 +1,129 @@
+"""The `nibble` command: finds the command that was asked for, and imports nothing else.
+
+Our own commands are listed here; each wing brings more through the entry-point group
+`nibble.commands`, so that `nibble train` needs no import from one wing to the other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import Distribution, PackageNotFoundError
+from typing import Annotated, Any
+
+import typer
+
+DISTRIBUTION = "nibble-serve"
+GROUP = "nibble.commands"
+
+OWN = {
+    "serve": ("service.commands.serve:app", "Serve one base and its adapters over HTTP."),
+    "generate": ("service.commands.generate:app", "Ask a running server for a text."),
+    "adapters": ("service.commands.adapters:app", "Push, list, show and remove adapters."),
+    "config": ("service.commands.config:app", "Print the effective configuration."),
+    "doctor": ("service.commands.doctor:app", "Tell what this machine is and what fits on it."),
+}
+# One line for each known group, so that `nibble --help` need not import it.
+KNOWN = {
+    "base": "Build and inspect base models.",
+    "train": "Train adapters on the same base that serves them.",
+    "bench": "Measure throughput and latency on this machine.",
+}
+
+app = typer.Typer(
+    name="nibble",
+    help="One 4-bit base model, loaded once; every request names an adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def installed() -> Distribution | None:
+    """The installed distribution; None when the code runs from a checkout that is not."""
+    try:
+        return Distribution.from_name(DISTRIBUTION)
+    except PackageNotFoundError:
+        return None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        found = installed()
+        typer.echo(f"nibble {found.version if found else '(not installed)'}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None: ...
+
+
+def _load(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _forward(name: str, target: str) -> Callable[[typer.Context], None]:
+    """A command that hands its arguments, `--help` too, to the Typer app at `target`."""
+
+    def run(ctx: typer.Context) -> None:
+        _load(target)(args=ctx.args, prog_name=f"nibble {name}")
+
+    return run
+
+
+def _not_installed(name: str) -> Callable[[], None]:
+    def run() -> None:
+        typer.echo(
+            f"nibble {name} comes with the installed package, and {DISTRIBUTION} is not installed "
+            "here: run `pip install -c constraints.txt -e .` (or `make install`) and try again.",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+    return run
+
+
+def _register(name: str, help: str, run: Callable[..., None]) -> None:
+    app.command(
+        name,
+        help=help,
+        add_help_option=False,
+        context_settings={
+            "allow_extra_args": True,
+            "ignore_unknown_options": True,
+            "allow_interspersed_args": False,
+        },
+    )(run)
+
+
+def _register_all() -> None:
+    for name, (target, help) in OWN.items():
+        _register(name, help, _forward(name, target))
+    found = installed()
+    groups = {e.name: e.value for e in found.entry_points if e.group == GROUP} if found else {}
+    for name in sorted(groups.keys() | KNOWN.keys()):
+        help = KNOWN.get(name, f"Commands of {groups.get(name)}.")
+        _register(
+            name, help, _forward(name, groups[name]) if name in groups else _not_installed(name)
+        )
+
+
+_register_all()
+
+
+def main() -> None:
+    """Entry point. Exit status: 0 done, 1 failed, 2 wrong usage."""
+    app(args=sys.argv[1:], prog_name="nibble")
+
+
+if __name__ == "__main__":
+    main()

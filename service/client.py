@@ -1,0 +1,193 @@
+"""A client of a running server, for the command line: generation and adapters over HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+TEMPLATE_NAME = "template.jinja"
+
+
+class ClientError(Exception):
+    """Base of what can go wrong between a client and its server."""
+
+
+class ServerUnreachable(ClientError):
+    """Nothing answers at this address."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(f"no server answers at {url} ({reason})")
+        self.url = url
+
+
+class ServerRefused(ClientError):
+    """The server answered with an error; `body` is its envelope, when it was JSON."""
+
+    def __init__(self, status: int, message: str, body: Any = None) -> None:
+        super().__init__(f"{message} (HTTP {status})" if status else message)
+        self.status = status
+        self.body = body
+
+
+class AdapterDirectoryIncomplete(ClientError):
+    """A directory lacks one of the two files that PEFT's `save_pretrained` writes."""
+
+    def __init__(self, directory: Path, missing: str) -> None:
+        super().__init__(
+            f"{directory} has no {missing}; expected {CONFIG_NAME} and {WEIGHTS_NAME}, "
+            "as PEFT's save_pretrained writes them"
+        )
+
+
+class Client:
+    """Speaks to one server. Connecting is bounded by seconds; a generation is not."""
+
+    def __init__(
+        self, url: str, *, timeout: float = 600.0, transport: httpx.BaseTransport | None = None
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._http = httpx.Client(
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout, connect=5.0),
+            transport=transport,
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._http.close()
+
+    def generate(self, inputs: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+        """POST /generate: `inputs` is a text or a list of chat messages."""
+        found: dict[str, Any] = self._call(
+            "POST", "/generate", json={"inputs": inputs, "parameters": parameters}
+        )
+        return found
+
+    def stream(self, inputs: Any, parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """POST /generate_stream: one event for each token; the last has `generated_text`."""
+        body = {"inputs": inputs, "parameters": parameters}
+        with (
+            self._reaching(),
+            self._http.stream("POST", "/generate_stream", json=body) as response,
+        ):
+            if response.is_error:
+                response.read()
+                raise _refusal(response)
+            for event in _events(response.iter_lines()):
+                if "error" in event:
+                    raise ServerRefused(0, _message(event), event)
+                yield event
+
+    def info(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._call("GET", "/info")
+        return found
+
+    def push(
+        self,
+        directory: Path,
+        name: str,
+        *,
+        placement: str | None = None,
+        merged_dtype: str | None = None,
+    ) -> dict[str, Any]:
+        """Upload what PEFT's `save_pretrained` wrote, and `template.jinja` if there is one.
+
+        The weights are streamed from disk. Returns the server's description of the new version.
+        """
+        for required in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (directory / required).is_file():
+                raise AdapterDirectoryIncomplete(directory, required)
+        fields = {"name": name, "placement": placement, "merged_dtype": merged_dtype}
+        template = directory / TEMPLATE_NAME
+        if template.is_file():
+            fields["template"] = template.read_text(encoding="utf-8")
+        with ExitStack() as stack:
+            config = stack.enter_context((directory / CONFIG_NAME).open("rb"))
+            weights = stack.enter_context((directory / WEIGHTS_NAME).open("rb"))
+            found: dict[str, Any] = self._call(
+                "POST",
+                "/adapters",
+                data={key: value for key, value in fields.items() if value is not None},
+                files={
+                    "config": (CONFIG_NAME, config, "application/json"),
+                    "weights": (WEIGHTS_NAME, weights, "application/octet-stream"),
+                },
+            )
+        return found
+
+    def adapters(self) -> Any:
+        return self._call("GET", "/adapters")
+
+    def adapter(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self._call("GET", f"/adapters/{quote(name, safe='@:')}")
+        return found
+
+    def remove(self, name: str) -> Any:
+        return self._call("DELETE", f"/adapters/{quote(name, safe='@:')}")
+
+    def set_alias(self, name: str, alias: str, version: int) -> Any:
+        path = f"/adapters/{quote(name, safe='')}/aliases/{quote(alias, safe='')}"
+        return self._call("PUT", path, json={"version": version})
+
+    def drop_alias(self, name: str, alias: str) -> Any:
+        path = f"/adapters/{quote(name, safe='')}/aliases/{quote(alias, safe='')}"
+        return self._call("DELETE", path)
+
+    def _call(self, method: str, path: str, **rest: Any) -> Any:
+        with self._reaching():
+            response = self._http.request(method, path, **rest)
+        if response.is_error:
+            raise _refusal(response)
+        if not response.content:
+            return {}
+        try:
+            return response.json()
+        except ValueError:
+            raise ServerRefused(
+                response.status_code, f"{self.url} does not answer like a nibble server"
+            ) from None
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise ServerUnreachable(self.url, str(error) or type(error).__name__) from error
+
+
+def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The JSON of every server-sent event; comments and other fields are skipped."""
+    for line in lines:
+        if line.startswith("data:"):
+            data = line.removeprefix("data:").strip()
+            if data and data != "[DONE]":
+                yield json.loads(data)
+
+
+def _refusal(response: httpx.Response) -> ServerRefused:
+    try:
+        body = response.json()
+    except ValueError:
+        return ServerRefused(response.status_code, response.reason_phrase)
+    return ServerRefused(response.status_code, _message(body) or response.reason_phrase, body)
+
+
+def _message(body: Any) -> str:
+    """The text of the envelope `{"error": text, "error_type": …}`."""
+    return str(body.get("error", "")) if isinstance(body, dict) else ""

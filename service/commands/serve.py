@@ -1,0 +1,45 @@
+"""`nibble serve`: one base and its adapters over HTTP, until it is told to stop."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import typer
+
+from service.commands.flags import with_settings
+from service.commands.installation import shadowed
+from service.commands.output import fail
+from service.config import Configuration
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+@with_settings
+def run(configuration: Configuration) -> None:
+    """Serve one base and its adapters over HTTP.
+
+    Every flag can also be set by a variable (NIBBLE_PORT) or in nibble.toml; `nibble config` shows
+    what is in force. SIGTERM and Ctrl-C stop admitting, finish what runs, and exit with 0.
+    """
+    for variable in configuration.unknown:
+        typer.echo(f"warning: {variable} is set, but there is no such setting", err=True)
+    host = configuration.settings.host
+    if not _is_loopback(host):
+        typer.echo(
+            f"warning: {host} can be reached from outside and there are no keys yet: whoever "
+            "reaches it can generate, upload and remove. Keep it behind a gateway that checks.",
+            err=True,
+        )
+    if problem := shadowed():
+        fail(problem, "Run `pip uninstall adapters`, then install nibble-serve again.")
+    from service.app import serve  # imports torch: seconds, and only needed here
+
+    serve(configuration.settings)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
