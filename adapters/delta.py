@@ -10,7 +10,8 @@ Every field that an adapter does not need is None and costs nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -88,8 +89,14 @@ class LoweredAdapter:
     @property
     def nbytes(self) -> int:
         """Bytes of all distinct tensors: what the adapter costs in a slot."""
-        seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
+        seen = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()
+        }
         return sum(seen.values())
+
+    def to(self, device: torch.device) -> LoweredAdapter:
+        """The same adapter with its tensors on `device`; no copy where they are there already."""
+        return replace(self, deltas={path: _moved(d, device) for path, d in self.deltas.items()})
 
     def tensors(self) -> Iterator[torch.Tensor]:
         for delta in self.deltas.values():
@@ -110,3 +117,13 @@ def _tensors(delta: Delta) -> Iterator[torch.Tensor]:
         yield from (t for t in (delta.A, delta.B, delta.g) if t is not None)
     else:
         yield delta.weight
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor | NF4Weight):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(v, device) for v in value)
+    if value is None:
+        return None
+    return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})

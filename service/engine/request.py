@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+AdapterKey = tuple[str, str]  # (digest, placement)
 FinishReason = Literal["eos_token", "length", "stop_sequence", "cancelled", "error"]
 
 
@@ -36,6 +37,11 @@ class AdapterRef:
     digest: str
     name: str
     placement: Literal["unmerged", "merged"] = "unmerged"
+
+    @property
+    def key(self) -> AdapterKey:
+        """What it is for the engine: two names of one digest share a slot."""
+        return (self.digest, self.placement)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,9 @@ class Finished:
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    tail: str = ""  # text held back until now (a stop string that did not complete)
+    tail: str = ""  # text held back until now, when no last token carries it (cancelled, error)
+    prompt_logprobs: tuple[float, ...] = ()  # of prompt tokens 1, 2, …, when they were asked for
+    seed: int = 0
 
 
 Event = Token | Finished

@@ -1,0 +1,106 @@
+"""The attention function that transformers' layers call: it reads and writes the paged cache.
+
+transformers hands every layer's queries, keys and values to the function registered under the
+model's attention implementation. Ours finds the batch of the running step in a thread-local place:
+the engine's thread sets it before the forward pass and clears it after.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from base.kernels import paged_attention
+from base.spec import BaseSpec
+from service.engine.batch import Batch
+
+NAME = "nibble_paged"
+
+
+class KVCache:
+    """Keys and values of all blocks: per layer two tensors [blocks, block_size, heads, width]."""
+
+    def __init__(
+        self, spec: BaseSpec, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        self.blocks = blocks
+        self.block_size = block_size
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+        self.values = [torch.zeros_like(k) for k in self.keys]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store k, v [T, heads, width] at slots [T] = block * block_size + offset."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
+
+
+@dataclass(slots=True)
+class Step:
+    """The batch that the layers are computing now, and the layers that asked for it."""
+
+    batch: Batch
+    cache: KVCache
+    layers: set[int] = field(default_factory=set)
+
+
+_place = threading.local()
+
+
+@contextmanager
+def step(batch: Batch, cache: KVCache) -> Iterator[Step]:
+    """Within it, the layers of this thread's model attend over `batch`."""
+    _place.step = Step(batch, cache)
+    try:
+        yield _place.step
+    finally:
+        _place.step = None
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, heads, T, width]
+    key: torch.Tensor,  # [1, kv_heads, T, width]
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """Write K and V of the new tokens, then let each attend to its own sequence: [1, T, H, D]."""
+    current: Step | None = getattr(_place, "step", None)
+    if current is None:
+        raise RuntimeError("the paged attention runs only inside a step of the engine")
+    if rest.get("s_aux") is not None:
+        raise NotImplementedError("attention sinks are not served")
+    batch, cache = current.batch, current.cache
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    current.layers.add(layer)
+    cache.write(layer, batch.slot_mapping, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    out = paged_attention(
+        query[0].transpose(0, 1),
+        cache.keys[layer],
+        cache.values[layer],
+        batch.block_tables,
+        batch.query_start,
+        batch.context_length,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window or 0,
+        softcap or 0.0,
+    )
+    return out.unsqueeze(0), None
+
+
+# No mask function goes with it: transformers then builds no mask, and the block tables tell all.
+AttentionInterface.register(NAME, attend)

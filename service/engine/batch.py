@@ -1,0 +1,87 @@
+"""One step's tensors: the tokens of all chunks laid end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from service.engine.request import AdapterKey
+from service.engine.scheduler import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """T tokens of S chunks; L of the T rows need logits."""
+
+    chunks: tuple[Chunk, ...]
+    input_ids: torch.Tensor  # [1, T] int64
+    position_ids: torch.Tensor  # [1, T] int64
+    slot_mapping: torch.Tensor  # [T] int64: block * block_size + offset, where K and V are written
+    block_tables: torch.Tensor  # [S, M] int32, padded with 0
+    query_start: torch.Tensor  # [S + 1] int32
+    context_length: torch.Tensor  # [S] int32: keys that the last token of the chunk sees
+    logit_rows: torch.Tensor  # [L] int64, rows of T
+    logit_chunks: tuple[int, ...]  # [L] index into chunks
+
+    @property
+    def tokens(self) -> int:
+        return int(self.input_ids.shape[1])
+
+
+def build_batch(chunks: Seq[Chunk], block_size: int, device: torch.device) -> Batch:
+    """Lay the chunks end to end, those of one adapter side by side so that segments are long."""
+    ordered = tuple(sorted(chunks, key=_by_adapter))
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts = [0]
+    rows: list[int] = []
+    owners: list[int] = []
+    for index, chunk in enumerate(ordered):
+        sequence, stop = chunk.sequence, chunk.start + chunk.count
+        ids += sequence.tokens[chunk.start : stop]
+        positions += range(chunk.start, stop)
+        slots += [
+            sequence.blocks[p // block_size] * block_size + p % block_size
+            for p in range(chunk.start, stop)
+        ]
+        first = starts[-1]
+        starts.append(first + chunk.count)
+        wanted = _logit_rows(chunk, first)
+        rows += wanted
+        owners += [index] * len(wanted)
+    used = [-(-(c.start + c.count) // block_size) for c in ordered]
+    table = [
+        c.sequence.blocks[:n] + [0] * (max(used) - n) for c, n in zip(ordered, used, strict=True)
+    ]
+    return Batch(
+        chunks=ordered,
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        slot_mapping=torch.tensor(slots, device=device),
+        block_tables=torch.tensor(table, dtype=torch.int32, device=device),
+        query_start=torch.tensor(starts, dtype=torch.int32, device=device),
+        context_length=torch.tensor(
+            [c.start + c.count for c in ordered], dtype=torch.int32, device=device
+        ),
+        logit_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        logit_chunks=tuple(owners),
+    )
+
+
+def _by_adapter(chunk: Chunk) -> AdapterKey:
+    ref = chunk.sequence.adapter
+    return ref.key if ref else ("", "")
+
+
+def _logit_rows(chunk: Chunk, first: int) -> list[int]:
+    """The last row if the chunk samples; every prompt row too when their logprobs are wanted."""
+    last = first + chunk.count - 1
+    sequence = chunk.sequence
+    if not sequence.request.prompt_logprobs or sequence.generated:
+        return [last] if chunk.samples else []
+    scored = min(chunk.start + chunk.count, sequence.prompt_length - 1) - chunk.start
+    rows = list(range(first, first + max(scored, 0)))
+    return [*rows, last] if chunk.samples else rows

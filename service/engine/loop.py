@@ -1,0 +1,579 @@
+"""The engine: one thread that schedules, runs, samples and delivers, step after step.
+
+Other threads talk to it through `submit`, `cancel` and a few more, which post commands; it answers
+through streams and futures. Nothing else touches the scheduler, the blocks or the slots.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from adapters.delta import LoweredAdapter
+from adapters.errors import AdapterNotFound
+from base.load import Base
+from service.engine.batch import Batch, build_batch
+from service.engine.config import EngineConfig
+from service.engine.detokenizer import Detokenizer
+from service.engine.kv_cache import BlockPool
+from service.engine.model_runner import ModelRunner
+from service.engine.observer import Observer, Silent, StepReport
+from service.engine.request import (
+    AdapterKey,
+    AdapterRef,
+    Finished,
+    FinishReason,
+    Request,
+    Token,
+)
+from service.engine.sampler import Sampled, Sampler
+from service.engine.scheduler import Chunk, Schedule, Scheduler
+from service.engine.sequence import Sequence
+from service.engine.stream import Stream
+from service.errors import (
+    AdapterLoadFailed,
+    Draining,
+    EngineFailed,
+    InvalidRequest,
+    Overloaded,
+)
+from service.residency.tiers import Fetch, Resident, Tiers
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What bringing an adapter to its slot cost."""
+
+    digest: str
+    placement: str
+    nbytes: int
+    seconds: float
+    notes: dict[str, float]
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A sequence that has not ended, with its way out and its clock."""
+
+    sequence: Sequence
+    stream: Stream
+    detokenizer: Detokenizer
+    submitted: float
+    scheduled: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+    prompt_logprobs: dict[int, float] = field(default_factory=dict)  # by position
+
+
+class Engine:
+    """Serves requests over one base; see the module's docstring for who may call what."""
+
+    def __init__(
+        self, base: Base, fetch: Fetch, config: EngineConfig, observer: Observer | None = None
+    ) -> None:
+        """`fetch` turns an AdapterRef into a LoweredAdapter; it runs in a worker thread."""
+        self.base = base
+        self.config = config
+        blocks = config.blocks_for(base)
+        self.max_model_len = min(
+            base.spec.max_positions,
+            config.max_model_len or base.spec.max_positions,
+            blocks * config.block_size,
+        )
+        self._observer = observer or Silent()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._runner = ModelRunner(base, blocks, config.block_size)
+        self._tiers = Tiers(
+            fetch,
+            self._commands.put,
+            self._observer,
+            left=self._runner.forget,
+            host_bytes=config.host_cache_bytes,
+            slot_bytes=config.slot_bytes,
+            device=base.device,
+        )
+        self._pool = BlockPool(blocks, config.block_size)
+        self._scheduler = Scheduler(
+            self._pool,
+            self._tiers,
+            max_sequences=config.max_sequences,
+            max_step_tokens=config.max_step_tokens,
+        )
+        self._sampler = Sampler(base.eos_token_ids)
+        self._special = frozenset(base.tokenizer.all_special_ids) | base.eos_token_ids
+        self._live: dict[int, _Live] = {}
+        self._wanted: list[tuple[AdapterRef, Future[LoweredAdapter]]] = []
+        self._ids = 0
+        self._door = threading.Lock()  # guards the four below
+        self._waiting = 0  # sequences that were submitted and not yet admitted
+        self._forgotten: dict[str, Future[None]] = {}
+        self._draining = False
+        self._failure: str | None = None
+        self._stopping = False
+        self._report = StepReport(0, 0, 0, blocks, 0, 0, 0, 0, 0, 0.0)
+        self._thread = threading.Thread(target=self._main, name="nibble-engine", daemon=True)
+
+    # From any thread.
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self._failure is None
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self._runner.cache.nbytes
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End at once: what still runs finishes as cancelled."""
+        self._commands.put(self._stop)
+        if self._thread.is_alive():
+            self._thread.join()
+        self._tiers.close()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Admit nothing more and wait until nothing runs; False when `timeout` seconds pass."""
+        with self._door:
+            self._draining = True
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.alive and self._ask(lambda: bool(self._live)):
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def submit(self, request: Request) -> Stream:
+        """Queue the request. Raises InvalidRequest, Overloaded, Draining, EngineFailed or
+        AdapterNotFound, and then nothing of it remains."""
+        self._check(request)
+        request_ids: list[int] = []
+        stream = Stream(request.n, lambda: self._commands.put(lambda: self._cancel(request_ids)))
+        with self._door:
+            self._admit(request)
+            self._waiting += request.n
+            # Within the door, so that an engine that closes it still sees the request.
+            submitted = time.perf_counter()
+            self._commands.put(lambda: self._enter(request, stream, request_ids, submitted))
+        return stream
+
+    def load(self, ref: AdapterRef, *, timeout: float = 600.0) -> LoadReport:
+        """Bring the adapter to a slot and say what it cost. Raises AdapterLoadFailed."""
+        started = time.monotonic()
+        done: Future[LoweredAdapter] = Future()
+        self._commands.put(lambda: self._wanted.append((ref, done)))
+        try:
+            adapter = self._wait(done, timeout)
+        except TimeoutError:
+            done.cancel()
+            raise AdapterLoadFailed(
+                f"adapter {ref.name!r} found no free slot within {timeout:.0f} s: "
+                "unpin or unload another one"
+            ) from None
+        seconds = time.monotonic() - started
+        return LoadReport(*ref.key, adapter.nbytes, seconds, dict(adapter.notes))
+
+    def pin(self, ref: AdapterRef) -> None:
+        """Load the adapter and keep it in its slot."""
+        self.load(ref)
+        self._ask(lambda: self._tiers.pin(ref, True))
+
+    def unpin(self, ref: AdapterRef) -> None:
+        """The slot may be given away again. Raises KeyError when there is none."""
+        self._ask(lambda: self._tiers.pin(ref, False))
+
+    def forget(self, digest: str) -> None:
+        """Admit nothing more for the digest, let what runs end, free slot and blocks, return."""
+        with self._door:
+            done = self._forgotten.setdefault(digest, Future())
+        self._commands.put(lambda: None)  # wake up
+        self._wait(done)
+
+    def residents(self) -> list[Resident]:
+        return self._ask(self._tiers.residents)
+
+    def stats(self) -> StepReport:
+        """The last step, as the observer saw it."""
+        return self._report
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when blocks, slots or queues do not add up."""
+        self._ask(self._check_integrity)
+
+    def _check(self, request: Request) -> None:
+        length, limit = len(request.prompt), self.max_model_len
+        if length == 0:
+            raise InvalidRequest("the prompt has no tokens; give at least one", "inputs")
+        if length >= limit:
+            raise InvalidRequest(
+                f"the prompt has {length} tokens; prompt and output together have room for "
+                f"{limit}, so at most {limit - 1}",
+                "inputs",
+            )
+        top = max(request.prompt)
+        if top >= self.base.spec.vocab_size or min(request.prompt) < 0:
+            raise InvalidRequest(
+                f"token id {top} is outside the vocabulary of {self.base.spec.vocab_size}", "inputs"
+            )
+
+    def _admit(self, request: Request) -> None:
+        """With the door held: may the request come in now?"""
+        if self._failure is not None:
+            raise EngineFailed(self._failure)
+        if self._draining:
+            raise Draining("the server is stopping and takes no new requests")
+        if request.adapter is not None and request.adapter.digest in self._forgotten:
+            raise AdapterNotFound(request.adapter.name)
+        if self._waiting + request.n > self.config.max_waiting:
+            raise Overloaded(
+                f"{self._waiting} sequences wait already, {self.config.max_waiting} may",
+                retry_after=1.0,
+            )
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """Run it in the engine's thread between two steps and return its answer."""
+        if not self._thread.is_alive():
+            return question()
+        answer: Future[T] = Future()
+
+        def reply() -> None:
+            try:
+                answer.set_result(question())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self._commands.put(reply)
+        return self._wait(answer)
+
+    def _wait(self, answer: Future[T], timeout: float = math.inf) -> T:
+        """The future's result, or EngineFailed when nobody is left to give it."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return answer.result(timeout=min(1.0, deadline - time.monotonic()))
+            except TimeoutError:
+                if not self._thread.is_alive() and not answer.done():
+                    raise EngineFailed(self._failure or "the engine has stopped") from None
+                if time.monotonic() >= deadline:
+                    raise
+
+    # The engine's thread.
+
+    def _main(self) -> None:
+        try:
+            while not self._stopping:
+                self._take_commands()
+                self._step()
+        except Exception as error:
+            log.exception("the engine failed")
+            self._fail(f"the engine failed: {type(error).__name__}: {error}")
+        finally:
+            self._end_all("cancelled", self._failure)  # the failure, if any, becomes their error
+
+    def _step(self) -> None:
+        """Schedule, run, sample, deliver."""
+        started = time.perf_counter()
+        step = self._scheduler.schedule()
+        failures = self._tiers.take_failures()
+        self._end_failed(failures)
+        self._answer_loads(failures)
+        self._note_scheduled(step)
+        generated = self._run(step) if step.chunks else 0
+        self._forget_drained()
+        self._tell(step, generated, time.perf_counter() - started)
+
+    def _run(self, step: Schedule) -> int:
+        try:
+            return self._compute(step, step.chunks)
+        except Exception as error:
+            return self._run_apart(step, error)
+
+    def _run_apart(self, step: Schedule, error: Exception) -> int:
+        """The step raised: run it adapter by adapter, so that only the guilty one's requests end.
+
+        Computing a chunk twice is harmless, since keys and values land in the same places. When
+        every group fails it is the engine's own fault.
+        """
+        groups: dict[object, list[Chunk]] = {}
+        for chunk in step.chunks:
+            ref = chunk.sequence.adapter
+            groups.setdefault(ref.key if ref else None, []).append(chunk)
+        if len(groups) == 1 and None in groups:
+            raise error
+        log.warning("a step failed and is run again adapter by adapter: %s", error)
+        generated = 0
+        for key, chunks in groups.items():
+            try:
+                generated += self._compute(step, chunks)
+            except Exception as fault:
+                if key is None:
+                    raise
+                for chunk in chunks:
+                    self._end(chunk.sequence, "error", f"the adapter failed: {fault}")
+        return generated
+
+    def _compute(self, step: Schedule, chunks: Iterable[Chunk]) -> int:
+        batch = build_batch(list(chunks), self.config.block_size, self.base.device)
+        adapters = {
+            ref.key: self._tiers.adapter(ref.key)
+            for chunk in batch.chunks
+            if (ref := chunk.sequence.adapter) is not None
+        }
+        logits = self._runner.run(batch, adapters)
+        self._scheduler.computed(batch.chunks)
+        return self._deliver(batch, logits)
+
+    def _deliver(self, batch: Batch, logits: torch.Tensor) -> int:
+        """Sample the rows that reach the end of their sequence; send the tokens."""
+        starts = batch.query_start.tolist()
+        sampled: list[int] = []
+        for row, (place, owner) in enumerate(
+            zip(batch.logit_rows.tolist(), batch.logit_chunks, strict=True)
+        ):
+            chunk = batch.chunks[owner]
+            position = chunk.start + place - starts[owner]
+            if position + 1 == len(chunk.sequence.tokens):
+                sampled.append(row)
+            else:
+                self._score(chunk.sequence, position + 1, logits[row])
+        sequences = [batch.chunks[batch.logit_chunks[row]].sequence for row in sampled]
+        rows = logits if len(sampled) == len(logits) else logits[sampled]
+        for sequence, choice in zip(sequences, self._sampler.sample(rows, sequences), strict=True):
+            self._accept(self._live[sequence.id], choice)
+        return len(sequences)
+
+    def _score(self, sequence: Sequence, position: int, logits: torch.Tensor) -> None:
+        value = logits[sequence.tokens[position]] - logits.logsumexp(-1)
+        self._live[sequence.id].prompt_logprobs[position] = float(value)
+
+    def _accept(self, live: _Live, choice: Sampled | None) -> None:
+        """One more token: keep it, send it, and end the sequence if it is the last."""
+        sequence = live.sequence
+        if choice is None:
+            self._end(sequence, "error", "the logits are not finite; the adapter is at fault")
+            return
+        sequence.tokens.append(choice.token)
+        hidden = choice.token in self._special
+        text = live.detokenizer.push(choice.token, hidden)
+        reason = self._end_of(live, choice.token)
+        if reason is not None:
+            text += live.detokenizer.finish()
+        self._clock(live)
+        top = tuple((t, self.base.tokenizer.decode([t]), p) for t, p in choice.top)
+        live.stream.push(Token(sequence.index, choice.token, text, choice.logprob, hidden, top))
+        if reason is not None:
+            self._end(sequence, reason)
+
+    def _end_of(self, live: _Live, token: int) -> FinishReason | None:
+        sequence = live.sequence
+        sampling = sequence.request.sampling
+        if sequence.generated >= sampling.min_new_tokens:
+            if token in sampling.stop_token_ids:
+                return "eos_token"
+            if token in self.base.eos_token_ids and not sampling.ignore_eos:
+                return "eos_token"
+        if live.detokenizer.stopped:
+            return "stop_sequence"
+        if sequence.generated >= sampling.max_new_tokens:
+            return "length"
+        return "length" if len(sequence.tokens) >= self.max_model_len else None
+
+    def _clock(self, live: _Live) -> None:
+        now = time.perf_counter()
+        if live.first == 0.0:
+            live.first = now
+            self._observer.first_token(now - live.submitted)
+        else:
+            self._observer.inter_token(now - live.last)
+        live.last = now
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        live = self._live.pop(sequence.id)
+        self._scheduler.finish(sequence)
+        if not live.scheduled:
+            self._leave_queue()
+        tail = live.detokenizer.finish()
+        now = time.perf_counter()
+        scheduled = live.scheduled or now
+        first = live.first or now
+        end = Finished(
+            index=sequence.index,
+            reason=reason,
+            text=live.detokenizer.text,
+            prompt_tokens=sequence.prompt_length,
+            cached_tokens=sequence.cached,
+            generated_tokens=sequence.generated,
+            error=error,
+            queue_seconds=scheduled - live.submitted,
+            prefill_seconds=first - scheduled,
+            decode_seconds=now - first,
+            tail=tail,
+            prompt_logprobs=tuple(p for _, p in sorted(live.prompt_logprobs.items())),
+            seed=sequence.seed,
+        )
+        live.stream.push(end)
+        self._observer.finished(end, now - live.submitted)
+
+    def _end_all(self, reason: FinishReason, error: str | None = None) -> None:
+        with self._door:
+            self._failure = self._failure or "the engine has stopped"
+        self._take_commands(block=False)
+        for live in list(self._live.values()):
+            self._end(live.sequence, "error" if error else reason, error)
+        with self._door:
+            unanswered: list[Future[Any]] = list(self._forgotten.values())
+        for done in unanswered + [done for _, done in self._wanted]:
+            if not done.done():
+                done.set_exception(EngineFailed("the engine has stopped"))
+
+    def _end_failed(self, failures: Mapping[AdapterKey, str]) -> None:
+        """Sequences that waited for an adapter that could not be loaded."""
+        for live in list(self._live.values()):
+            ref = live.sequence.adapter
+            if ref is not None and ref.key in failures and not live.sequence.holds_adapter:
+                self._end(live.sequence, "error", failures[ref.key])
+
+    def _answer_loads(self, failures: Mapping[AdapterKey, str]) -> None:
+        """Callers of `load` whose adapter has arrived in its slot, or never will."""
+        pending = []
+        for ref, done in self._wanted:
+            if ref.key in failures:
+                done.set_exception(AdapterLoadFailed(failures[ref.key]))
+            elif done.cancelled():
+                continue
+            elif self._tiers.acquire(ref):
+                self._tiers.release(ref)
+                done.set_result(self._tiers.adapter(ref.key))
+            else:
+                pending.append((ref, done))
+        self._wanted = pending
+
+    # Commands: run in the engine's thread, between two steps.
+
+    def _take_commands(self, block: bool = True) -> None:
+        """All that have come; when there is nothing to compute, wait for the next one."""
+        try:
+            if block and not self._scheduler.running and not self._stopping:
+                # A waiting sequence without a running one waits for its adapter, which posts.
+                self._commands.get(timeout=0.2 if self._scheduler.waiting else None)()
+            while True:
+                self._commands.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _enter(self, request: Request, stream: Stream, ids: list[int], submitted: float) -> None:
+        sampling = request.sampling
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        leader: Sequence | None = None
+        for index in range(request.n):
+            self._ids += 1
+            sequence = Sequence(
+                id=self._ids,
+                request=request,
+                index=index,
+                seed=seed + index,
+                tokens=list(request.prompt),
+                prompt_length=len(request.prompt),
+                namespace=self._namespace(request),
+                leader=leader,
+            )
+            leader = leader or sequence
+            ids.append(sequence.id)
+            detokenizer = Detokenizer(self.base.tokenizer, sampling.stop)
+            self._live[sequence.id] = _Live(sequence, stream, detokenizer, submitted)
+            self._scheduler.add(sequence)
+
+    def _namespace(self, request: Request) -> bytes:
+        """What the prefix cache is keyed by beside the tokens, so that no block is ever shared
+        between tenants, adapters or placements."""
+        digest, placement = request.adapter.key if request.adapter else ("", "")
+        parts = (request.tenant, self.base.spec.fingerprint, digest, placement)
+        return b"".join(len(p.encode()).to_bytes(4, "little") + p.encode() for p in parts)
+
+    def _cancel(self, ids: Iterable[int]) -> None:
+        for sequence_id in list(ids):
+            live = self._live.get(sequence_id)
+            if live is not None:
+                self._end(live.sequence, "cancelled")
+
+    def _forget_drained(self) -> None:
+        if not self._forgotten:
+            return
+        busy = {s.adapter.digest for live in self._live.values() if (s := live.sequence).adapter}
+        with self._door:
+            ready = [digest for digest in self._forgotten if digest not in busy]
+        for digest in ready:
+            self._tiers.forget(digest)
+            self._pool.forget(digest)
+            with self._door:
+                done = self._forgotten.pop(digest)
+            done.set_result(None)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _fail(self, reason: str) -> None:
+        with self._door:
+            self._failure = reason
+
+    # What others see.
+
+    def _note_scheduled(self, step: Schedule) -> None:
+        now = time.perf_counter()
+        for chunk in step.chunks:
+            live = self._live[chunk.sequence.id]
+            if not live.scheduled:
+                live.scheduled = now
+                self._leave_queue()
+
+    def _leave_queue(self) -> None:
+        with self._door:
+            self._waiting -= 1
+
+    def _tell(self, step: Schedule, generated: int, seconds: float) -> None:
+        scheduler = self._scheduler
+        prompt = sum(
+            max(min(c.start + c.count, c.sequence.prompt_length) - c.start, 0) for c in step.chunks
+        )
+        self._report = StepReport(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_used=self._pool.used,
+            blocks_total=self._pool.total,
+            prompt_tokens=prompt,
+            generated_tokens=generated,
+            preempted=len(step.preempted),
+            prefix_queried=step.prefix_queried,
+            prefix_hit=step.prefix_hit,
+            seconds=seconds,
+            running_adapters=_names(scheduler.running),
+            waiting_adapters=_names(scheduler.waiting),
+        )
+        self._observer.stepped(self._report)
+
+    def _check_integrity(self) -> None:
+        self._pool.check_integrity()
+        self._tiers.slots.check_integrity()
+        living = [*self._scheduler.running, *self._scheduler.waiting]
+        assert {s.id for s in living} == set(self._live)
+        assert self._pool.references() == sum(len(s.blocks) for s in living)
+        held = sum(s.holds_adapter for s in living)
+        assert held == sum(slot.references for _, slot in self._tiers.slots.items())
+
+
+def _names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    return tuple(sorted({s.adapter.name for s in sequences if s.adapter is not None}))

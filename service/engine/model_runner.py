@@ -1,0 +1,55 @@
+"""Runs the base and the adapters' deltas over one batch. It computes; the scheduler decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from adapters.delta import LoweredAdapter
+from adapters.operator import Segments, install
+from base.load import Base
+from service.engine import attention
+from service.engine.attention import KVCache
+from service.engine.batch import Batch
+from service.engine.request import AdapterKey
+
+Resident = Mapping[AdapterKey, LoweredAdapter]
+
+
+class ModelRunner:
+    """Owns the model, swapped for our attention and operator, and the tensors of the KV cache."""
+
+    def __init__(self, base: Base, blocks: int, block_size: int) -> None:
+        self.base = base
+        self.cache = KVCache(base.spec, blocks, block_size, base.dtype, base.device)
+        base.model.set_attn_implementation(attention.NAME)
+        self._operator = install(base.model, base.spec)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, adapters: Resident) -> torch.Tensor:
+        """Logits [L, vocabulary] fp32 of the rows that the batch asks for; K and V are written.
+
+        Raises KeyError when a sequence's adapter is not in `adapters`: never the base instead.
+        """
+        owners = [adapters[ref.key] if (ref := c.sequence.adapter) else None for c in batch.chunks]
+        self._operator.segments = Segments.of(
+            (chunk.count, owner) for chunk, owner in zip(batch.chunks, owners, strict=True)
+        )
+        self._operator.logit_segments = Segments.of((1, owners[i]) for i in batch.logit_chunks)
+        with attention.step(batch, self.cache) as step:
+            logits: torch.Tensor = self.base.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=batch.logit_rows,
+            ).logits[0]
+        if len(step.layers) != self.base.spec.num_layers:
+            raise RuntimeError(
+                f"{len(step.layers)} of {self.base.spec.num_layers} layers used the paged attention"
+            )
+        return logits.float()
+
+    def forget(self, digest: str) -> None:
+        """Nothing of this adapter is needed any more: drop the plans that hold its tensors."""
+        self._operator.forget(digest)

@@ -1,0 +1,124 @@
+"""Chooses the next token of each row of logits.
+
+Greedy is the argmax of the logits. Otherwise: penalties, temperature, top-k, top-p, min-p in the
+order of transformers' own processors, then inverse transform sampling with one uniform number that
+depends only on the sequence's seed and the position: the same seed gives the same text whatever
+else runs, after a preemption too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from service.engine.request import Sampling
+from service.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The chosen token with its log-probability under the model's own, unprocessed logits."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # the most likely tokens, best first
+
+
+class Sampler:
+    """Stateless but for the base's end-of-sequence tokens."""
+
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        self.eos_token_ids = eos_token_ids
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
+        """logits [L, V] fp32, one row per sequence -> a token each.
+
+        None where the row is not finite: that sequence has failed, its neighbours have not.
+        """
+        normaliser = logits.logsumexp(-1)
+        chosen = logits.argmax(-1)
+        special = [i for i, s in enumerate(sequences) if self._is_special(s)]
+        for i in special:
+            chosen[i] = self._choose(logits[i], sequences[i])
+        values = logits.gather(-1, chosen[:, None])[:, 0] - normaliser
+        finite = normaliser.isfinite().tolist()
+        tokens, logprobs = chosen.tolist(), values.tolist()
+        return [
+            Sampled(tokens[i], logprobs[i], _top(logits[i], normaliser[i], s.request.sampling))
+            if finite[i]
+            else None
+            for i, s in enumerate(sequences)
+        ]
+
+    def _is_special(self, sequence: Sequence) -> bool:
+        sampling = sequence.request.sampling
+        return (
+            sampling.do_sample
+            or sequence.generated < sampling.min_new_tokens
+            or (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+            != (1.0, 0.0, 0.0)
+        )
+
+    def _choose(self, logits: torch.Tensor, sequence: Sequence) -> int:
+        sampling = sequence.request.sampling
+        row = logits.clone()
+        _penalise(row, sequence, sampling)
+        if sequence.generated < sampling.min_new_tokens:
+            row[[*self.eos_token_ids, *sampling.stop_token_ids]] = -torch.inf
+        if not sampling.do_sample or sampling.temperature == 0.0:
+            return int(row.argmax())
+        values, tokens = (row / sampling.temperature).sort(descending=True, stable=True)
+        probabilities = truncate(values, sampling).cpu().double()
+        point = uniform(sequence.seed, len(sequence.tokens)) * float(probabilities.sum())
+        place = int(torch.searchsorted(probabilities.cumsum(0), point, right=True))
+        last = int(probabilities.count_nonzero()) - 1
+        return int(tokens[min(place, last)])
+
+
+def truncate(values: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Sorted logits [V], largest first -> probabilities [V], zero for tokens that are cut off."""
+    kept = values.clone()
+    if 0 < sampling.top_k < len(kept):
+        kept[kept < kept[sampling.top_k - 1]] = -torch.inf
+    if sampling.top_p < 1.0:
+        probabilities = kept.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # mass of all more likely tokens
+        kept[(before >= sampling.top_p).logical_and_(before > 0)] = -torch.inf
+    probabilities = kept.softmax(-1)
+    if sampling.min_p > 0.0:
+        probabilities[probabilities < sampling.min_p * probabilities[0]] = 0.0
+    return probabilities
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments (Philox, Salmon et al. 2011)."""
+    bits = np.random.Philox(key=seed & (2**64 - 1), counter=[0, 0, 0, position])
+    return float(np.random.Generator(bits).random())
+
+
+def _penalise(row: torch.Tensor, sequence: Sequence, sampling: Sampling) -> None:
+    if sampling.repetition_penalty != 1.0:  # over prompt and output (Keskar et al. 2019)
+        seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+        score = row[seen]
+        factor = sampling.repetition_penalty
+        row[seen] = torch.where(score < 0, score * factor, score / factor)
+    if sampling.presence_penalty or sampling.frequency_penalty:  # over the output alone
+        counts = Counter(sequence.tokens[sequence.prompt_length :])
+        if counts:
+            ids = torch.tensor(list(counts), device=row.device)
+            times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
+            row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
+
+
+def _top(
+    logits: torch.Tensor, normaliser: torch.Tensor, sampling: Sampling
+) -> tuple[tuple[int, float], ...]:
+    if not sampling.top_logprobs:
+        return ()
+    values, tokens = logits.topk(min(sampling.top_logprobs, len(logits)))
+    return tuple(zip(tokens.tolist(), (values - normaliser).tolist(), strict=True))

@@ -1,0 +1,65 @@
+"""A request's token state in the engine. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from service.engine.request import AdapterRef, Request
+
+
+class Status(Enum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"  # holds no blocks
+    RUNNING = "running"  # holds blocks and, if it names an adapter, a reference to its slot
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One of the `n` generations of a request: prompt and output tokens, and how far the cache is.
+
+    `computed` counts the leading tokens whose keys and values are in the cache; a step computes
+    tokens[computed : computed + count] and, when that reaches the end, samples the next token.
+    """
+
+    id: int
+    request: Request
+    index: int  # which of the request's n generations
+    seed: int
+    tokens: list[int]
+    prompt_length: int
+    namespace: bytes  # salt of the prefix cache: tenant, base, adapter, placement
+    leader: Sequence | None = None  # the sibling that computes the shared prompt first
+    status: Status = Status.WAITING
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks
+    computed: int = 0
+    remembered: int = 0  # leading blocks that the pool knows by their hash
+    cached: int = 0  # prompt tokens that came from the prefix cache at the first admission
+    admitted: bool = False  # was scheduled at least once
+    holds_adapter: bool = False
+    skipped: int = 0  # schedules that passed it over because its adapter was not there
+
+    @property
+    def adapter(self) -> AdapterRef | None:
+        return self.request.adapter
+
+    @property
+    def generated(self) -> int:
+        """Number of output tokens so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def uncomputed(self) -> int:
+        return len(self.tokens) - self.computed
+
+    @property
+    def prefilled(self) -> bool:
+        """The whole prompt is in the cache."""
+        return self.computed >= self.prompt_length
+
+    @property
+    def finished(self) -> bool:
+        return self.status is Status.FINISHED
