@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cuda, native, reference
 from .lowrank import LowRank, LowRankPlan, Segment
 from .weight import NF4Weight
 
@@ -31,9 +31,12 @@ __all__ = [
 ]
 
 
+_native, _status = native.load()
+
+
 def native_status() -> str:
     """One line for people: which instruction set the C library runs on, or why it does not."""
-    return "not built"
+    return _status
 
 
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -44,14 +47,28 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     """
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} columns, the weight needs {weight.shape[1]}")
-    if torch.is_grad_enabled() and x.requires_grad:
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y: Tensor = _NF4Product.apply(x, weight)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias
     return _forward(x, weight, bias)
 
 
 def _forward(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+    vectors = (x,) if bias is None else (x, bias)
+    if _native is not None and weight.device.type == "cpu" and _native_takes(*vectors):
+        return _native.nf4_linear(x, weight, bias)
+    if x.is_cuda:
+        return cuda.nf4_linear(x, weight, bias)
     return reference.nf4_linear(x, weight, bias)
+
+
+def _native_takes(*tensors: Tensor) -> bool:
+    """Are these what the C library reads: float32 on the CPU, contiguous?"""
+    return all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors
+    )
 
 
 class _NF4Product(torch.autograd.Function):
@@ -75,6 +92,8 @@ def lowrank_add(y: Tensor, x: Tensor, terms: LowRankPlan | Sequence[Segment]) ->
     """
     plan = terms if isinstance(terms, LowRankPlan) else LowRankPlan(terms)
     plan.check(y, x)
+    if _native is not None and plan.on_cpu and _native_takes(y, x):
+        return _native.lowrank_add(y, x, plan)
     return reference.lowrank_add(y, x, plan)
 
 
@@ -102,8 +121,30 @@ def paged_attention(
     softcap                       0, or c: scores become c tanh(score / c)
     returns      [T, H, D]
 
-    Keep the three index tensors on the CPU for a CPU cache.
+    Keep the three index tensors on the CPU for a CPU cache. float32; a bfloat16 cache is read too.
     """
+    indices = (block_tables, query_start, context_len)
+    if (
+        _native is not None
+        and _native_takes(q)
+        and k_cache.dtype == v_cache.dtype
+        and k_cache.dtype in (torch.float32, torch.bfloat16)
+        and all(c.device.type == "cpu" and c.is_contiguous() for c in (k_cache, v_cache))
+        and all(
+            i.device.type == "cpu" and i.dtype == torch.int32 and i.is_contiguous() for i in indices
+        )
+    ):
+        return _native.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            query_start,
+            context_len,
+            scale,
+            sliding_window,
+            softcap,
+        )
     return reference.paged_attention(
         q,
         k_cache,

@@ -128,6 +128,9 @@ class LowRankPlan:
         self.workspace = sum((s.stop - s.start) * s.term.rank for s in self.segments)
         self.in_features = self._agreed("in_features")
         self.out_features = self._agreed("out_features")
+        self.on_cpu = all(
+            s.term.device is None or s.term.device.type == "cpu" for s in self.segments
+        )
         if any(not 0 <= s.start <= s.stop for s in self.segments):
             spans = [(s.start, s.stop) for s in self.segments]
             raise ValueError(f"segments need 0 <= start <= stop, got {spans}")

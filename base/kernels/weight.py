@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ NF4_LEVELS = (
 NESTED_BLOCKSIZE = (
     256  # blocks of absmax values in double quantisation: bitsandbytes knows no other
 )
+
+_RECORD = struct.Struct("=QQQQQQqqq")  # `nf4_weight` of csrc/kernels.h
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +69,8 @@ class NF4Weight:
                 f"{(out * width + 1) // 2} bytes, got {self.packed.dtype} with "
                 f"{self.packed.numel()}"
             )
+        if not all(tensor.is_contiguous() for tensor in self.tensors().values()):
+            raise ValueError("the tensors of an NF4 weight must be contiguous")
         nested = (self.nested_absmax, self.nested_code, self.nested_offset)
         if any(part is None for part in nested) != all(part is None for part in nested):
             raise ValueError(
@@ -110,6 +116,17 @@ class NF4Weight:
             "nested_offset": self.nested_offset,
         }
         return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
+    @cached_property
+    def record(self) -> bytes:
+        """The C description. It holds addresses: valid while this object lives."""
+        scales, codes = (None, self.absmax) if self.is_nested else (self.absmax, None)
+        parts = (
+            *(self.packed, scales, codes),
+            *(self.nested_absmax, self.nested_code, self.nested_offset),
+        )
+        pointers = (0 if part is None else part.data_ptr() for part in parts)
+        return _RECORD.pack(*pointers, *self.shape, self.blocksize)
 
     def to(self, device: torch.device | str) -> NF4Weight:
         moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}

@@ -1,0 +1,108 @@
+/* The exported functions: picks the instruction set once, owns the workspace, bounds the threads. */
+#include "kernels.h"
+#include "threads.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* Multiply-adds that pay for waking one more thread. */
+#define WORK_PER_THREAD 32768
+
+static const kernel_table *selected = &kernels_portable;
+
+static int usable(const kernel_table *table) {
+#if defined(__x86_64__)
+    if (table == &kernels_avx512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (table == &kernels_avx2)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return table == &kernels_portable;
+}
+
+static const kernel_table *const TABLES[] = {
+#if defined(__x86_64__)
+    &kernels_avx512,
+    &kernels_avx2,
+#endif
+    &kernels_portable,
+};
+
+/* The named instruction set, or the best one for NULL. Returns its name, NULL if this CPU lacks it.
+ * Not to be called while a kernel runs. */
+EXPORT const char *nibble_select(const char *name) {
+    for (size_t i = 0; i < sizeof TABLES / sizeof *TABLES; i++)
+        if ((!name || !strcmp(name, TABLES[i]->name)) && usable(TABLES[i])) {
+            selected = TABLES[i];
+            return selected->name;
+        }
+    return NULL;
+}
+
+EXPORT int nibble_has_threads(void) {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+static int useful_threads(int64_t work, int threads) {
+#if defined(_OPENMP)
+    return (int)max_i(1, min_(threads, work / WORK_PER_THREAD));
+#else
+    (void)work, (void)threads;
+    return 1;
+#endif
+}
+
+/* Grown, never shrunk, one for each calling thread: a call costs no page faults. */
+static float *workspace(int64_t floats) {
+    static _Thread_local float *memory = NULL;
+    static _Thread_local int64_t size = 0;
+    if (floats > size) {
+        void *fresh = NULL;
+        free(memory);
+        memory = NULL;
+        size = 0;
+        if (posix_memalign(&fresh, 64, (size_t)floats * sizeof(float))) return NULL;
+        memory = fresh;
+        size = floats;
+    }
+    return memory;
+}
+
+/* Each returns 0, or 1 when there is no memory for the workspace (nothing was written then). */
+
+EXPORT int nibble_nf4_linear(const nf4_weight *w, const float *x, int64_t rows, const float *bias,
+                             float *y, int threads) {
+    const int use = useful_threads(w->out * w->in * (rows + 4) / 4, threads);
+    float *memory = workspace(selected->nf4_workspace(w, rows, use));
+    if (!memory) return 1;
+    selected->nf4_linear(w, x, rows, bias, y, use, memory);
+    return 0;
+}
+
+EXPORT int nibble_lowrank_add(const lowrank_segment *segments, int64_t count, const float *x,
+                              int64_t in, float *y, int64_t out, int64_t floats, int threads) {
+    const int use = useful_threads(floats * (in + out), threads);
+    float *memory = workspace(floats + 1);
+    if (!memory) return 1;
+    selected->lowrank_add(segments, count, x, in, y, out, use, memory);
+    return 0;
+}
+
+EXPORT int nibble_attention(const attention_call *call, int threads) {
+    int64_t work = 0;
+    for (int64_t i = 0; i < call->sequences; i++)
+        work += (int64_t)(call->query_start[i + 1] - call->query_start[i]) * call->context_len[i];
+    const int use = useful_threads(work * call->heads * call->dim, threads);
+    float *memory = workspace(use * selected->attention_workspace(call));
+    if (!memory) return 1;
+    selected->attention(call, use, memory);
+    return 0;
+}

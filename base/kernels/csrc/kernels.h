@@ -1,0 +1,61 @@
+/* What Python and the instruction-set files agree on. */
+#ifndef NIBBLE_KERNELS_H
+#define NIBBLE_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* An NF4 weight W [out, in]: weight number n has code packed[n / 2] >> 4 for even n, & 15 for odd,
+ * and scale number n / blocksize. `_RECORD` in weight.py packs this. */
+typedef struct {
+    const uint8_t *packed;
+    const float *absmax;          /* scales, or NULL when they are quantised: */
+    const uint8_t *absmax_codes;  /* scale[i] = code[absmax_codes[i]] * nested_absmax[i / 256] */
+    const float *nested_absmax;   /*            + nested_offset                               */
+    const float *nested_code;
+    const float *nested_offset;
+    int64_t out, in, blocksize;
+} nf4_weight;
+
+enum { STORED_F32 = 0, STORED_BF16 = 1 };
+
+/* Rows [start, stop) get y = gain * (y + B (d * (A x))) + bias. NULL: d = gain = 1, bias = 0.
+ * `_SPAN` and `_REST` in lowrank.py pack this. */
+typedef struct {
+    int64_t start, stop;
+    const void *a; /* [rank, in] */
+    const void *b; /* [rank, out]: the transpose of the equation's B */
+    const float *d, *gain, *bias;
+    int64_t rank, a_stored, b_stored;
+} lowrank_segment;
+
+typedef struct {
+    const float *q;            /* [T, heads, dim] */
+    const void *k, *v;         /* [blocks, block_size, kv_heads, dim] */
+    const int32_t *tables;     /* [sequences, table_width] */
+    const int32_t *query_start; /* [sequences + 1] */
+    const int32_t *context_len; /* [sequences] */
+    float *out;                /* [T, heads, dim] */
+    int64_t sequences, table_width, heads, kv_heads, dim, block_size, window, stored;
+    float scale, softcap;
+} attention_call;
+
+/* One instruction set's kernels. Each is told how many threads it may use. */
+typedef struct {
+    const char *name;
+    void (*nf4_linear)(const nf4_weight *w, const float *x, int64_t rows, const float *bias,
+                       float *y, int threads, float *workspace);
+    int64_t (*nf4_workspace)(const nf4_weight *w, int64_t rows, int threads);
+    void (*lowrank_add)(const lowrank_segment *segments, int64_t count, const float *x, int64_t in,
+                        float *y, int64_t out, int threads, float *workspace);
+    void (*attention)(const attention_call *call, int threads, float *workspace);
+    int64_t (*attention_workspace)(const attention_call *call);
+} kernel_table;
+
+extern const kernel_table kernels_portable;
+#if defined(__x86_64__)
+extern const kernel_table kernels_avx2;
+extern const kernel_table kernels_avx512;
+#endif
+
+#endif

@@ -1,0 +1,255 @@
+/* y[t, o] = sum over k of x[t, k] W[o, k], + bias[o]; W in NF4, all arithmetic in float32.
+ *
+ * A block of 64 codes is 8 words of 32 bits. Shifting all words right by 4 j and keeping four bits
+ * gives the codes of the 8 weights 8 i + (j ^ 1), i = 0..7. So x is laid out once per call the same
+ * way, block by block: place 8 j + i of a block holds x[8 i + (j ^ 1)]; and the packed weights are
+ * read as bitsandbytes wrote them, with a shift and a table look-up for each vector.
+ *
+ * Order of additions. k is cut in stretches of CHUNK. Within one, lane l of VL adds up the places
+ * l, l + VL, l + 2 VL, ...; `sum_each` joins the lanes; the stretches are added in order; the bias
+ * comes last. The shape of W fixes all of it.
+ *
+ * Tiling. A panel of weight rows is dequantised for one stretch into a buffer (L2) and used for all
+ * rows of x, TILE of them at a time (L1), in register tiles of 4 weight rows x TILE rows of x.
+ */
+#include "kernels.h"
+#include "simd.h"
+#include "threads.h"
+
+#define CHUNK 1024      /* weights of one row that are dequantised at a time */
+#define PANEL 32        /* weight rows in a panel, when there are rows of x to reuse it */
+#define X_BUDGET (1 << 20) /* floats of x laid out at a time: 4 MiB */
+
+static const float LEVELS[16] __attribute__((aligned(64))) = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+
+INLINE float nf4_scale(const nf4_weight *w, int64_t block) {
+    if (w->absmax) return w->absmax[block];
+    return w->nested_code[w->absmax_codes[block]] * w->nested_absmax[block >> 8] + *w->nested_offset;
+}
+
+/* 64 weights of one scale, in the places described above. */
+#if defined(ISA_AVX512)
+INLINE void nf4_block(const uint8_t *packed, float scale, float *to) {
+    const __m512i shifts = _mm512_set_epi32(4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0);
+    __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)packed));
+    __m512 table = _mm512_mul_ps(_mm512_load_ps(LEVELS), _mm512_set1_ps(scale));
+    words = _mm512_srlv_epi32(words, shifts);
+    /* vpermps reads the low four bits of each word: no mask is needed */
+    _mm512_storeu_ps(to, _mm512_permutexvar_ps(words, table));
+    _mm512_storeu_ps(to + 16, _mm512_permutexvar_ps(_mm512_srli_epi32(words, 8), table));
+    _mm512_storeu_ps(to + 32, _mm512_permutexvar_ps(_mm512_srli_epi32(words, 16), table));
+    _mm512_storeu_ps(to + 48, _mm512_permutexvar_ps(_mm512_srli_epi32(words, 24), table));
+}
+#elif defined(ISA_AVX2)
+INLINE void nf4_block(const uint8_t *packed, float scale, float *to) {
+    const __m256i words = _mm256_loadu_si256((const __m256i *)packed);
+    const __m256 factor = _mm256_set1_ps(scale);
+    const __m256 low = _mm256_mul_ps(_mm256_load_ps(LEVELS), factor);
+    const __m256 high = _mm256_mul_ps(_mm256_load_ps(LEVELS + 8), factor);
+/* permutevar8x32 reads three bits; the fourth, moved to the sign, picks the half */
+#define PLACE(j)                                                                              \
+    do {                                                                                      \
+        __m256i code = (j) ? _mm256_srli_epi32(words, 4 * (j)) : words;                       \
+        __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * (j)));            \
+        _mm256_storeu_ps(to + 8 * (j),                                                        \
+                         _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code),                \
+                                          _mm256_permutevar8x32_ps(high, code), pick));       \
+    } while (0)
+    PLACE(0);
+    PLACE(1);
+    PLACE(2);
+    PLACE(3);
+    PLACE(4);
+    PLACE(5);
+    PLACE(6);
+    PLACE(7);
+#undef PLACE
+}
+#else
+INLINE void nf4_block(const uint8_t *packed, float scale, float *to) {
+    float table[16];
+    for (int c = 0; c < 16; c++) table[c] = LEVELS[c] * scale;
+    for (int i = 0; i < 8; i++)
+        for (int h = 0; h < 4; h++) {
+            uint8_t pair = packed[4 * i + h];
+            to[8 * (2 * h) + i] = table[pair & 15];
+            to[8 * (2 * h + 1) + i] = table[pair >> 4];
+        }
+}
+#endif
+
+/* The place of weight m of a block, m < 64. */
+INLINE int place(int m) { return 8 * ((m & 7) ^ 1) + (m >> 3); }
+
+/* `blocks` blocks of 64 weights of row `o` from column k0 on; columns beyond `in` become 0. */
+INLINE void nf4_row(const nf4_weight *w, int64_t o, int64_t k0, int64_t blocks, float *to) {
+    const int64_t first = o * w->in + k0;
+    if (w->in % 64 == 0 && w->blocksize % 64 == 0) {
+        const uint8_t *packed = w->packed + first / 2;
+        if (w->blocksize == 64) {
+            for (int64_t i = 0; i < blocks; i++)
+                nf4_block(packed + 32 * i, nf4_scale(w, first / 64 + i), to + 64 * i);
+        } else {
+            for (int64_t i = 0; i < blocks; i++)
+                nf4_block(packed + 32 * i, nf4_scale(w, (first + 64 * i) / w->blocksize),
+                          to + 64 * i);
+        }
+        return;
+    }
+    /* Blocks of scales straddle rows here: one weight at a time. */
+    for (int64_t i = 0; i < 64 * blocks; i++) {
+        float value = 0.0f;
+        if (k0 + i < w->in) {
+            int64_t n = first + i;
+            uint8_t pair = w->packed[n / 2];
+            value = LEVELS[n & 1 ? pair & 15 : pair >> 4] * nf4_scale(w, n / w->blocksize);
+        }
+        to[i / 64 * 64 + place(i % 64)] = value;
+    }
+}
+
+/* x [in] in the places of the weights, zeros beyond `in`. */
+INLINE void nf4_place_x(const float *x, int64_t in, float *to) {
+    static const int swapped[8] = {1, 0, 3, 2, 5, 4, 7, 6};
+    const int64_t whole = in / 64 * 64;
+    float block[64], turned[64];
+    for (int64_t k = 0; k < whole; k += 64) {
+        transpose8(x + k, 8, turned, 8);
+        for (int j = 0; j < 8; j++) memcpy(to + k + 8 * j, turned + 8 * swapped[j], 32);
+    }
+    if (whole == in) return;
+    memset(block, 0, sizeof block);
+    memcpy(block, x + whole, (size_t)(in - whole) * sizeof *x);
+    for (int m = 0; m < 64; m++) to[whole + place(m)] = block[m];
+}
+
+/* out[t][r] = the dot product of weight row r < 4 and x row t < tile, over `length` floats. */
+INLINE void dot_tile(const float *w, int64_t w_stride, const float *x, int64_t x_stride,
+                     int64_t length, const int tile, float out[][4]) {
+    vf sum[4][TILE];
+#pragma GCC unroll 8
+    for (int r = 0; r < 4; r++)
+#pragma GCC unroll 8
+        for (int t = 0; t < tile; t++) sum[r][t] = splat(0.0f);
+    for (int64_t k = 0; k < length; k += VL) {
+        vf row[TILE];
+#pragma GCC unroll 8
+        for (int t = 0; t < tile; t++) row[t] = load(x + t * x_stride + k);
+#pragma GCC unroll 8
+        for (int r = 0; r < 4; r++) {
+            vf weights = load(w + r * w_stride + k);
+#pragma GCC unroll 8
+            for (int t = 0; t < tile; t++) sum[r][t] = fma_(weights, row[t], sum[r][t]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < tile; t++) sum_each(out[t], sum[0][t], sum[1][t], sum[2][t], sum[3][t]);
+}
+
+static void dot_rows(const float *w, int64_t w_stride, const float *x, int64_t x_stride,
+                     int64_t length, int tile, float out[][4]) {
+    switch (tile) {
+    case 1: dot_tile(w, w_stride, x, x_stride, length, 1, out); break;
+#if TILE >= 2
+    case 2: dot_tile(w, w_stride, x, x_stride, length, 2, out); break;
+#endif
+#if TILE >= 3
+    case 3: dot_tile(w, w_stride, x, x_stride, length, 3, out); break;
+#endif
+#if TILE >= 4
+    case 4: dot_tile(w, w_stride, x, x_stride, length, 4, out); break;
+#endif
+#if TILE >= 5
+    case 5: dot_tile(w, w_stride, x, x_stride, length, 5, out); break;
+#endif
+#if TILE >= 6
+    case 6: dot_tile(w, w_stride, x, x_stride, length, 6, out); break;
+#endif
+    }
+}
+
+/* Rows [o0, o0 + count) of W, count <= PANEL, times all `rows` rows of placed x. */
+static void nf4_panel(const nf4_weight *w, int64_t o0, int64_t count, const float *placed,
+                      int64_t rows, const float *bias, float *y, float *panel) {
+    const int64_t width = ceil_div(w->in, 64) * 64;
+    float sums[TILE][4];
+    for (int64_t k0 = 0; k0 < width; k0 += CHUNK) {
+        const int64_t length = min_(CHUNK, width - k0);
+        const int first = k0 == 0, last = k0 + length == width;
+        for (int64_t r = 0; r < count; r++)
+            nf4_row(w, o0 + r, k0, length / 64, panel + r * length);
+        for (int64_t r = count; r % 4; r++)
+            memset(panel + r * length, 0, (size_t)length * sizeof *panel);
+        for (int64_t t0 = 0; t0 < rows; t0 += TILE) {
+            const int tile = (int)min_(TILE, rows - t0);
+            for (int64_t r0 = 0; r0 < count; r0 += 4) {
+                dot_rows(panel + r0 * length, length, placed + t0 * width + k0, width, length, tile,
+                         sums);
+                const int64_t used = min_(4, count - r0);
+                for (int t = 0; t < tile; t++) {
+                    float *to = y + (t0 + t) * w->out + o0 + r0;
+                    for (int64_t r = 0; r < used; r++) {
+                        float value = first ? sums[t][r] : to[r] + sums[t][r];
+                        to[r] = last && bias ? value + bias[o0 + r0 + r] : value;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/* Rows of x that are laid out at a time. */
+static int64_t nf4_x_rows(const nf4_weight *w, int64_t rows) {
+    const int64_t width = ceil_div(w->in, 64) * 64;
+    return min_(rows, max_i(4 * TILE, X_BUDGET / width / TILE * TILE));
+}
+
+static int64_t nf4_workspace(const nf4_weight *w, int64_t rows, int threads) {
+    const int64_t width = ceil_div(w->in, 64) * 64;
+    return nf4_x_rows(w, rows) * width + threads * (int64_t)(PANEL * CHUNK);
+}
+
+static void nf4_linear(const nf4_weight *w, const float *x, int64_t rows, const float *bias,
+                       float *y, int threads, float *workspace) {
+    const int64_t width = ceil_div(w->in, 64) * 64;
+    const int64_t step = nf4_x_rows(w, rows);
+    /* With few rows of x a group of four weight rows stays in L1. */
+    const int64_t share = ceil_div(ceil_div(w->out, threads), 4) * 4;
+    const int64_t panel_rows = rows <= TILE ? 4 : min_(PANEL, share);
+    const int64_t task_rows = min_(PANEL, share);
+    const int64_t tasks = ceil_div(w->out, task_rows);
+    float *placed = workspace + threads * (int64_t)(PANEL * CHUNK);
+    for (int64_t t0 = 0; t0 < rows; t0 += step) {
+        const int64_t count = min_(step, rows - t0);
+        int64_t next_row = 0, next_task = 0;
+        PARALLEL(threads) {
+            float *panel = workspace + THREAD_INDEX * (int64_t)(PANEL * CHUNK);
+            for (int64_t t; (t = draw(&next_row)) < count;)
+                nf4_place_x(x + (t0 + t) * w->in, w->in, placed + t * width);
+            BARRIER
+            for (int64_t task; (task = draw(&next_task)) < tasks;) {
+                const int64_t stop = min_(w->out, (task + 1) * task_rows);
+                for (int64_t o = task * task_rows; o < stop; o += panel_rows)
+                    nf4_panel(w, o, min_(panel_rows, stop - o), placed, count, bias,
+                              y + t0 * w->out, panel);
+            }
+        }
+    }
+}

@@ -1,0 +1,144 @@
+"""The C library of csrc/, through ctypes. Built by build.py; the torch path serves without it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch  # before the library: it brings the OpenMP runtime that both then share
+from torch import Tensor
+
+from .lowrank import LowRankPlan
+from .weight import NF4Weight
+
+# As in build.py, which must run as a script and without torch.
+LIBRARY = "_native.so"
+REASON = "_native.txt"
+
+_I64 = ctypes.c_int64
+_PTR = ctypes.c_void_p
+_STORED = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class _AttentionCall(ctypes.Structure):
+    """`attention_call` of csrc/kernels.h."""
+
+    _fields_ = [
+        *((name, _PTR) for name in ("q", "k", "v", "tables", "query_start", "context_len", "out")),
+        *((name, _I64) for name in ("sequences", "table_width", "heads", "kv_heads", "dim")),
+        *((name, _I64) for name in ("block_size", "window", "stored")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+class Native:
+    """The loaded library. Callers have checked devices, dtypes, shapes and contiguity."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self._select = library.nibble_select
+        self._select.argtypes, self._select.restype = [ctypes.c_char_p], ctypes.c_char_p
+        self._nf4_linear = library.nibble_nf4_linear
+        self._nf4_linear.argtypes = [ctypes.c_char_p, _PTR, _I64, _PTR, _PTR, ctypes.c_int]
+        self._lowrank_add = library.nibble_lowrank_add
+        self._lowrank_add.argtypes = [
+            *(ctypes.c_char_p, _I64, _PTR, _I64),
+            *(_PTR, _I64, _I64, ctypes.c_int),
+        ]
+        self._attention = library.nibble_attention
+        self._attention.argtypes = [ctypes.POINTER(_AttentionCall), ctypes.c_int]
+        self.has_threads = bool(library.nibble_has_threads())
+        self.isa = self.select(os.environ.get("NIBBLE_ISA"))
+
+    def select(self, name: str | None = None) -> str:
+        """Use one instruction set: avx512, avx2, portable; None for the best this CPU has."""
+        chosen: bytes | None = self._select(name.encode() if name else None)
+        if chosen is None:
+            raise ValueError(f"NIBBLE_ISA={name}: not one of avx512, avx2, portable this CPU has")
+        self.isa = chosen.decode()
+        return self.isa
+
+    def nf4_linear(self, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+        out, width = weight.shape
+        y = torch.empty((*x.shape[:-1], out), dtype=torch.float32)
+        if x.numel():
+            failed = self._nf4_linear(
+                weight.record,
+                x.data_ptr(),
+                x.numel() // width,
+                None if bias is None else bias.data_ptr(),
+                y.data_ptr(),
+                torch.get_num_threads(),
+            )
+            _check(failed)
+        return y
+
+    def lowrank_add(self, y: Tensor, x: Tensor, plan: LowRankPlan) -> Tensor:
+        if plan.segments:
+            failed = self._lowrank_add(
+                plan.records,
+                len(plan.segments),
+                x.data_ptr(),
+                x.shape[1],
+                y.data_ptr(),
+                y.shape[1],
+                plan.workspace,
+                torch.get_num_threads(),
+            )
+            _check(failed)
+        return y
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        scale: float,
+        sliding_window: int,
+        softcap: float,
+    ) -> Tensor:
+        out = torch.zeros_like(q)
+        call = _AttentionCall(
+            *(t.data_ptr() for t in (q, k_cache, v_cache, block_tables, query_start, context_len)),
+            out.data_ptr(),
+            block_tables.shape[0],
+            block_tables.shape[1],
+            q.shape[1],
+            k_cache.shape[2],
+            q.shape[2],
+            k_cache.shape[1],
+            sliding_window,
+            _STORED[k_cache.dtype],
+            scale,
+            softcap,
+        )
+        _check(self._attention(call, torch.get_num_threads()))
+        return out
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for the workspace of a kernel")
+
+
+def load(folder: Path | None = None) -> tuple[Native | None, str]:
+    """The library of `folder` (default: this package) and one line about it."""
+    folder = folder or Path(__file__).parent
+    path = folder / LIBRARY
+    if os.environ.get("NIBBLE_NATIVE") == "0":
+        return None, "off: NIBBLE_NATIVE=0"
+    if not path.exists():
+        reason = folder / REASON
+        why = reason.read_text().strip() if reason.exists() else "python -m base.kernels.build"
+        return None, f"not built: {why}"
+    try:
+        native = Native(path)
+    except (OSError, AttributeError, ValueError) as error:
+        return None, f"not loaded: {error}"
+    threads = "with OpenMP" if native.has_threads else "one thread: compiled without OpenMP"
+    return native, f"{native.isa}, {threads}"
