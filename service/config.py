@@ -141,11 +141,12 @@ class Settings(BaseSettings):
     block_size: int = _setting(
         "Tokens in one KV block, a power of two.", "Engine", 16, ge=1, le=256
     )
-    kv_cache_bytes: Bytes | None = _setting(
-        "Size of the KV cache; a share of free memory when unset.", "Engine", None, ge=MIB, le=TIB
-    )
-    kv_cache_fraction: float = _setting(
-        "That share of free memory.", "Engine", 0.25, ge=0.01, le=0.95
+    kv_cache_bytes: Bytes = _setting(
+        "Size of the KV cache; never more than the sequences of one step could fill.",
+        "Engine",
+        GIB // 2,
+        ge=MIB,
+        le=TIB,
     )
     max_num_seqs: int = _setting("Sequences in one step.", "Engine", 64, ge=1, le=4096)
     max_step_tokens: int = _setting(
@@ -155,12 +156,12 @@ class Settings(BaseSettings):
         ge=16,
         le=65536,
     )
-    max_queue: int = _setting("Requests that may wait.", "Engine", 256, ge=1, le=100_000)
+    max_queue: int = _setting("Requests that may wait.", "Engine", 1024, ge=1, le=100_000)
     slot_bytes: Bytes = _setting(
-        "Budget for adapters on the device.", "Engine", GIB, ge=MIB, le=TIB
+        "Budget for adapters on the device.", "Engine", 2 * GIB, ge=MIB, le=TIB
     )
     host_cache_bytes: Bytes = _setting(
-        "Budget for adapters kept ready in memory.", "Engine", GIB, ge=MIB, le=TIB
+        "Budget for adapters kept ready in memory.", "Engine", 2 * GIB, ge=MIB, le=TIB
     )
 
     @classmethod
@@ -178,7 +179,7 @@ class Settings(BaseSettings):
     @classmethod
     def _read_none(cls, data: Any) -> Any:
         """Neither TOML nor the environment has a null: the word `none` unsets an optional field."""
-        optional = {"revision", "hf_token", "adapters", "max_model_len", "kv_cache_bytes"}
+        optional = {"revision", "hf_token", "adapters", "max_model_len"}
         return {k: None if k in optional and v == "none" else v for k, v in dict(data).items()}
 
     @field_validator("home", "adapters")

@@ -38,9 +38,7 @@ def shadowed(home: Path = HOME) -> str | None:
     package of that name, over ours or before it.
     """
     if found := _version("adapters"):
-        return (
-            f"the unrelated distribution adapters {found} is installed and shares our package name"
-        )
+        return f"the unrelated package adapters {found} is installed under our name"
     for name in PACKAGES:
         file = import_module(name).__file__
         if file is None or Path(file).resolve().parents[1] != home:

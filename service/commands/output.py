@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -24,8 +25,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     # Names come from users: no markup. Where nobody looks at it, no wrapping either.
-    console = Console(markup=False, highlight=False)
-    console.print(table, width=console.width if console.is_terminal else 400)
+    width = None if sys.stdout.isatty() else 1000
+    Console(markup=False, highlight=False, width=width).print(table)
 
 
 def fail(message: str, next_step: str = "", *, as_json: bool = False, status: int = 1) -> NoReturn:

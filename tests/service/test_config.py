@@ -65,7 +65,6 @@ def test_sizes_are_read_in_units() -> None:
         ({"device": "tpu"}, "--device"),
         ({"dtype": "int8"}, "--dtype"),
         ({"slot_bytes": "1"}, "--slot-bytes"),
-        ({"kv_cache_fraction": "1.5"}, "--kv-cache-fraction"),
         ({"drain_seconds": "nan"}, "--drain-seconds"),
     ],
 )

@@ -1,0 +1,95 @@
+"""`nibble doctor`: what this machine is, which bases fit on it, and what could go wrong here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from base.machine import ARITHMETIC, Fit, Machine, choose_dtype, fits, inspect
+from service.commands.installation import shadowed, versions
+from service.commands.output import print_json, print_table
+from service.commands.server import Json
+from service.config import GIB, MIB
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def run(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda: what to choose for.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Tell what this machine is, which base sizes fit in NF4, and the dtype it will compute in.
+
+    Ends with status 1 when something here would keep nibble from working.
+    """
+    from base.kernels import native_status  # imports torch
+
+    machine = inspect()
+    dtype, why = choose_dtype(machine, device)
+    problem = shadowed()
+    if as_json:
+        print_json(
+            {
+                "machine": asdict(machine),
+                "dtype": {"name": dtype, "why": why},
+                "kernels": native_status(),
+                "fits": [_as_json(fit) for fit in fits(machine)],
+                "versions": versions(),
+                "problem": problem,
+            }
+        )
+    else:
+        _print_machine(machine, {"dtype": f"{dtype}: {why}", "CPU kernels": native_status()})
+        _print_fits(machine)
+        typer.echo(f"\n{'problem: ' + problem if problem else 'nothing stands in the way'}")
+    if problem:
+        raise typer.Exit(1)
+
+
+def _print_machine(machine: Machine, more: Mapping[str, str]) -> None:
+    memory = f"{_gib(machine.memory_available)} free of {_gib(machine.memory_total)}"
+    rows = [
+        ("CPU", f"{machine.cpu}, {machine.cores} cores"),
+        ("features", " ".join(machine.features) or "none of those that matter"),
+        ("memory", memory),
+    ]
+    rows += [
+        ("GPU", f"{gpu.name}, {_gib(gpu.memory_free)} free of {_gib(gpu.memory_total)}")
+        for gpu in machine.gpus
+    ] or [("GPU", "none")]
+    rows += list(more.items())
+    rows += [(name, found or "not installed") for name, found in versions().items()]
+    print_table(("this machine", ""), rows)
+
+
+def _print_fits(machine: Machine) -> None:
+    typer.echo("")
+    rows = [
+        (
+            fit.size.label,
+            f"{_gib(fit.serving_bytes)} {'fits' if fit.serves else 'too large'}",
+            f"{_gib(fit.training_bytes)} {'fits' if fit.trains else 'too large'}",
+        )
+        for fit in fits(machine)
+    ]
+    print_table(("base in NF4", "serving", "training"), rows)
+    typer.echo("counted in:")
+    for name, what in ARITHMETIC.items():
+        typer.echo(f"  {name}: {what}")
+
+
+def _as_json(fit: Fit) -> dict[str, Any]:
+    return {
+        "size": fit.size.label,
+        "budget": fit.budget,
+        "serving": {"bytes": fit.serving_bytes, "fits": fit.serves, **fit.serving},
+        "training": {"bytes": fit.training_bytes, "fits": fit.trains, **fit.training},
+    }
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
