@@ -1,0 +1,147 @@
+"""From a checkpoint's tensors to the places they have in an empty model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from base.checkpoint import Checkpoint
+from base.errors import UnservableBase
+from base.kernels import NF4Weight
+from base.nf4 import NF4Linear
+from base.prequantized import PrequantizedParts
+
+
+class Filling:
+    """Puts each tensor of a checkpoint in its place in an empty model, or says why it cannot."""
+
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        double_quant: bool,
+    ) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        self.model = model
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype
+        self.double_quant = double_quant
+        self.parts = PrequantizedParts(checkpoint)
+        self.expected: dict[str, Tensor] = dict(model.state_dict())  # on the meta device
+        self.filled: set[str] = set()
+        conversions = get_model_conversion_mapping(model)
+        self.converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self.renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
+
+    def run(self) -> None:
+        for key, name in self._names():
+            if key in self.parts.weights:
+                self._place_prequantized(name, self.parts.read(key))
+            else:
+                self._place(name, self.checkpoint.read(key))
+            self.filled.add(name)
+        missing = set(self.expected) - self.filled
+        # Ties what the config ties, symmetrically, and takes the tied ones off `missing`.
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        if missing:
+            raise UnservableBase(f"the checkpoint lacks {_some(missing)}")
+
+    def _names(self) -> Iterator[tuple[str, str]]:
+        """(key in the checkpoint, name in the model) of every tensor that is to be placed."""
+        names = {key: self._rename(key) for key in self.checkpoint if key not in self.parts.extras}
+        ignored = _ignored(self.model)
+        unknown = {
+            key
+            for key, name in names.items()
+            if name not in self.expected and not ignored.search(name)
+        }
+        if unknown:
+            raise UnservableBase(
+                f"{type(self.model).__name__} has no place for {_some(unknown)} of the checkpoint"
+            )
+        placed: dict[str, str] = {}
+        for key, name in names.items():
+            if name in placed:
+                raise UnservableBase(f"{placed[name]} and {key} are both {name} of the model")
+            placed[name] = key
+        return ((key, name) for name, key in placed.items() if name in self.expected)
+
+    def _rename(self, key: str) -> str:
+        """The model's name for a key, by transformers' own table of older and other layouts."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, converted = rename_source_key(
+            key, self.renamings, self.converters, self.model.base_model_prefix, self.expected
+        )
+        if converted is not None:
+            raise UnservableBase(
+                f"{key} must be converted to {name} ({converted}): load the checkpoint with "
+                "transformers, save it again, and serve the copy"
+            )
+        return cast(str, name)
+
+    def _place(self, name: str, tensor: Tensor) -> None:
+        if tensor.shape != self.expected[name].shape:
+            raise UnservableBase(
+                f"{name} is {list(tensor.shape)} in the checkpoint, "
+                f"config.json asks for {list(self.expected[name].shape)}"
+            )
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise UnservableBase(f"{name} is {tensor.dtype}; weights must be float32 or 16 bit")
+        parent_path, _, leaf = name.rpartition(".")
+        parent = self.model.get_submodule(parent_path)
+        if leaf == "weight" and self._is_quantised(parent):
+            weight = NF4Weight.quantize(tensor.to(self.device), self.double_quant)
+            self._swap(parent_path, parent, weight)
+        else:
+            # A copy, or the parameter would keep the whole mapped file in memory.
+            copy = tensor.to(self.device, self.dtype, copy=True)
+            if leaf in parent._buffers:
+                parent._buffers[leaf] = copy
+            else:
+                setattr(parent, leaf, nn.Parameter(copy, requires_grad=False))
+
+    def _place_prequantized(self, name: str, weight: NF4Weight) -> None:
+        path = name.removesuffix(".weight")
+        layer = self.model.get_submodule(path)
+        if not isinstance(layer, nn.Linear):
+            raise UnservableBase(f"{name} is quantised but {path} is a {type(layer).__name__}")
+        if weight.shape != self.expected[name].shape:
+            raise UnservableBase(
+                f"{name} is {list(weight.shape)} in the checkpoint, "
+                f"config.json asks for {list(self.expected[name].shape)}"
+            )
+        self._swap(path, layer, weight.to(self.device))
+
+    def _is_quantised(self, module: nn.Module) -> bool:
+        """Is this a decoder linear? What a quantised checkpoint left in float stays in float."""
+        return (
+            isinstance(module, nn.Linear)
+            and module is not self.model.get_output_embeddings()
+            and not self.parts.weights
+        )
+
+    def _swap(self, path: str, layer: nn.Linear, weight: NF4Weight) -> None:
+        """The bias goes along: filled already, or on the meta device until its turn comes."""
+        self.model.set_submodule(path, NF4Linear(weight, layer.bias))
+
+
+def _ignored(model: Any) -> re.Pattern[str]:
+    """Keys that transformers knows to be of no use: buffers that older versions saved."""
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    return re.compile("|".join(f"(?:{p})" for p in patterns))
+
+
+def _some(names: set[str]) -> str:
+    first = sorted(names)[:3]
+    more = len(names) - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")

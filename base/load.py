@@ -1,0 +1,214 @@
+"""Any dense causal LM of transformers -> a base in NF4, on CPU or CUDA, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from base.architecture import empty_model
+from base.checkpoint import Checkpoint, read_json
+from base.errors import UnservableBase
+from base.filling import Filling
+from base.fingerprint import default_cache_dir, fingerprint
+from base.hub import Source, locate
+from base.machine import choose_dtype, inspect
+from base.nf4 import NF4Linear
+from base.prequantized import refuse_foreign_quantization
+from base.probe import AttentionShape, probe_attention
+from base.spec import BaseSpec, EmbeddingShape, LinearShape
+
+__all__ = ["Base", "UnservableBase", "load_base"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """One frozen model: decoder linears in NF4, all else in `dtype`, everything on `device`.
+
+    The three maps keep the modules as they were loaded: they still find the base's own layer
+    after somebody has put a wrapper in its place in `model`.
+    """
+
+    model: Any  # transformers' PreTrainedModel, in eval mode, nothing requires a gradient
+    tokenizer: Any  # transformers' PreTrainedTokenizerBase, or None where the directory has none
+    spec: BaseSpec
+    dtype: torch.dtype
+    device: torch.device
+    eos_token_ids: frozenset[int]
+    _linears: Mapping[str, NF4Linear | nn.Linear] = field(repr=False)
+    _embeddings: Mapping[str, nn.Embedding] = field(repr=False)
+    _norms: Mapping[str, nn.Module] = field(repr=False)
+
+    def linear(self, path: str) -> NF4Linear | nn.Linear:
+        """The linear layer at a module path. Raises KeyError where the base has none."""
+        return self._linears[path]
+
+    def embedding(self, path: str) -> nn.Embedding:
+        """The embedding at a module path. Raises KeyError where the base has none."""
+        return self._embeddings[path]
+
+    def norm(self, path: str) -> nn.Module:
+        """The norm at a module path, with its `weight`. Raises KeyError where the base has none."""
+        return self._norms[path]
+
+
+def load_base(
+    source: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    double_quant: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Base:
+    """Load a base from a directory or a hub id (`organisation/name`), and quantise it to NF4.
+
+    Each decoder linear is quantised as its tensor is read, and the float copy is dropped at once:
+    the peak is the NF4 base and about one tensor. Only safetensors are read, and no Python of the
+    checkpoint runs. There is no network unless `source` is a hub id. `cache_dir` keeps the hashes
+    of big weight files (default: $NIBBLE_HOME, else ~/.cache/nibble). A checkpoint that is already
+    in bitsandbytes' NF4 stays as it is, whatever `double_quant` says.
+    Raises UnservableBase, with the reason.
+    """
+    found = locate(str(source), revision)
+    config_json = read_json(found.directory / "config.json")
+    if not config_json:
+        raise UnservableBase(f"{found.directory} has no config.json")
+    refuse_foreign_quantization(config_json)
+    where = _device(device)
+    compute = _dtype(dtype, where)
+    checkpoint = Checkpoint(found.directory)
+    model = empty_model(config_json, compute)
+    Filling(model, checkpoint, where, compute, double_quant).run()
+    model.to(where)
+    attention = probe_attention(model, where)
+    tokenizer = _tokenizer(found.directory)
+    layers = _Layers.of(model)
+    digest = fingerprint(
+        config_json,
+        checkpoint.files,
+        double_quant=layers.double_quant,
+        cache_dir=Path(cache_dir) if cache_dir else default_cache_dir(),
+    )
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        spec=_spec(found, digest, model, layers, attention),
+        dtype=compute,
+        device=where,
+        eos_token_ids=_eos_token_ids(found.directory, model.config, tokenizer),
+        _linears=layers.linears,
+        _embeddings=layers.embeddings,
+        _norms=layers.norms,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """The modules of a loaded model that adapters can name, by path."""
+
+    linears: dict[str, NF4Linear | nn.Linear]
+    embeddings: dict[str, nn.Embedding]
+    norms: dict[str, nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Layers:
+        modules = dict(model.named_modules())
+        return cls(
+            linears={p: m for p, m in modules.items() if isinstance(m, NF4Linear | nn.Linear)},
+            embeddings={p: m for p, m in modules.items() if isinstance(m, nn.Embedding)},
+            norms={p: m for p, m in modules.items() if _is_norm(m)},
+        )
+
+    @property
+    def double_quant(self) -> bool:
+        return any(m.weight.is_nested for m in self.linears.values() if isinstance(m, NF4Linear))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return "Norm" in type(module).__name__ and weight is not None and weight.dim() == 1
+
+
+def _spec(
+    found: Source, digest: str, model: Any, layers: _Layers, attention: AttentionShape
+) -> BaseSpec:
+    config = model.config
+    embedding = model.get_input_embeddings()
+    return BaseSpec(
+        id=found.id,
+        revision=found.revision,
+        architecture=config.model_type,
+        fingerprint=digest,
+        linears={path: _linear_shape(layer) for path, layer in layers.linears.items()},
+        embeddings={
+            path: EmbeddingShape(*table.weight.shape) for path, table in layers.embeddings.items()
+        },
+        norms={
+            path: int(norm.get_parameter("weight").numel()) for path, norm in layers.norms.items()
+        },
+        tied_embeddings=model.get_output_embeddings().weight is embedding.weight,
+        num_layers=attention.num_layers,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=int(embedding.weight.shape[0]),
+        max_positions=config.max_position_embeddings,
+        double_quant=layers.double_quant,
+    )
+
+
+def _linear_shape(layer: NF4Linear | nn.Linear) -> LinearShape:
+    return LinearShape(
+        out_features=layer.out_features,
+        in_features=layer.in_features,
+        bias=layer.bias is not None,
+        quantized=isinstance(layer, NF4Linear),
+    )
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        dtype = choose_dtype(inspect(), device.type)[0]
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in _DTYPES.values():
+        raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)}; got {dtype}")
+    return chosen
+
+
+def _tokenizer(directory: Path) -> Any:
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # each tokenizer class fails in its own way
+        raise UnservableBase(f"the tokenizer cannot be loaded: {error}") from error
+
+
+def _eos_token_ids(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends an answer: chat models often have more than the tokenizer's one."""
+    named = [
+        read_json(directory / "generation_config.json").get("eos_token_id"),
+        config.eos_token_id,
+        getattr(tokenizer, "eos_token_id", None),
+    ]
+    ids = [i for one in named for i in (one if isinstance(one, list) else [one])]
+    return frozenset(i for i in ids if i is not None)
