@@ -19,6 +19,7 @@ import json
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging as transformers_logging
+
+from adapters.manifest import AdapterManifest
+from base.spec import BaseSpec
 
 transformers_logging.disable_progress_bar()
 
@@ -166,12 +170,14 @@ def _with_adapter(model: nn.Module, adapter: Path, merged: str | None) -> Any:
             if hasattr(module, "lora_A") and module.lora_A
         ]
         plain = peft_model.merge_and_unload(safe_merge=True)
+    head = plain.get_output_embeddings()
     for name in touched:
-        linear = plain.get_submodule(name)
-        if merged == "bfloat16":
-            linear.weight.data = linear.weight.data.bfloat16().float()
-        elif merged == "nf4":
-            linear.weight.data = nf4_round(linear.weight)
+        layer = plain.get_submodule(name)
+        quantised = isinstance(layer, nn.Linear) and layer is not head
+        if merged == "nf4" and quantised:
+            layer.weight.data = nf4_round(layer.weight)
+        elif merged in ("bfloat16", "nf4"):
+            layer.weight.data = layer.weight.data.bfloat16().float()
     return plain
 
 
@@ -335,6 +341,29 @@ def _randomise(adapted: nn.Module, strength: float) -> None:
             parameter.data += strength * noise
         elif "lora_embedding_B" in name:
             parameter.data = strength * noise
+
+
+def read_manifest(adapter: str | Path, spec: BaseSpec, **fields: Any) -> AdapterManifest:
+    """The manifest of a saved adapter, without the store: the config as it is, nothing checked."""
+    adapter = Path(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    kind = "dora" if config["use_dora"] else "rslora" if config["use_rslora"] else "lora"
+    digest = sha256(weights + json.dumps(config, sort_keys=True).encode()).hexdigest()
+    own: dict[str, Any] = {
+        "digest": digest,
+        "name": adapter.name,
+        "version": 1,
+        "kind": kind,
+        "rank": config["r"],
+        "targets": (),
+        "base_fingerprint": spec.fingerprint,
+        "config": config,
+        "weights_sha256": sha256(weights).hexdigest(),
+        "weights_bytes": len(weights),
+        "memory_bytes": 2 * len(weights),
+    }
+    return AdapterManifest(**{**own, **fields})
 
 
 def edit_adapter(

@@ -1,0 +1,78 @@
+"""Lowering: from a PEFT checkpoint to what the operator reads.
+
+One file per family, one row per kind in `FAMILIES`. A family turns tensors into deltas; what holds
+for all of them (every tensor is consumed, merged placement) happens here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from adapters.delta import Delta, LinearDelta, LoweredAdapter
+from adapters.errors import InvalidAdapter
+from adapters.manifest import AdapterManifest, MergedDtype, Placement
+from base.load import Base
+
+from .checkpoint import AdapterCheckpoint
+from .lora import lower_lora
+from .merge import merge
+
+__all__ = ["FAMILIES", "lower"]
+
+Family = Callable[[Mapping[str, Any], AdapterCheckpoint, Base], dict[str, Delta]]
+
+FAMILIES: Mapping[str, Family] = {
+    "lora": lower_lora,
+    "rslora": lower_lora,
+    "dora": lower_lora,
+}
+
+
+def lower(
+    manifest: AdapterManifest,
+    weights: Path,
+    base: Base,
+    *,
+    placement: Placement | None = None,
+    merged_dtype: MergedDtype | None = None,
+) -> LoweredAdapter:
+    """The adapter in the file `weights`, ready for the operator: on base.device, in base.dtype.
+
+    `placement` and `merged_dtype` default to the manifest's. Vectors stay in float32. A merged
+    adapter's notes say what rounding its weights cost: `requantisation_error` is
+    ‖W_kept - W_merged‖ / ‖W_merged‖ of the worst layer, `requantisation_error_mean` the mean.
+
+    Raises InvalidAdapter, naming the tensor or field, where the file is for another base, a
+    tensor is left over, or something in it cannot be applied exactly.
+    """
+    family = FAMILIES.get(manifest.kind)
+    if family is None:
+        raise InvalidAdapter(f"kind {manifest.kind!r} cannot be served", "kind")
+    if manifest.base_fingerprint != base.spec.fingerprint:
+        raise InvalidAdapter(
+            f"the adapter is for base {manifest.base_fingerprint[:12]}, this one is "
+            f"{base.spec.fingerprint[:12]} ({base.spec.id})",
+            "base_fingerprint",
+        )
+    with AdapterCheckpoint(weights, base.device) as checkpoint:
+        deltas = family(manifest.config, checkpoint, base)
+        checkpoint.finish()
+    notes: Mapping[str, float] = {}
+    placement = placement or manifest.placement
+    if placement == "merged":
+        deltas, notes = merge(deltas, base, merged_dtype or manifest.merged_dtype)
+    return LoweredAdapter(
+        digest=manifest.digest,
+        kind=manifest.kind,
+        placement=placement,
+        deltas=deltas,
+        rank=max((_rank(delta) for delta in deltas.values()), default=0),
+        notes=notes,
+    )
+
+
+def _rank(delta: Delta) -> int:
+    terms = delta.low_rank if isinstance(delta, LinearDelta) else ()
+    return sum(term.rank for term in terms)

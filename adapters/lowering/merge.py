@@ -1,0 +1,132 @@
+"""Merged placement: an adapter's own matrices, W' = g ⊙ (W p + Σ B d A), layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from adapters.delta import (
+    Delta,
+    EmbeddingDelta,
+    LinearDelta,
+    PrivateEmbedding,
+    PrivateLinear,
+)
+from adapters.manifest import MergedDtype
+from base.kernels import NF4Weight
+from base.load import Base
+from base.nf4 import NF4Linear
+
+from .dora import weight_rows
+
+_TILE_ROWS = 1024  # rows in float32 at a time; a multiple of 64, so that NF4 blocks end with tiles
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@torch.no_grad()
+def merge(
+    deltas: Mapping[str, Delta], base: Base, dtype: MergedDtype
+) -> tuple[dict[str, Delta], dict[str, float]]:
+    """Private matrices in place of deltas, and what keeping them in `dtype` cost.
+
+    "nf4" requantises the layers that the base keeps in NF4, in blocks of 64; a table or an output
+    head that the base keeps in float becomes bfloat16. Deltas that change no matrix (a bias, a
+    module that is private already) stay. At no time more than one tile of a layer is in float32.
+    """
+    merged: dict[str, Delta] = {}
+    errors = []
+    for path, delta in deltas.items():
+        if isinstance(delta, LinearDelta) and _changes_matrix(delta):
+            quantized = base.spec.linears[path].quantized
+            merged[path], error = _merge_linear(delta, base.linear(path), dtype, quantized)
+        elif isinstance(delta, EmbeddingDelta):
+            merged[path], error = _merge_embedding(delta, base.embedding(path).weight, dtype)
+        else:
+            merged[path] = delta
+            continue
+        errors.append(error)
+    if not errors:
+        return merged, {}
+    return merged, {
+        "requantisation_error": max(errors),
+        "requantisation_error_mean": sum(errors) / len(errors),
+    }
+
+
+def _changes_matrix(delta: LinearDelta) -> bool:
+    return bool(delta.low_rank) or delta.g is not None or delta.p is not None
+
+
+def _merge_linear(
+    delta: LinearDelta, linear: NF4Linear | nn.Linear, dtype: MergedDtype, quantized: bool
+) -> tuple[PrivateLinear, float]:
+    tiles = _linear_tiles(delta, linear)
+    bias = delta.bias
+    if bias is None and linear.bias is not None:
+        bias = linear.bias.detach().float()
+    if dtype == "nf4" and quantized:
+        weight, error = _quantized(tiles, (linear.out_features, linear.in_features))
+        return PrivateLinear(weight, bias), error
+    matrix, error = _rounded(tiles, _DTYPES.get(dtype, torch.bfloat16))
+    return PrivateLinear(matrix, bias), error
+
+
+def _linear_tiles(delta: LinearDelta, linear: NF4Linear | nn.Linear) -> Iterator[Tensor]:
+    """The merged weight in float32, [rows of the tile, in] each."""
+    for start in range(0, linear.out_features, _TILE_ROWS):
+        stop = min(start + _TILE_ROWS, linear.out_features)
+        tile = weight_rows(linear, start, stop)
+        if delta.p is not None:
+            tile = tile * delta.p.float()
+        for term in delta.low_rank:
+            B = term.B[start:stop].float()
+            tile = tile + (B if term.d is None else B * term.d.float()) @ term.A.float()
+        yield tile if delta.g is None else tile * delta.g[start:stop, None].float()
+
+
+def _merge_embedding(
+    delta: EmbeddingDelta, table: Tensor, dtype: MergedDtype
+) -> tuple[PrivateEmbedding, float]:
+    def tiles() -> Iterator[Tensor]:
+        for start in range(0, table.shape[0], _TILE_ROWS):
+            rows = slice(start, start + _TILE_ROWS)
+            tile = table[rows].float() + delta.A[:, rows].float().t() @ delta.B.float().t()
+            yield tile if delta.g is None else tile * delta.g.float()
+
+    weight, error = _rounded(tiles(), _DTYPES.get(dtype, torch.bfloat16))
+    return PrivateEmbedding(weight), error
+
+
+class _Error:
+    """‖kept - wanted‖ / ‖wanted‖, summed over tiles."""
+
+    def __init__(self) -> None:
+        self.missed = self.total = 0.0
+
+    def add(self, kept: Tensor, wanted: Tensor) -> None:
+        self.missed += float((kept.float() - wanted).double().square().sum())
+        self.total += float(wanted.double().square().sum())
+
+    @property
+    def relative(self) -> float:
+        return (self.missed / self.total) ** 0.5 if self.total else 0.0
+
+
+def _rounded(tiles: Iterator[Tensor], dtype: torch.dtype) -> tuple[Tensor, float]:
+    error, kept = _Error(), []
+    for tile in tiles:
+        kept.append(tile.to(dtype))
+        error.add(kept[-1], tile)
+    return torch.cat(kept), error.relative
+
+
+def _quantized(tiles: Iterator[Tensor], shape: tuple[int, int]) -> tuple[NF4Weight, float]:
+    error, kept = _Error(), []
+    for tile in tiles:
+        kept.append(NF4Weight.quantize(tile, double_quant=False))
+        error.add(kept[-1].dequantize(torch.float32), tile)
+    packed = torch.cat([part.packed for part in kept])
+    absmax = torch.cat([part.absmax for part in kept])
+    return NF4Weight(packed, absmax, shape), error.relative
