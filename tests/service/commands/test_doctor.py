@@ -1,0 +1,43 @@
+"""`nibble doctor`: it tells of this machine what base.machine and the kernels know."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from base.kernels import native_status
+from base.machine import SIZES, choose_dtype, inspect
+from service.commands import doctor
+
+
+def test_json_holds_machine_choice_and_fits() -> None:
+    done = CliRunner().invoke(doctor.app, ["--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["machine"]["cores"] == inspect().cores
+    assert tuple(found["dtype"].values()) == choose_dtype(inspect())
+    assert found["kernels"] == native_status()
+    assert [fit["size"] for fit in found["fits"]] == [size.label for size in SIZES]
+    for fit in found["fits"]:
+        for use in ("serving", "training"):
+            parts = {k: v for k, v in fit[use].items() if k not in ("bytes", "fits")}
+            assert sum(parts.values()) == fit[use]["bytes"]
+            assert fit[use]["fits"] == (fit[use]["bytes"] <= fit["budget"])
+
+
+def test_text_says_the_same() -> None:
+    done = CliRunner().invoke(doctor.app, [])
+    assert done.exit_code == 0, done.output
+    assert inspect().cpu in done.stdout
+    assert choose_dtype(inspect())[1] in done.stdout
+    for size in SIZES:
+        assert size.label in done.stdout
+
+
+def test_a_problem_ends_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "shadowed", lambda: "something stands before ours")
+    done = CliRunner().invoke(doctor.app, [])
+    assert done.exit_code == 1
+    assert "problem: something stands before ours" in done.stdout

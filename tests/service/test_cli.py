@@ -1,0 +1,86 @@
+"""The `nibble` command: lazy, complete, and honest exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from typer import Typer
+from typer.testing import CliRunner
+
+from service import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "peft", "pydantic", "fastapi", "httpx", "sqlalchemy", "numpy")
+
+
+def test_help_lists_every_command_and_imports_none() -> None:
+    probe = (
+        "import sys\nfrom service.cli import main\nsys.argv = ['nibble', '--help']\n"
+        f"try: main()\nfinally: print('heavy:', [m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in [*cli.OWN, *cli.KNOWN]:
+        assert f" {name} " in done.stdout
+    assert "heavy: []" in done.stdout
+
+
+@pytest.mark.parametrize("name", cli.OWN)
+def test_every_own_command_answers_help(name: str) -> None:
+    done = CliRunner().invoke(cli.app, [name, "--help"])
+    assert done.exit_code == 0, done.output
+    assert f"nibble {name}" in done.output
+
+
+def test_every_entry_point_is_a_typer_app() -> None:
+    found = cli.installed()
+    if found is None:
+        pytest.skip("not installed: entry points come with the distribution")
+    groups = {e.name: e.value for e in found.entry_points if e.group == cli.GROUP}
+    assert set(groups) == set(cli.KNOWN)
+    for target in groups.values():
+        module, _, attribute = target.partition(":")
+        assert type(getattr(import_module(module), attribute)).__name__ == "Typer"
+
+
+def test_groups_need_the_installed_package_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "installed", lambda: None)
+    fresh = Typer()
+    monkeypatch.setattr(cli, "app", fresh)
+    cli._register_all()
+    done = CliRunner().invoke(fresh, ["train", "lora", "--rank", "4"])
+    assert done.exit_code == 1
+    assert "make install" in done.output
+
+
+def test_arguments_reach_the_command_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(cli, "_load", lambda target: lambda **given: seen.append(given))
+    args = ["--new", "-x", "3", "word", "--flag=1", "--help", "two words"]
+    done = CliRunner().invoke(cli.app, ["serve", *args])
+    assert done.exit_code == 0, done.output
+    assert seen == [{"args": args, "prog_name": "nibble serve"}]
+
+
+@pytest.mark.parametrize(
+    ("args", "status"),
+    [
+        (["--version"], 0),
+        (["nonsense"], 2),
+        (["serve", "--prot", "1"], 2),
+        (["serve", "--port", "many"], 2),
+        (["config", "--port", "70000"], 2),
+        (["generate"], 2),
+        (["generate", "hello", "--max-new-tokens", "0"], 2),
+        (["generate", "hello", "--url", "http://127.0.0.1:1"], 1),
+        (["adapters", "push", "/does/not/exist"], 2),
+    ],
+)
+def test_exit_status(args: list[str], status: int) -> None:
+    done = CliRunner().invoke(cli.app, args)
+    assert done.exit_code == status, done.output
