@@ -1,0 +1,119 @@
+"""The wheel carries everything that a server needs, and nothing that belongs to tests."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built from the files of the repository alone, in a directory of its own."""
+    source = tmp_path_factory.mktemp("source")
+    for path in _files():
+        target = source / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (built,) = out.iterdir()
+    return zipfile.ZipFile(built)
+
+
+def _files() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout: which files belong to the repository is not known")
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def _of(names: list[str], folder: str) -> set[str]:
+    return {name for name in names if name.startswith(folder)}
+
+
+def test_wheel_holds_every_tracked_file_of_the_packages(wheel: zipfile.ZipFile) -> None:
+    """Sources of C, migrations, the embedded base and the samples are files, not modules: each
+    needs its line in pyproject.toml, and a forgotten one is noticed by users only."""
+    packages = ("base", "adapters", "service", "training")
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for path in _files()
+        if path.relative_to(ROOT).parts[0] in packages
+    }
+    assert wanted - set(wheel.namelist()) == set()
+
+
+@pytest.mark.parametrize(
+    ("folder", "suffix"),
+    [
+        ("base/kernels/csrc/", ".c"),
+        ("base/mini/", ".safetensors"),
+        ("base/mini/", "tokenizer.json"),
+        ("adapters/migrations/", ".py"),
+        ("training/samples/", "adapter_model.safetensors"),
+        ("training/samples/", "adapter_config.json"),
+    ],
+)
+def test_what_runs_offline_is_inside(wheel: zipfile.ZipFile, folder: str, suffix: str) -> None:
+    assert any(name.endswith(suffix) for name in _of(wheel.namelist(), folder))
+
+
+def test_nothing_else_is_inside(wheel: zipfile.ZipFile) -> None:
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    info = f"nibble_serve-{PROJECT['version']}.dist-info"
+    assert tops == {"base", "adapters", "service", "training", info}
+    assert not [name for name in wheel.namelist() if "__pycache__" in name]
+
+
+def test_console_script_and_groups(wheel: zipfile.ZipFile) -> None:
+    (name,) = [n for n in wheel.namelist() if n.endswith("entry_points.txt")]
+    text = wheel.read(name).decode()
+    assert "nibble = service.cli:main" in text
+    assert "[nibble.commands]" in text
+
+
+def test_metadata_is_ours_and_stays_private(wheel: zipfile.ZipFile) -> None:
+    (name,) = [n for n in wheel.namelist() if n.endswith("METADATA")]
+    metadata = Parser().parsestr(wheel.read(name).decode())
+    assert metadata["Version"] == PROJECT["version"]
+    assert "Private :: Do Not Upload" in metadata.get_all("Classifier", [])
+
+
+def test_every_dependency_is_pinned() -> None:
+    """What the README's commands install is what the tests ran with."""
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    }
+    extras = [name for group in PROJECT["optional-dependencies"].values() for name in group]
+    wanted = {_name(line) for line in [*PROJECT["dependencies"], *extras]}
+    assert wanted - pinned == set()
+
+
+def test_constraints_name_no_place_and_no_local_build() -> None:
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert "://" not in line
+        assert "+" not in line, "a local build, say +cpu, exists on some indexes only"
+        assert line.startswith("#") or "==" in line
+
+
+def _name(requirement: str) -> str:
+    end = next((i for i, c in enumerate(requirement) if c in " <>=~![;"), len(requirement))
+    return requirement[:end].lower().replace("_", "-")
