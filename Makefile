@@ -25,7 +25,7 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py base/kernels/csrc/*) | $(BIN)/python
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py base/kernels/build.py base/kernels/csrc/*) | $(BIN)/python
 	$(PIP) install --quiet -c constraints.txt setuptools
 	$(PIP) install --progress-bar off -c constraints.txt --no-build-isolation -e .
 	@touch $@
@@ -63,5 +63,5 @@ samples: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find $(PACKAGES) -name '*.so' -delete
+	rm -f base/kernels/_native.*
 	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

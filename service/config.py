@@ -37,8 +37,10 @@ FILE = "nibble.toml"
 MASK = "**********"
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
-# Variables that are read elsewhere: where a file is, and where a client finds its server.
-OTHER_VARIABLES = frozenset({"NIBBLE_CONFIG", "NIBBLE_URL"})
+# Variables that are read elsewhere: where a file or a server is, and which kernels to use.
+OTHER_VARIABLES = frozenset(
+    {"NIBBLE_CONFIG", "NIBBLE_URL", "NIBBLE_NATIVE", "NIBBLE_ISA", "NIBBLE_CFLAGS"}
+)
 
 Source = Literal["flag", "env", "file", "default"]
 

@@ -54,7 +54,7 @@ def test_wheel_holds_every_tracked_file_of_the_packages(wheel: zipfile.ZipFile) 
     wanted = {
         path.relative_to(ROOT).as_posix()
         for path in _files()
-        if path.relative_to(ROOT).parts[0] in packages
+        if path.relative_to(ROOT).parts[0] in packages and not path.name.startswith(".")
     }
     assert wanted - set(wheel.namelist()) == set()
 
