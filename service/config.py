@@ -32,6 +32,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from base.mini import MINI
+
 PREFIX = "NIBBLE_"
 FILE = "nibble.toml"
 MASK = "**********"
@@ -208,7 +210,7 @@ class Settings(BaseSettings):
     @property
     def base_source(self) -> str:
         """What `base.load.load_base` takes: the embedded base by its directory."""
-        return str(_PACKAGES / "base" / "mini") if self.base == "mini" else self.base
+        return str(MINI) if self.base == "mini" else self.base
 
     def shown(self) -> dict[str, Any]:
         """Plain values by name, secrets and passwords inside URLs masked."""

@@ -21,7 +21,9 @@ def run(
     adapter: Annotated[
         str | None, typer.Option(help="name, name@version, name@alias or sha256:…; none: the base.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest output.")] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest output; the server's default when unset.")
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user's message, not as raw text.")
     ] = False,
@@ -40,10 +42,16 @@ def run(
     """Ask a running server for a text."""
     text = sys.stdin.read() if prompt == "-" else prompt
     inputs = _messages(text, system) if chat or system else text
-    parameters: dict[str, Any] = {"max_new_tokens": max_new_tokens, "details": as_json}
-    sampled = {} if temperature is None else {"do_sample": True, "temperature": temperature}
-    given = {"adapter_id": adapter, "seed": seed, "stop": stop or None, **sampled}
-    parameters |= {name: value for name, value in given.items() if value is not None}
+    given = {
+        "adapter_id": adapter,
+        "max_new_tokens": max_new_tokens,
+        "do_sample": None if temperature is None else True,
+        "temperature": temperature,
+        "seed": seed,
+        "stop": stop or None,
+        "details": as_json or None,
+    }
+    parameters = {name: value for name, value in given.items() if value is not None}
     with connect(url, as_json) as client:
         if stream:
             _print_stream(client.stream(inputs, parameters), as_json)
@@ -60,11 +68,19 @@ def _messages(text: str, system: str | None) -> list[dict[str, str]]:
 
 def _print_stream(events: Iterator[dict[str, Any]], as_json: bool) -> None:
     """Tokens as they come; with `as_json`, one event a line."""
+    shown = ""
     for event in events:
         if as_json:
             typer.echo(json.dumps(event, ensure_ascii=False))
-        elif not event["token"]["special"]:
-            typer.echo(event["token"]["text"], nl=False)
-            sys.stdout.flush()
+            continue
+        # The last event brings the whole output: also what was held back as a possible stop string.
+        whole = event.get("generated_text")
+        if whole is not None:
+            text = whole[len(shown) :] if whole.startswith(shown) else ""
+        else:
+            text = "" if event["token"]["special"] else event["token"]["text"]
+        shown += text
+        typer.echo(text, nl=False)
+        sys.stdout.flush()
     if not as_json:
         typer.echo()

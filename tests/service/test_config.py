@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from base.mini import MINI
 from service.config import GIB, MASK, MIB, ConfigError, Settings, configure
 
 
@@ -127,8 +128,8 @@ def test_store_follows_home(tmp_path: Path) -> None:
 
 
 def test_samples_start_with_the_embedded_base_only() -> None:
-    assert Settings().adapters is not None
-    assert Settings().adapters == Path(Settings().base_source).parents[1] / "training" / "samples"
+    assert Settings().base_source == str(MINI)
+    assert Settings().adapters == MINI.parents[2] / "training" / "samples"
     assert Settings(base="some/model").adapters is None
     assert Settings(base="some/model").base_source == "some/model"
     assert Settings.model_validate({"adapters": "none"}).adapters is None
