@@ -4,9 +4,11 @@ AdapterError
 ├── InvalidAdapter        the upload is refused: says which tensor or field, and what was expected
 │   ├── UnsupportedMedia  pickle, archive: not safetensors (415)
 │   └── TooLarge          over a size, tensor or rank limit (413)
+├── InvalidChat           messages and chat template do not fit (422)
 ├── AdapterNotFound       no such name, version, alias or digest (404)
 ├── AdapterInUse          an alias, a pin or a running sequence still needs it (409)
-└── StoreUnavailable      disk or database failed; nothing was acknowledged (503/507)
+└── StoreUnavailable      disk or database failed; nothing was acknowledged (503)
+    └── StoreFull         no space left (507)
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ class TooLarge(InvalidAdapter):
     """A size, tensor or rank limit is exceeded."""
 
 
+class InvalidChat(AdapterError):
+    """The messages cannot be rendered by the chat template; the message says why."""
+
+
 class AdapterNotFound(AdapterError):
     """No adapter has this name, version, alias or digest."""
 
@@ -50,3 +56,7 @@ class AdapterInUse(AdapterError):
 
 class StoreUnavailable(AdapterError):
     """The store could not complete a write or a read; nothing was acknowledged."""
+
+
+class StoreFull(StoreUnavailable):
+    """The disk, or the quota on it, has no space left."""

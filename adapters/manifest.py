@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,3 +37,23 @@ class AdapterManifest:
     template: str | None = None
     created: str = ""  # ISO 8601, UTC
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return canonical_json(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> AdapterManifest:
+        """The manifest that `to_json` wrote."""
+        fields = json.loads(text)
+        return cls(**{**fields, "targets": tuple(fields["targets"])})
+
+
+def canonical_json(value: Mapping[str, Any]) -> str:
+    """One text for one value: sorted keys, no spaces, ASCII, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def adapter_digest(weights_sha256: str, config: Mapping[str, Any], base_fingerprint: str) -> str:
+    """sha-256 over what decides the adapter's output: weights, canonical config and base."""
+    parts = {"base": base_fingerprint, "config": config, "weights": weights_sha256}
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()

@@ -1,0 +1,301 @@
+"""Blobs: immutable files addressed by the sha-256 of their bytes.
+
+    stage    copy into a temporary file, hashing; nobody sees it
+    publish  make it durable under its address
+    discard  forget a staged file
+
+A blob is only bytes: the catalog's row is what makes an adapter visible.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from adapters.errors import StoreFull, StoreUnavailable, TooLarge
+from adapters.limits import MIB
+
+ADDRESS = re.compile(r"[0-9a-f]{64}")
+PIECE = MIB
+
+Step = Callable[[str], None]
+
+
+def _no_step(name: str) -> None:
+    """Tests put a fault here: it is called after each step of a write."""
+    del name
+
+
+@dataclass(frozen=True, slots=True)
+class StagedBlob:
+    """A complete copy in a temporary file. `file` holds its lock: a sweep leaves it alone."""
+
+    path: Path
+    sha256: str
+    nbytes: int
+    file: IO[bytes]
+
+
+class BlobStore(Protocol):
+    """Where weights lie. All methods raise StoreUnavailable when the disk or the network fails."""
+
+    def stage(self, source: int, limit: int) -> StagedBlob:
+        """Copy an open file (from its start), at most `limit` bytes, else TooLarge."""
+
+    def publish(self, staged: StagedBlob) -> None:
+        """Durable and complete under its address when this returns."""
+
+    def discard(self, staged: StagedBlob) -> None: ...
+
+    def local_path(self, sha256: str) -> Path:
+        """A local file with the blob's bytes; FileNotFoundError where there is no such blob."""
+
+    def delete(self, sha256: str) -> None: ...
+
+    def addresses(self, older_than: float) -> list[str]:
+        """Blobs last written before `older_than` (seconds since the epoch)."""
+
+    def sweep(self, older_than: float) -> list[str]:
+        """Remove temporary files that no process holds; their names."""
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Held while blobs and rows change together."""
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn OSError into StoreFull or StoreUnavailable."""
+    try:
+        yield
+    except OSError as error:
+        kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreUnavailable
+        raise kind(f"{what}: {error.strerror or error}") from error
+
+
+def check_address(sha256: str) -> str:
+    """The address itself, when it is one: nothing else may become part of a path."""
+    if not ADDRESS.fullmatch(sha256):
+        raise ValueError(f"{sha256[:80]!r} is not a blob's address: 64 lower-case hex digits")
+    return sha256
+
+
+class LocalBlobs:
+    """Blobs in a directory: `blobs/ab/abcd…`, temporary files in `tmp/` on the same file system."""
+
+    def __init__(self, root: Path, step: Step = _no_step) -> None:
+        self._blobs = root / "blobs"
+        self._staging = root / "tmp"
+        self._step = step
+        self._mutex = threading.RLock()
+        self._depth = 0
+        with disk_errors(f"cannot create the store in {root}"):
+            self._blobs.mkdir(parents=True, exist_ok=True)
+            self._staging.mkdir(exist_ok=True)
+            self._lock_file = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def stage(self, source: int, limit: int) -> StagedBlob:
+        path = self._staging / uuid.uuid4().hex
+        with disk_errors("cannot write a temporary file"):
+            file = path.open("xb", buffering=0)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._step("created")
+                sha256, nbytes = self._copy(source, file, limit)
+                os.fsync(file.fileno())
+                self._step("synced")
+            except BaseException:
+                file.close()
+                path.unlink(missing_ok=True)
+                raise
+        return StagedBlob(path, sha256, nbytes, file)
+
+    def _copy(self, source: int, target: IO[bytes], limit: int) -> tuple[str, int]:
+        hashed, done = hashlib.sha256(), 0
+        while piece := os.pread(source, PIECE, done):
+            done += len(piece)
+            if done > limit:
+                raise TooLarge(f"more than {limit} bytes", "weights")
+            hashed.update(piece)
+            view = memoryview(piece)
+            while view:  # a write may be short, on a full disk for one
+                view = view[target.write(view) :]
+            self._step("written")
+        return hashed.hexdigest(), done
+
+    def publish(self, staged: StagedBlob) -> None:
+        final = self._address(staged.sha256)
+        with disk_errors("cannot publish a blob"):
+            if not final.parent.is_dir():
+                final.parent.mkdir(exist_ok=True)
+                _sync_directory(self._blobs)
+            os.replace(staged.path, final)
+            self._step("renamed")
+            _sync_directory(final.parent)
+            self._step("directory synced")
+            staged.file.close()
+
+    def discard(self, staged: StagedBlob) -> None:
+        staged.path.unlink(missing_ok=True)
+        staged.file.close()
+
+    def local_path(self, sha256: str) -> Path:
+        path = self._address(sha256)
+        if not path.is_file():
+            raise FileNotFoundError(sha256)
+        return path
+
+    def delete(self, sha256: str) -> None:
+        with disk_errors("cannot delete a blob"):
+            self._address(sha256).unlink(missing_ok=True)
+
+    def addresses(self, older_than: float) -> list[str]:
+        with disk_errors("cannot list the blobs"):
+            files = [path for path in self._blobs.glob("*/*") if ADDRESS.fullmatch(path.name)]
+            return sorted(path.name for path in files if path.stat().st_mtime < older_than)
+
+    def sweep(self, older_than: float) -> list[str]:
+        with disk_errors("cannot sweep the temporary files"):
+            orphans = [path for path in self._staging.iterdir() if self._orphan(path, older_than)]
+            for path in orphans:
+                path.unlink(missing_ok=True)
+            return sorted(path.name for path in orphans)
+
+    def _orphan(self, path: Path, older_than: float) -> bool:
+        """Nobody holds its lock: the process that wrote it is gone."""
+        if path.stat().st_mtime >= older_than:
+            return False
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        with self._mutex:  # threads; the file lock is for other processes on the same directory
+            self._depth += 1
+            try:
+                if self._depth == 1:
+                    fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+                yield
+            finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+
+    def _address(self, sha256: str) -> Path:
+        return self._blobs / check_address(sha256)[:2] / sha256
+
+
+def _sync_directory(path: Path) -> None:
+    """A rename is durable only when its directory is."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class RemoteBlobs:
+    """Blobs in an object store (S3 and whatever else obstore speaks), with a local copy of each.
+
+    Staging and the copies lie in `cache`. A put is atomic there, so no rename is needed; blobs
+    without a row are left to `addresses` and `delete`.
+    """
+
+    def __init__(self, remote: Any, cache: Path, step: Step = _no_step) -> None:
+        self._remote = remote
+        self._cache = LocalBlobs(cache, step)
+
+    def stage(self, source: int, limit: int) -> StagedBlob:
+        return self._cache.stage(source, limit)
+
+    def publish(self, staged: StagedBlob) -> None:
+        with _network_errors():
+            # The same address is the same bytes: to write it again changes nothing.
+            self._remote.put(_key(staged.sha256), staged.path)
+        self._cache.publish(staged)
+
+    def discard(self, staged: StagedBlob) -> None:
+        self._cache.discard(staged)
+
+    def local_path(self, sha256: str) -> Path:
+        with suppress(FileNotFoundError):
+            return self._cache.local_path(sha256)
+        self._fetch(sha256)
+        return self._cache.local_path(sha256)
+
+    def _fetch(self, sha256: str) -> None:
+        part = self._cache._staging / f"{sha256}.{uuid.uuid4().hex}"
+        try:
+            with _network_errors(), part.open("wb") as file:
+                for piece in self._remote.get(_key(sha256)).stream():
+                    file.write(piece)
+            with part.open("rb") as file:
+                staged = self._cache.stage(file.fileno(), part.stat().st_size)
+        finally:
+            part.unlink(missing_ok=True)
+        if staged.sha256 != sha256:
+            self._cache.discard(staged)
+            raise StoreUnavailable(f"blob {sha256} came back with sha-256 {staged.sha256}")
+        self._cache.publish(staged)
+
+    def delete(self, sha256: str) -> None:
+        with _network_errors():
+            self._remote.delete(_key(sha256))
+        self._cache.delete(sha256)
+
+    def addresses(self, older_than: float) -> list[str]:
+        with _network_errors():
+            rows = [row for page in self._remote.list("blobs") for row in page]
+        old = (row["path"] for row in rows if row["last_modified"].timestamp() < older_than)
+        return sorted(path.rpartition("/")[2] for path in old)
+
+    def sweep(self, older_than: float) -> list[str]:
+        return self._cache.sweep(older_than)
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        return self._cache.exclusive()
+
+
+def _key(sha256: str) -> str:
+    return f"blobs/{check_address(sha256)[:2]}/{sha256}"
+
+
+@contextmanager
+def _network_errors() -> Iterator[None]:
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (BaseError, OSError) as error:
+        raise StoreUnavailable(f"the object store failed: {error}") from error
+
+
+def open_blobs(url: str, cache: Path | None = None, step: Step = _no_step) -> BlobStore:
+    """The blobs at a directory or at a URL that obstore knows (`s3://bucket/prefix`).
+
+    A remote store wants `cache`, a local directory for copies.
+    """
+    if "://" not in url:
+        return LocalBlobs(Path(url), step)
+    if url.startswith("file://"):
+        return LocalBlobs(Path(url.removeprefix("file://")), step)
+    if cache is None:
+        raise ValueError(f"the blob store {url} wants a local cache directory")
+    import obstore.store
+
+    return RemoteBlobs(obstore.store.from_url(url), cache, step)

@@ -1,0 +1,289 @@
+"""The catalog: which versions a name has, and which aliases point where. One row, one version.
+
+A version that was acknowledged once keeps its number for ever: deletion only marks the row, so
+`name@3` never comes to mean something else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from adapters.errors import (
+    AdapterInUse,
+    AdapterNotFound,
+    InvalidAdapter,
+    StoreFull,
+    StoreUnavailable,
+)
+from adapters.manifest import AdapterManifest
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+MIGRATIONS = Path(__file__).with_name("migrations")
+HEAD = "0001"
+BUSY_SECONDS = 10
+ATTEMPTS = 5
+
+metadata = sa.MetaData()
+adapters = sa.Table(
+    "adapters",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("digest", sa.String(64), nullable=False, index=True),
+    sa.Column("weights_sha256", sa.String(64), nullable=False, index=True),
+    sa.Column("manifest", sa.Text, nullable=False),  # AdapterManifest.to_json
+    sa.Column("created", sa.String(32), nullable=False),
+    sa.Column("deleted", sa.String(32)),
+)
+aliases = sa.Table(
+    "aliases",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("alias", sa.String(64), primary_key=True),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.ForeignKeyConstraint(["name", "version"], ["adapters.name", "adapters.version"]),
+)
+ALIVE = adapters.c.deleted.is_(None)
+
+
+def check_name(name: str, where: str = "name") -> str:
+    """The name itself, when it is one. Raises InvalidAdapter."""
+    if not NAME.fullmatch(name):
+        raise InvalidAdapter(
+            f"{name[:80]!r}, expected 1 to 64 of a-z, 0-9, '.', '_', '-', "
+            "beginning with a letter or a digit",
+            where,
+        )
+    return name
+
+
+def check_alias(alias: str) -> str:
+    """The alias itself, when it is one; digits alone are a version. Raises InvalidAdapter."""
+    if alias.isdigit():
+        raise InvalidAdapter(f"{alias[:80]!r} would read as a version", "alias")
+    return check_name(alias, "alias")
+
+
+class Catalog:
+    """The rows, behind SQLAlchemy: a path is SQLite's file, PostgreSQL comes by URL. Thread-safe.
+
+    Every method raises StoreUnavailable (or StoreFull) when the database fails.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._engine = sa.create_engine(url if "://" in url else f"sqlite:///{url}")
+        if self._engine.dialect.name == "sqlite":
+            _tune_sqlite(self._engine)
+        self._writer = self._engine.execution_options(writing=True)
+        with self._errors():
+            self._migrate()
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # Reading
+
+    def latest(self, name: str) -> AdapterManifest:
+        query = _manifests().where(adapters.c.name == name).order_by(adapters.c.version.desc())
+        return self._one(query, name)
+
+    def version(self, name: str, version: int) -> AdapterManifest:
+        query = _manifests().where(adapters.c.name == name, adapters.c.version == version)
+        return self._one(query, f"{name}@{version}")
+
+    def alias(self, name: str, alias: str) -> AdapterManifest:
+        same = sa.and_(aliases.c.name == adapters.c.name, aliases.c.version == adapters.c.version)
+        query = (
+            _manifests().join(aliases, same).where(aliases.c.name == name, aliases.c.alias == alias)
+        )
+        return self._one(query, f"{name}@{alias}")
+
+    def digest(self, digest: str) -> AdapterManifest:
+        query = _manifests().where(adapters.c.digest == digest).order_by(adapters.c.created.desc())
+        return self._one(query, f"sha256:{digest}")
+
+    def all_latest(self) -> list[AdapterManifest]:
+        """The newest version of every name, by name."""
+        newest = (
+            sa.select(adapters.c.name, sa.func.max(adapters.c.version).label("version"))
+            .where(ALIVE)
+            .group_by(adapters.c.name)
+            .subquery()
+        )
+        same = sa.and_(newest.c.name == adapters.c.name, newest.c.version == adapters.c.version)
+        return self._many(_manifests().join(newest, same).order_by(adapters.c.name))
+
+    def versions(self, name: str) -> list[AdapterManifest]:
+        """Every living version of a name, oldest first."""
+        return self._many(_manifests().where(adapters.c.name == name).order_by(adapters.c.version))
+
+    def everything(self) -> list[AdapterManifest]:
+        return self._many(_manifests().order_by(adapters.c.name, adapters.c.version))
+
+    def aliases_of(self, name: str) -> dict[str, int]:
+        query = sa.select(aliases.c.alias, aliases.c.version).where(aliases.c.name == name)
+        with self._errors(), self._engine.connect() as connection:
+            rows = connection.execute(query.order_by(aliases.c.alias)).all()
+        return {row.alias: row.version for row in rows}
+
+    def weights_in_use(self) -> set[str]:
+        """Addresses of all blobs that a living row needs."""
+        query = sa.select(adapters.c.weights_sha256).where(ALIVE)
+        with self._errors(), self._engine.connect() as connection:
+            return set(connection.execute(query).scalars())
+
+    # Writing
+
+    def add(self, draft: AdapterManifest) -> AdapterManifest:
+        """Add the draft as the next version of its name; the manifest with its number.
+
+        Where the newest version is the same already, that one is returned and nothing is added.
+        """
+        for _ in range(ATTEMPTS):
+            try:
+                with self._errors(), self._writing() as connection:
+                    return _insert(connection, draft)
+            except IntegrityError:  # another process took this number first
+                continue
+        raise StoreUnavailable(f"{draft.name}: {ATTEMPTS} other writers came first")
+
+    def delete(self, name: str, version: int | None, when: str) -> list[AdapterManifest]:
+        """Mark one version, or all of a name, as deleted; what was. Raises AdapterInUse."""
+        which = [adapters.c.name == name]
+        held = [aliases.c.name == name]
+        if version is not None:
+            which.append(adapters.c.version == version)
+            held.append(aliases.c.version == version)
+        with self._errors(), self._writing() as connection:
+            rows = connection.execute(_manifests().where(*which)).scalars().all()
+            if not rows:
+                raise AdapterNotFound(name if version is None else f"{name}@{version}")
+            holder = connection.execute(sa.select(aliases.c.alias).where(*held)).scalars().first()
+            if holder is not None:
+                raise AdapterInUse(f"the alias {name}@{holder} points to it: move or drop it first")
+            connection.execute(sa.update(adapters).where(*which, ALIVE).values(deleted=when))
+        return [AdapterManifest.from_json(row) for row in rows]
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Point an alias of `name` to one of its living versions."""
+        key = (aliases.c.name == name, aliases.c.alias == alias)
+        living = _manifests().where(adapters.c.name == name, adapters.c.version == version)
+        with self._errors(), self._writing() as connection:
+            if connection.execute(living).first() is None:
+                raise AdapterNotFound(f"{name}@{version}")
+            connection.execute(sa.delete(aliases).where(*key))
+            connection.execute(sa.insert(aliases).values(name=name, alias=alias, version=version))
+
+    def drop_alias(self, name: str, alias: str) -> None:
+        key = (aliases.c.name == name, aliases.c.alias == alias)
+        with self._errors(), self._writing() as connection:
+            if connection.execute(sa.delete(aliases).where(*key)).rowcount == 0:
+                raise AdapterNotFound(f"{name}@{alias}")
+
+    # The connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        with self._writer.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except IntegrityError:
+            raise
+        except SQLAlchemyError as error:
+            # The driver's own words; SQLAlchemy's would carry the statement and its values.
+            words = str(getattr(error, "orig", None) or type(error).__name__)
+            kind = StoreFull if "disk is full" in words else StoreUnavailable
+            raise kind(f"the catalog failed: {words}") from error
+
+    def _one(self, query: sa.Select[str], reference: str) -> AdapterManifest:
+        with self._errors(), self._engine.connect() as connection:
+            row = connection.execute(query.limit(1)).scalars().first()
+        if row is None:
+            raise AdapterNotFound(reference)
+        return AdapterManifest.from_json(row)
+
+    def _many(self, query: sa.Select[str]) -> list[AdapterManifest]:
+        with self._errors(), self._engine.connect() as connection:
+            return [AdapterManifest.from_json(row) for row in connection.execute(query).scalars()]
+
+    def _migrate(self) -> None:
+        with self._writing() as connection:
+            if sa.inspect(connection).has_table("alembic_version"):
+                at = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+                if at == HEAD:
+                    return
+            from alembic import command  # slow to import, and seldom needed
+            from alembic.config import Config
+
+            config = Config(attributes={"connection": connection})
+            config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+            command.upgrade(config, HEAD)
+
+
+def _manifests() -> sa.Select[str]:
+    return sa.select(adapters.c.manifest).where(ALIVE)
+
+
+def _insert(connection: sa.Connection, draft: AdapterManifest) -> AdapterManifest:
+    mine = adapters.c.name == draft.name
+    newest = _manifests().where(mine).order_by(adapters.c.version.desc()).limit(1)
+    row = connection.execute(newest).scalars().first()
+    if row is not None:
+        found = AdapterManifest.from_json(row)
+        if _same(found, draft):
+            return found
+    # Deleted rows count: their numbers are never given again.
+    last = connection.execute(sa.select(sa.func.max(adapters.c.version)).where(mine)).scalar()
+    manifest = replace(draft, version=(last or 0) + 1)
+    connection.execute(
+        sa.insert(adapters).values(
+            name=manifest.name,
+            version=manifest.version,
+            digest=manifest.digest,
+            weights_sha256=manifest.weights_sha256,
+            manifest=manifest.to_json(),
+            created=manifest.created,
+        )
+    )
+    return manifest
+
+
+def _same(one: AdapterManifest, other: AdapterManifest) -> bool:
+    return (one.digest, one.placement, one.merged_dtype, one.template) == (
+        other.digest,
+        other.placement,
+        other.merged_dtype,
+        other.template,
+    )
+
+
+def _tune_sqlite(engine: sa.Engine) -> None:
+    @sa.event.listens_for(engine, "connect")
+    def connect(connection: Any, record: object) -> None:
+        del record
+        connection.isolation_level = None  # the driver begins nothing by itself; `begin` does
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        # A writer takes the lock at once: one that reads first could not be promoted later.
+        writing = connection.get_execution_options().get("writing", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")

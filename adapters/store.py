@@ -1,0 +1,288 @@
+"""The store: adapters that were acknowledged, complete and checked, or not there at all.
+
+An upload goes temp file -> checks in a child -> fsync -> rename -> fsync of the directory ->
+catalog row. The row alone makes it visible; whatever a crash leaves before that, `sweep` removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from time import time
+from typing import Any
+
+from adapters.blobs import BlobStore, Step, disk_errors, open_blobs
+from adapters.catalog import DIGEST, Catalog, check_alias, check_name
+from adapters.errors import (
+    AdapterError,
+    AdapterNotFound,
+    InvalidAdapter,
+    StoreUnavailable,
+    TooLarge,
+)
+from adapters.limits import MIB, Limits
+from adapters.manifest import AdapterManifest, MergedDtype, Placement, adapter_digest
+from adapters.safetensors_header import open_regular
+from adapters.validation_child import validate_in_child
+from base.spec import BaseSpec
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+TEMPLATE_FILE = "chat_template.jinja"
+VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDescription:
+    """All that is known under one name."""
+
+    name: str
+    versions: tuple[AdapterManifest, ...]  # oldest first; the last is what the bare name means
+    aliases: Mapping[str, int]  # alias -> version
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    temporary_files: tuple[str, ...] = ()  # removed
+    blobs: tuple[str, ...] = ()  # removed: no row needed them
+    missing: tuple[str, ...] = ()  # name@version whose blob is not there; the row was kept
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryReport:
+    added: tuple[AdapterManifest, ...] = ()
+    refused: Mapping[str, AdapterError] = field(default_factory=dict)  # directory name -> why
+
+
+class AdapterStore:
+    """Blobs and catalog together. Every method may be called from any thread."""
+
+    def __init__(
+        self, blobs: str, catalog: str, *, cache: Path | None = None, step: Step | None = None
+    ) -> None:
+        """Open (or create) a store.
+
+        blobs    a directory, or a URL that obstore knows (then `cache` is a local directory)
+        catalog  a file for SQLite, or an SQLAlchemy URL
+        step     called after each step of an upload: a place for tests to put faults
+        """
+        self._step: Step = step or (lambda name: None)
+        self._blobs: BlobStore = open_blobs(blobs, cache, self._step)
+        self._catalog = Catalog(catalog)
+        self._verified: set[str] = set()
+        self._verifying = threading.Lock()
+
+    def close(self) -> None:
+        self._catalog.close()
+
+    def add(
+        self,
+        name: str,
+        config: bytes,
+        weights: Path,
+        template: str | None,
+        spec: BaseSpec,
+        limits: Limits,
+        *,
+        placement: Placement = "unmerged",
+        merged_dtype: MergedDtype = "bfloat16",
+        provenance: Mapping[str, Any] | None = None,
+    ) -> AdapterManifest:
+        """Check an upload and keep it as the next version of `name`; durable when this returns.
+
+        `weights` is read once and stays where it is. The same content again, as the newest
+        version's, returns that version.
+
+        Raises InvalidAdapter, UnsupportedMedia, TooLarge, StoreUnavailable, StoreFull.
+        """
+        check_name(name)
+        with open_regular(weights) as source:
+            staged = self._blobs.stage(source, limits.max_weights_bytes)
+        try:
+            found = validate_in_child(config, staged.path, spec, limits, template)
+            draft = AdapterManifest(
+                digest=adapter_digest(staged.sha256, found.config, spec.fingerprint),
+                name=name,
+                version=0,  # the catalog gives it
+                kind=found.kind,
+                rank=found.rank,
+                targets=found.targets,
+                base_fingerprint=spec.fingerprint,
+                config=found.config,
+                weights_sha256=staged.sha256,
+                weights_bytes=staged.nbytes,
+                memory_bytes=found.memory_bytes,
+                created=_now(),
+                placement=placement,
+                merged_dtype=merged_dtype,
+                template=template,
+                provenance=provenance or {},
+            )
+            with self._blobs.exclusive():
+                self._blobs.publish(staged)
+                manifest = self._catalog.add(draft)
+            self._step("committed")
+            return manifest
+        finally:
+            self._blobs.discard(staged)
+
+    def resolve(self, reference: str) -> AdapterManifest:
+        """The adapter behind `name`, `name@3`, `name@alias` or `sha256:<hex>`.
+
+        Raises AdapterNotFound.
+        """
+        scheme, colon, digest = reference.partition(":")
+        if colon:
+            if scheme == "sha256" and DIGEST.fullmatch(digest):
+                return self._catalog.digest(digest)
+            raise AdapterNotFound(reference)
+        name, at, tag = reference.partition("@")
+        with _as_not_found(reference):
+            check_name(name)
+            if not at:
+                return self._catalog.latest(name)
+            if VERSION.fullmatch(tag):
+                return self._catalog.version(name, int(tag))
+            return self._catalog.alias(name, check_alias(tag))
+
+    def list(self) -> list[AdapterManifest]:
+        """The newest version of every name."""
+        return self._catalog.all_latest()
+
+    def describe(self, name: str) -> AdapterDescription:
+        """Versions and aliases of one name. Raises AdapterNotFound."""
+        versions = self._catalog.versions(name)
+        if not versions:
+            raise AdapterNotFound(name)
+        return AdapterDescription(name, tuple(versions), self._catalog.aliases_of(name))
+
+    def delete(self, reference: str) -> tuple[AdapterManifest, ...]:
+        """Delete `name` with all its versions, or `name@version`; what was deleted.
+
+        Raises AdapterNotFound; AdapterInUse where an alias still points there.
+        """
+        name, at, tag = reference.partition("@")
+        if at and not VERSION.fullmatch(tag):
+            raise AdapterNotFound(reference)
+        with self._blobs.exclusive():
+            gone = self._catalog.delete(name, int(tag) if at else None, _now())
+            needed = self._catalog.weights_in_use()
+            for sha256 in {manifest.weights_sha256 for manifest in gone} - needed:
+                self._blobs.delete(sha256)
+        return tuple(gone)
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Point `name@alias` to a version. Raises InvalidAdapter (the alias), AdapterNotFound."""
+        self._catalog.set_alias(name, check_alias(alias), version)
+
+    def drop_alias(self, name: str, alias: str) -> None:
+        """Raises AdapterNotFound."""
+        self._catalog.drop_alias(name, alias)
+
+    def weights_path(self, manifest: AdapterManifest) -> Path:
+        """A local file with the weights, its sha-256 checked once in this process.
+
+        Raises StoreUnavailable where the blob is missing or is not what it was.
+        """
+        sha256 = manifest.weights_sha256
+        try:
+            path = self._blobs.local_path(sha256)
+        except FileNotFoundError as error:
+            what = f"{manifest.name}@{manifest.version}"
+            raise StoreUnavailable(f"the weights of {what} ({sha256}) are missing") from error
+        with self._verifying:
+            if sha256 not in self._verified:
+                found = _sha256(path)
+                if found != sha256:
+                    raise StoreUnavailable(f"blob {sha256} is damaged: its sha-256 is now {found}")
+                self._verified.add(sha256)
+        return path
+
+    def sweep(self, older_than: float | None = None) -> SweepReport:
+        """Remove what crashed uploads left before `older_than` (default: now), at start.
+
+        Rows whose blob is missing are reported, never removed.
+        """
+        before = time() if older_than is None else older_than
+        with self._blobs.exclusive():
+            temporary = self._blobs.sweep(before)
+            needed = self._catalog.weights_in_use()
+            orphans = [a for a in self._blobs.addresses(before) if a not in needed]
+            for sha256 in orphans:
+                self._blobs.delete(sha256)
+            present = set(self._blobs.addresses(float("inf")))
+        missing = [
+            f"{m.name}@{m.version}"
+            for m in self._catalog.everything()
+            if m.weights_sha256 not in present
+        ]
+        return SweepReport(tuple(temporary), tuple(orphans), tuple(missing))
+
+    def load_directory(self, path: Path, spec: BaseSpec, limits: Limits) -> DirectoryReport:
+        """Add every subdirectory that PEFT's `save_pretrained` wrote, under its own name.
+
+        Doing it again adds nothing new. A bad one is reported and does not stop the others.
+        """
+        added: list[AdapterManifest] = []
+        refused: dict[str, AdapterError] = {}
+        for directory in sorted(p for p in path.iterdir() if (p / CONFIG_FILE).exists()):
+            try:
+                added.append(self.add_directory(directory.name, directory, spec, limits))
+            except AdapterError as error:
+                log.warning("adapter %s was refused: %s", directory.name, error)
+                refused[directory.name] = error
+        return DirectoryReport(tuple(added), refused)
+
+    def add_directory(
+        self, name: str, directory: Path, spec: BaseSpec, limits: Limits
+    ) -> AdapterManifest:
+        """`add` for a directory as PEFT's `save_pretrained` writes it. Raises as `add` does."""
+        config = read_small(directory / CONFIG_FILE, limits.max_config_bytes, "config")
+        template = None
+        if (directory / TEMPLATE_FILE).exists():
+            raw = read_small(directory / TEMPLATE_FILE, limits.max_template_bytes, "template")
+            try:
+                template = raw.decode()
+            except UnicodeDecodeError as error:
+                raise InvalidAdapter("is not UTF-8", "template") from error
+        return self.add(name, config, directory / WEIGHTS_FILE, template, spec, limits)
+
+
+def read_small(path: Path, limit: int, where: str) -> bytes:
+    """The bytes of a small regular file. Raises InvalidAdapter, TooLarge."""
+    with open_regular(path, where) as fd, disk_errors(f"cannot read the {where}"):
+        raw = os.pread(fd, limit + 1, 0)
+    if len(raw) > limit:
+        raise TooLarge(f"more than {limit} bytes", where)
+    return raw
+
+
+@contextmanager
+def _as_not_found(reference: str) -> Iterator[None]:
+    """What could never be a name is not there either."""
+    try:
+        yield
+    except (InvalidAdapter, AdapterNotFound) as error:
+        raise AdapterNotFound(reference) from error
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _sha256(path: Path) -> str:
+    hashed = hashlib.sha256()
+    with disk_errors("cannot read a blob"), path.open("rb") as file:
+        while piece := file.read(MIB):
+            hashed.update(piece)
+    return hashed.hexdigest()

@@ -1,0 +1,98 @@
+"""Whether an upload can be served as it is: applied or refused, nothing between. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters.config_schema import check_fingerprint, lora_fields, read_config
+from adapters.errors import InvalidAdapter, TooLarge
+from adapters.limits import Limits
+from adapters.lora_layout import canonical_config, match_lora
+from adapters.safetensors_header import Header, open_regular, read_header
+from adapters.tensor_values import check_values
+from base.spec import BaseSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """What the checks found out about an upload."""
+
+    kind: str  # "lora" | "rslora" | "dora"
+    rank: int  # the largest of any target
+    targets: tuple[str, ...]  # module paths that it touches, sorted
+    config: Mapping[str, Any] = field(hash=False)  # canonical: patterns resolved
+    parameters: int  # numbers that the adapter adds
+    memory_bytes: int  # the same in fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a kind's own checks say: `Validated`, and which tensors must hold only numbers > 0."""
+
+    validated: Validated
+    positive: frozenset[str] = frozenset()
+
+
+Checker = Callable[[Mapping[str, Any], Header, BaseSpec, Limits], Checked]
+
+
+def validate(config: bytes, weights: Path, spec: BaseSpec, limits: Limits) -> Validated:
+    """Check an upload against the base: header, config, every tensor's shape, every number.
+
+    `config` is adapter_config.json, `weights` an adapter_model.safetensors. Patterns in the config
+    are run as regular expressions: for a stranger's upload use `validate_in_child`.
+
+    Raises InvalidAdapter, UnsupportedMedia or TooLarge, naming the tensor or the field.
+    """
+    if len(config) > limits.max_config_bytes:
+        raise TooLarge(f"{len(config)} bytes, limit {limits.max_config_bytes}", "config")
+    table = read_config(config)
+    check = checker(table.get("peft_type"))
+    check_fingerprint(table, spec.fingerprint)
+    with open_regular(weights) as fd:
+        header = read_header(fd, limits)
+        checked = check(table, header, spec, limits)
+        for name, entry in header.tensors.items():
+            check_values(fd, entry, limits.max_value, positive=name in checked.positive)
+    return checked.validated
+
+
+def checker(peft_type: object) -> Checker:
+    """The checks of one PEFT method. Raises InvalidAdapter for a method that is not served."""
+    if not isinstance(peft_type, str) or peft_type not in CHECKERS:
+        found = "is missing" if peft_type is None else f"{str(peft_type)[:40]!r} is not served"
+        raise InvalidAdapter(f"{found}, expected one of {', '.join(CHECKERS)}", "peft_type")
+    return CHECKERS[peft_type]
+
+
+def _check_lora(
+    config: Mapping[str, Any], header: Header, spec: BaseSpec, limits: Limits
+) -> Checked:
+    fields = lora_fields(config, limits)
+    layout = match_lora(fields, header.tensors, spec, limits)
+    shapes = (e.shape for e in layout.tensors.values() if e.role != "copy")
+    parameters = sum(_count(shape) for shape in shapes)
+    validated = Validated(
+        kind=fields.kind,
+        rank=max(layout.ranks.values()),
+        targets=layout.modules,
+        config=canonical_config(fields, layout),
+        parameters=parameters,
+        memory_bytes=4 * parameters,
+    )
+    magnitudes = (name for name, e in layout.tensors.items() if e.role == "magnitude")
+    return Checked(validated, frozenset(magnitudes))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+# The other methods of PEFT join here, one checker each.
+CHECKERS: Mapping[str, Checker] = {"LORA": _check_lora}

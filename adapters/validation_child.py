@@ -1,0 +1,164 @@
+"""Validation in a process of its own: short of memory, of time and of rights.
+
+What a stranger uploaded is read here first. If it makes the process swell, spin or crash, the
+upload is refused and nobody else notices.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from adapters import errors
+from adapters.errors import InvalidAdapter
+from adapters.limits import Limits
+from adapters.validate import Validated, validate
+from base.spec import BaseSpec, EmbeddingShape, LinearShape
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+# -I: neither PYTHON* variables nor the working directory decide what is imported.
+COMMAND = (
+    sys.executable,
+    "-I",
+    "-c",
+    "import sys; sys.path.insert(0, sys.argv[1]);"
+    " from adapters.validation_child import main; main()",
+    str(ROOT),
+)
+VERDICTS = {
+    kind.__name__: kind
+    for kind in (errors.InvalidAdapter, errors.UnsupportedMedia, errors.TooLarge)
+}
+
+
+def validate_in_child(
+    config: bytes,
+    weights: Path,
+    spec: BaseSpec,
+    limits: Limits,
+    template: str | None = None,
+) -> Validated:
+    """`validate`, and a trial of the template, in a child under `limits`.
+
+    Raises InvalidAdapter, UnsupportedMedia or TooLarge; a child that crashes or runs out of time
+    or memory is an InvalidAdapter too.
+    """
+    question = {
+        "config": base64.b64encode(config).decode(),
+        "weights": os.fspath(weights.absolute()),
+        "spec": _spec_fields(spec),
+        "limits": dataclasses.asdict(limits),
+        "template": template,
+    }
+    if len(config) > limits.max_config_bytes:
+        raise errors.TooLarge(f"{len(config)} bytes, limit {limits.max_config_bytes}", "config")
+    try:
+        done = subprocess.run(
+            COMMAND,
+            input=json.dumps(question).encode(),
+            capture_output=True,
+            timeout=limits.child_seconds,
+            cwd="/",
+            env={"PATH": os.defpath, "LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"},
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InvalidAdapter(f"the checks did not end within {limits.child_seconds:g} s") from error
+    return _verdict(done, limits)
+
+
+def _spec_fields(spec: BaseSpec) -> dict[str, Any]:
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return fields | {
+        "linears": {path: dataclasses.astuple(shape) for path, shape in spec.linears.items()},
+        "embeddings": {path: dataclasses.astuple(shape) for path, shape in spec.embeddings.items()},
+        "norms": dict(spec.norms),
+    }
+
+
+def _verdict(done: subprocess.CompletedProcess[bytes], limits: Limits) -> Validated:
+    if done.returncode != 0:
+        log.warning("validation ended with %s: %s", done.returncode, done.stderr[-2000:].decode())
+        raise InvalidAdapter(_death(done.returncode, limits))
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise VERDICTS[answer["error"]](answer["reason"], answer["where"])
+    return Validated(**{**answer, "targets": tuple(answer["targets"])})
+
+
+def _death(returncode: int, limits: Limits) -> str:
+    if returncode == -signal.SIGXCPU:
+        return f"the checks used more than {limits.child_cpu_seconds} s of processor time"
+    if returncode == MEMORY_EXIT:
+        return f"the checks needed more than {limits.child_memory_bytes} bytes of memory"
+    return f"the checks crashed (exit {returncode})"
+
+
+# In the child -----------------------------------------------------------------------------------
+
+MEMORY_EXIT = 77
+
+
+def main() -> None:
+    """Read one question from stdin, write one verdict to stdout."""
+    question = json.load(sys.stdin.buffer)
+    limits = Limits(**question["limits"])
+    _confine(limits)
+    try:
+        answer = _answer(question, limits)
+    except MemoryError:
+        os._exit(MEMORY_EXIT)
+    json.dump(answer, sys.stdout)
+
+
+def _confine(limits: Limits) -> None:
+    """Nothing of the upload has been looked at when this runs."""
+    cpu = limits.child_cpu_seconds
+    for what, amount in (
+        (resource.RLIMIT_AS, limits.child_memory_bytes),
+        (resource.RLIMIT_CPU, cpu),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(what, (amount, amount))
+
+
+def _answer(question: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    try:
+        found = validate(
+            base64.b64decode(question["config"]),
+            Path(question["weights"]),
+            _spec(question["spec"]),
+            limits,
+        )
+        if question["template"] is not None:
+            from adapters.template import check_template  # jinja2: only where there is a template
+
+            check_template(question["template"], limits)
+    except InvalidAdapter as error:
+        return {"error": type(error).__name__, "reason": error.reason, "where": error.where}
+    return dataclasses.asdict(found)
+
+
+def _spec(fields: dict[str, Any]) -> BaseSpec:
+    return BaseSpec(
+        **{
+            **fields,
+            "linears": {path: LinearShape(*shape) for path, shape in fields["linears"].items()},
+            "embeddings": {
+                path: EmbeddingShape(*shape) for path, shape in fields["embeddings"].items()
+            },
+        }
+    )
