@@ -28,7 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from adapters.manifest import AdapterManifest
+from adapters.limits import Limits
+from adapters.manifest import AdapterManifest, adapter_digest
+from adapters.validate import validate
 from base.spec import BaseSpec
 
 transformers_logging.disable_progress_bar()
@@ -230,6 +232,9 @@ def make_base(
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.data += 0.1 * torch.randn_like(parameter)
+        # transformers leaves the padding token's row at zero, where DoRA's norm divides by zero.
+        table = model.get_input_embeddings().weight.data
+        table[0] = 0.08 * torch.randn_like(table[0])
         # With tied embeddings a random model repeats its last token for ever, which hides errors.
         # A last norm of random signs breaks that. Gemma's norms multiply by 1 + weight.
         model.model.norm.weight.data += torch.randn_like(model.model.norm.weight) - 1
@@ -344,24 +349,25 @@ def _randomise(adapted: nn.Module, strength: float) -> None:
 
 
 def read_manifest(adapter: str | Path, spec: BaseSpec, **fields: Any) -> AdapterManifest:
-    """The manifest of a saved adapter, without the store: the config as it is, nothing checked."""
+    """The manifest of a saved adapter, validated as an upload is but kept in no store."""
     adapter = Path(adapter)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    weights = (adapter / "adapter_model.safetensors").read_bytes()
-    kind = "dora" if config["use_dora"] else "rslora" if config["use_rslora"] else "lora"
-    digest = sha256(weights + json.dumps(config, sort_keys=True).encode()).hexdigest()
+    config = (adapter / "adapter_config.json").read_bytes()
+    weights = adapter / "adapter_model.safetensors"
+    found = validate(config, weights, spec, Limits())
+    content = weights.read_bytes()
+    address = sha256(content).hexdigest()
     own: dict[str, Any] = {
-        "digest": digest,
+        "digest": adapter_digest(address, found.config, spec.fingerprint),
         "name": adapter.name,
         "version": 1,
-        "kind": kind,
-        "rank": config["r"],
-        "targets": (),
+        "kind": found.kind,
+        "rank": found.rank,
+        "targets": found.targets,
         "base_fingerprint": spec.fingerprint,
-        "config": config,
-        "weights_sha256": sha256(weights).hexdigest(),
-        "weights_bytes": len(weights),
-        "memory_bytes": 2 * len(weights),
+        "config": found.config,
+        "weights_sha256": address,
+        "weights_bytes": len(content),
+        "memory_bytes": found.memory_bytes,
     }
     return AdapterManifest(**{**own, **fields})
 

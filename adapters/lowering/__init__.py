@@ -59,6 +59,7 @@ def lower(
     with AdapterCheckpoint(weights, base.device) as checkpoint:
         deltas = family(manifest.config, checkpoint, base)
         checkpoint.finish()
+    assert set(deltas) == set(manifest.targets), "lowering and validation disagree on the targets"
     notes: Mapping[str, float] = {}
     placement = placement or manifest.placement
     if placement == "merged":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from adapters.errors import InvalidAdapter, UnsupportedMedia
 
-_PREFIX = "base_model.model."  # PEFT saves the names of its wrapper, without the adapter's name
+_PREFIX = "base_model.model."  # PEFT saves the paths below its own two wrappers
 
 
 class AdapterCheckpoint:
-    """adapter_model.safetensors, read tensor by tensor.
+    """adapter_model.safetensors, read tensor by tensor; names are module path and leaf.
 
     `take` consumes; `finish` refuses whatever nobody took, so that no part of an adapter is
     dropped in silence. Use as a context manager.
@@ -44,43 +43,28 @@ class AdapterCheckpoint:
     ) -> None:
         self._file.__exit__(kind, error, trace)
 
-    def modules(self, leaves: tuple[str, ...]) -> dict[str, dict[str, str]]:
-        """{module path: {leaf: tensor name}} of all tensors left that end in one of `leaves`.
+    def has(self, name: str) -> bool:
+        """Is this tensor in the file, and not taken yet?"""
+        return _PREFIX + name in self._left
 
-        The first leaf that fits counts, so put the longer of two that end alike first.
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor in float32 on the device, in its own memory.
+
+        Raises InvalidAdapter where it is missing or has another shape.
         """
-        found: dict[str, dict[str, str]] = {}
-        for name in sorted(self._left):
-            inner = name.removeprefix(_PREFIX)
-            leaf = next((leaf for leaf in leaves if inner.endswith(f".{leaf}")), None)
-            if inner != name and leaf is not None:
-                found.setdefault(inner[: -len(leaf) - 1], {})[leaf] = name
-        return found
-
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor in float32 on the device, in its own memory. Raises InvalidAdapter."""
-        assert name in self._left, f"{name} was taken already"
-        tensor: Tensor = self._file.get_tensor(name)
+        full = _PREFIX + name
+        if full not in self._left:
+            raise InvalidAdapter(f"this tensor is missing, shape {list(shape)}", full)
+        tensor: Tensor = self._file.get_tensor(full)
         if tuple(tensor.shape) != shape:
-            raise InvalidAdapter(f"has shape {list(tensor.shape)}, needs {list(shape)}", name)
-        self._left.discard(name)
+            raise InvalidAdapter(f"shape {list(tensor.shape)}, expected {list(shape)}", full)
+        self._left.discard(full)
         # A copy even where nothing is cast: the file's memory map must not outlive the file.
         return tensor.to(self._device, torch.float32, copy=True)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
 
     def finish(self) -> None:
         """Raise InvalidAdapter, naming a tensor that nobody took."""
         if self._left:
-            name = min(self._left)
-            others = len(self._left) - 1
-            more = f", and so are {others} others" if others else ""
-            raise InvalidAdapter(f"nothing in the base or the config takes this tensor{more}", name)
-
-
-def required(parts: Mapping[str, str], leaf: str, path: str) -> str:
-    """The name of a tensor that must be there. Raises InvalidAdapter."""
-    if leaf not in parts:
-        raise InvalidAdapter("this tensor is missing", f"{_PREFIX}{path}.{leaf}")
-    return parts[leaf]
+            name, others = min(self._left), len(self._left) - 1
+            more = f" (and {others} more)" if others else ""
+            raise InvalidAdapter(f"left over: nothing in the config takes this tensor{more}", name)
