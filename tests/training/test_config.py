@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from training.config import read_config
+from training.errors import ConfigError
+
+
+def _file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = _file(tmp_path, "data: {train: a.jsonl}\noptim: {steps: 7, batch_size: 3}\n")
+    config = read_config(path, {"optim.steps": 9, "optim.batch_size": None, "method.kind": "dora"})
+    assert (config.optim.steps, config.optim.batch_size) == (9, 3)
+    assert config.method.kind == "dora"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("data: {train: a.jsonl}\nmethod: {rnak: 4}\n", "method.rnak"),
+        ("data: {train: a.jsonl}\nmethod: {kind: oft}\n", "method.kind"),
+        ("optim: {steps: 3}\n", "data"),
+        ("- 1\n", "mapping"),
+        ("a: [\n", "YAML"),
+    ],
+)
+def test_a_wrong_field_is_named(tmp_path: Path, text: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        read_config(_file(tmp_path, text), {})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none"):
+        read_config(tmp_path / "none.yaml", {})

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from base.kernels import NF4Weight
+from base.nf4 import NF4Linear
+from training.layers import DoraLinear, LoraLinear
+
+
+@pytest.fixture
+def linear() -> NF4Linear:
+    torch.manual_seed(1)
+    return NF4Linear(NF4Weight.quantize(torch.randn(96, 64)), torch.randn(96))
+
+
+def _random(layer: LoraLinear) -> LoraLinear:
+    with torch.no_grad():
+        layer.B.normal_()
+        if isinstance(layer, DoraLinear):
+            layer.m.mul_(torch.rand_like(layer.m) + 0.5)
+    return layer
+
+
+def _lora(layer: LoraLinear, weight: Tensor, x: Tensor) -> Tensor:
+    assert layer.base.bias is not None
+    return x @ (weight + layer.scale * layer.B @ layer.A).T + layer.base.bias
+
+
+def _dora(layer: LoraLinear, weight: Tensor, x: Tensor) -> Tensor:
+    """Equation 5 as it stands, with the whole matrix; the norm is a constant to the gradient."""
+    assert isinstance(layer, DoraLinear)
+    assert layer.base.bias is not None
+    V = weight + layer.scale * layer.B @ layer.A
+    norm = V.norm(dim=1, keepdim=True).detach()
+    return x @ (layer.m[:, None] * V / norm).T + layer.base.bias
+
+
+@pytest.mark.parametrize(("kind", "formula"), [(LoraLinear, _lora), (DoraLinear, _dora)])
+def test_output_and_gradients_are_those_of_the_equation(
+    linear: NF4Linear, kind: type[LoraLinear], formula
+) -> None:
+    layer = _random(kind(linear, rank=4, scale=1.7))
+    x = torch.randn(3, 5, 64, requires_grad=True)
+    weight = linear.weight.dequantize(torch.float32)
+    wanted = [x, *layer.parameters()]
+    wanted = [tensor for tensor in wanted if tensor.requires_grad]
+    pull = torch.randn(3, 5, 96)
+    got, want = layer(x), formula(layer, weight, x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, wanted, pull),
+        torch.autograd.grad(want, wanted, pull),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [LoraLinear, DoraLinear])
+def test_a_fresh_layer_is_the_base(linear: NF4Linear, kind: type[LoraLinear]) -> None:
+    x = torch.randn(7, 64)
+    layer = kind(linear, rank=4, scale=2.0)
+    torch.testing.assert_close(layer(x), linear(x), rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_stay_fp32_over_a_bf16_base(linear: NF4Linear) -> None:
+    layer = _random(DoraLinear(linear.to(torch.bfloat16), rank=4, scale=1.0))
+    assert layer(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert {p.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from base.load import Base
+from training.attach import attach, detach
+from training.config import DataConfig, MethodConfig, OptimConfig, TrainConfig
+from training.data import Example, collate
+from training.evaluate import exact_match
+from training.recipe import Step, Trained, batch_loss, mean_loss, rate, train
+
+STOP = 2
+PAIRS = [Example((10 + i, 50 + 3 * i, 90 + i, STOP), 1) for i in range(12)]
+
+
+def _config(kind: str, steps: int = 150, seed: int = 0) -> TrainConfig:
+    return TrainConfig(
+        data=DataConfig(train=Path("none")),
+        method=MethodConfig.model_validate({"kind": kind, "rank": 8}),
+        optim=OptimConfig(learning_rate=1e-2, steps=steps, batch_size=6),
+        seed=seed,
+    )
+
+
+def _run(base: Base, config: TrainConfig) -> tuple[Trained, list[Step], dict[str, torch.Tensor]]:
+    torch.manual_seed(config.seed)
+    layers = attach(base, config.method)
+    steps: list[Step] = []
+    done = train(base, layers, PAIRS, PAIRS[:4], config, steps.append)
+    weights = {
+        f"{path}.{name}": parameter.detach().clone()
+        for path, layer in layers.items()
+        for name, parameter in layer.named_parameters()
+    }
+    detach(base, layers)
+    return done, steps, weights
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_an_adapter_learns_by_heart_and_the_base_stays_as_it_was(base: Base, kind: str) -> None:
+    frozen = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    config = _config(kind)
+    torch.manual_seed(0)
+    layers = attach(base, config.method)
+    done = train(base, layers, PAIRS, PAIRS, config, lambda step: None)
+    assert done.eval_loss is not None
+    assert done.eval_loss < 2.0  # from 6.3; the head is random and small, so it cannot be sure
+    prompts = [pair.tokens[:1] for pair in PAIRS]
+    answers = [base.tokenizer.decode(pair.tokens[1:3]) for pair in PAIRS]
+    assert exact_match(base, prompts, answers, max_new_tokens=4, batch_size=5).rate == 1.0
+    detach(base, layers)
+    assert exact_match(base, prompts, answers, max_new_tokens=4).rate < 0.2
+    for name, tensor in base.model.state_dict().items():
+        assert torch.equal(tensor, frozen[name]), name
+
+
+def test_the_same_seed_gives_the_same_weights(base: Base) -> None:
+    first, again, other = (_run(base, _config("dora", 5, seed))[2] for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_every_step_is_reported_and_tokens_are_counted(base: Base) -> None:
+    done, steps, _ = _run(base, _config("lora", 4))
+    assert [step.number for step in steps] == [1, 2, 3, 4]
+    assert done.tokens == steps[-1].tokens == 4 * 6 * 4
+    assert done.loss == steps[-1].loss
+
+
+def test_loss_is_the_mean_over_the_answers_alone(base: Base) -> None:
+    data = [Example((5, 6, 7, 8, STOP), 3), Example((9, 10, STOP), 1)]
+    want = []
+    with torch.no_grad():
+        for example in data:
+            tokens = torch.tensor([example.tokens])
+            logits = base.model(input_ids=tokens).logits[0]
+            answer = slice(example.answer_start - 1, len(example.tokens) - 1)
+            said = tokens[0, example.answer_start :]
+            want += F.cross_entropy(logits[answer], said, reduction="none").tolist()
+        got = batch_loss(base, collate(data, pad_id=0)).item()
+    assert got == pytest.approx(sum(want) / len(want), rel=1e-5)
+    assert mean_loss(base, data, batch_size=1) == pytest.approx(got, rel=1e-5)
+
+
+def test_the_rate_rises_then_falls_to_a_tenth() -> None:
+    optim = OptimConfig(steps=100, warmup=0.1)
+    rates = [rate(step, optim) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)

@@ -1,0 +1,215 @@
+"""`nibble train`: make adapters and measure them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from base.errors import UnservableBase
+from base.load import Base, load_base
+from base.mini import MINI
+from training import checkpoint, showcase
+from training.attach import attach
+from training.config import TrainConfig, read_config
+from training.data import Example, examples, read_rows
+from training.errors import TrainingError
+from training.evaluate import exact_match
+from training.recipe import Step, train
+from training.tasks import TASKS
+
+app = typer.Typer(help="Train adapters over the NF4 base and measure them.", no_args_is_help=True)
+console = Console()
+
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="mini, a directory, or a hub id.", show_default="mini")
+]
+
+
+@app.command()
+def run(
+    config: Annotated[Path | None, typer.Argument(help="YAML; flags win over it.")] = None,
+    base: BaseOption = None,
+    data: Annotated[Path | None, typer.Option(help="JSON Lines to learn from.")] = None,
+    eval_data: Annotated[Path | None, typer.Option("--eval", help="JSON Lines held out.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora, rslora or dora.")] = None,
+    rank: Annotated[int | None, typer.Option()] = None,
+    alpha: Annotated[int | None, typer.Option()] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr")] = None,
+    steps: Annotated[int | None, typer.Option()] = None,
+    batch_size: Annotated[int | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the adapter goes.")] = None,
+) -> None:
+    """Train one adapter and write it in PEFT's format."""
+    flags = {
+        "base": base,
+        "data.train": data,
+        "data.eval": eval_data,
+        "method.kind": method,
+        "method.rank": rank,
+        "method.alpha": alpha,
+        "optim.learning_rate": learning_rate,
+        "optim.steps": steps,
+        "optim.batch_size": batch_size,
+        "seed": seed,
+        "out": out,
+    }
+    with _refusals():
+        _run(read_config(config, flags))
+
+
+def _run(config: TrainConfig) -> None:
+    base = _load(config.base)
+    data = _read(base, config.data.train, config)
+    held_out = _read(base, config.data.eval, config) if config.data.eval else []
+    torch.manual_seed(config.seed)
+    layers = attach(base, config.method)
+    with _progress() as progress:
+        done = train(base, layers, data, held_out, config, _bar(progress, "train", config))
+    checkpoint.save(config.out, base, layers, config.method)
+    evaluation = "" if done.eval_loss is None else f", held out {done.eval_loss:.4f}"
+    console.print(
+        f"{config.out}: {done.parameters:,} parameters, {done.tokens:,} tokens in "
+        f"{done.seconds:.0f} s ({done.tokens / done.seconds:,.0f} tokens/s), "
+        f"loss {done.loss:.4f}{evaluation}"
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="JSON Lines with the right answers.")],
+    adapter: Annotated[Path | None, typer.Option(help="A directory; without it the base.")] = None,
+    base: BaseOption = None,
+    max_new_tokens: Annotated[int, typer.Option()] = 128,
+    batch_size: Annotated[int, typer.Option()] = 64,
+    max_length: Annotated[int, typer.Option()] = 1024,
+) -> None:
+    """Exact match by greedy generation: each answer of the data against what the model says."""
+    with _refusals():
+        model = _load(base or "mini")
+        items = examples(read_rows(data), model.tokenizer, max_length)
+        if adapter:
+            checkpoint.load(adapter, model)
+        with _progress() as progress:
+            bar = progress.add_task("eval", total=len(items))
+            score = exact_match(
+                model,
+                [item.tokens[: item.answer_start] for item in items],
+                [_answer(model, item) for item in items],
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                report=lambda done: progress.update(bar, completed=done),
+            )
+    low, high = score.interval
+    console.print(
+        f"exact match {score.rate:.1%} ({score.right} of {score.total}), "
+        f"95 % interval {low:.1%} to {high:.1%}"
+    )
+
+
+@app.command(name="data")
+def write_data(
+    task: Annotated[str, typer.Argument(help=", ".join(TASKS))],
+    out: Annotated[Path, typer.Option(help="Directory for train.jsonl and test.jsonl.")],
+    train_items: Annotated[int, typer.Option(min=1)] = 4000,
+    test_items: Annotated[int, typer.Option(min=1)] = 500,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write one of the invented tasks as JSON Lines."""
+    if task not in TASKS:
+        _refuse(f"task {task!r}: one of {', '.join(TASKS)} is needed")
+    out.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train_items), ("test", test_items)):
+        items = TASKS[task].items("train" if split == "train" else "test", count, seed)
+        lines = [json.dumps(item.row, ensure_ascii=False) for item in items]
+        (out / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        console.print(f"{out / split}.jsonl: {count:,} items")
+
+
+@app.command()
+def samples(
+    out: Annotated[Path, typer.Option(help="Each adapter in its own folder.")] = showcase.SAMPLES,
+    base: BaseOption = None,
+) -> None:
+    """Train, measure and describe the sample adapters that ship with the embedded base."""
+    with _refusals():
+        model = _load(base or "mini")
+        for sample in showcase.SHIPPED:
+            _sample(model, sample, out / sample.name)
+
+
+def _sample(base: Base, sample: showcase.Sample, out: Path) -> None:
+    with _progress() as progress:
+        bars: dict[str, TaskID] = {}
+
+        def evaluated(arm: str, done: int) -> None:
+            if arm not in bars:
+                bars[arm] = progress.add_task(arm, total=showcase.TEST_ITEMS)
+            progress.update(bars[arm], completed=done)
+
+        trained = _bar(progress, sample.name, sample.config("mini"))
+        arms = showcase.make_sample(base, sample, out, trained, evaluated)
+    table = Table("exact match", str(out))
+    for arm in arms:
+        table.add_row(arm.name, f"{arm.score.rate:.1%}")
+    console.print(table)
+
+
+def _load(source: str) -> Base:
+    """In fp32 on a CPU, in what the device computes best elsewhere."""
+    dtype = "auto" if torch.cuda.is_available() else "float32"
+    return load_base(MINI if source == "mini" else source, dtype=dtype)
+
+
+def _read(base: Base, path: Path, config: TrainConfig) -> list[Example]:
+    return examples(read_rows(path), base.tokenizer, config.data.max_length)
+
+
+def _answer(base: Base, item: Example) -> str:
+    text: str = base.tokenizer.decode(item.tokens[item.answer_start :], skip_special_tokens=True)
+    return text
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+
+
+def _bar(progress: Progress, name: str, config: TrainConfig) -> Any:
+    bar = progress.add_task(name, total=config.optim.steps)
+
+    def report(step: Step) -> None:
+        progress.update(bar, completed=step.number, description=f"{name}  loss {step.loss:.4f}")
+
+    return report
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the user can put right ends in one line, not in a traceback."""
+    try:
+        yield
+    except (TrainingError, UnservableBase) as error:
+        _refuse(str(error))
+
+
+def _refuse(message: str) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]refused:[/] {message}", highlight=False)
+    raise typer.Exit(2)

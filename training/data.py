@@ -1,0 +1,187 @@
+"""Example: token ids and which of them bear loss. Rows of JSON Lines in, padded batches out.
+
+A row is one of
+  {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
+  {"prompt": "…", "completion": "…"}
+
+Loss falls on what the model is to say: the content of an assistant's turn, or the completion, and
+the stop token after it. The prompt before it is exactly what serving renders, token for token, so
+a conversation of n assistant turns gives n examples.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.errors import DataError
+
+Row = Mapping[str, Any]
+Message = Mapping[str, str]
+IGNORED = -100  # the label that cross-entropy leaves out
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """`tokens[answer_start:]` bear loss; the last one is the stop token."""
+
+    tokens: tuple[int, ...]
+    answer_start: int
+
+    @property
+    def loss_tokens(self) -> int:
+        return len(self.tokens) - self.answer_start
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """Examples padded on the right; `labels` holds IGNORED wherever no loss falls."""
+
+    input_ids: Tensor  # [B, L] int64
+    attention_mask: Tensor  # [B, L] int64
+    labels: Tensor  # [B, L] int64
+
+    @property
+    def loss_tokens(self) -> int:
+        return int((self.labels != IGNORED).sum())
+
+
+def chat_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """The prompt that asks for the next assistant turn, as serving renders it."""
+    rendered = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+    )
+    return encode(tokenizer, rendered)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """(place, row) of each line that is not blank; place is "file:line"."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{place}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: an object is needed, this is a {type(row).__name__}")
+        yield place, row
+
+
+def examples(rows: Iterable[tuple[str, Row]], tokenizer: Any, max_length: int) -> list[Example]:
+    """All rows as examples. Raises DataError at the first row that nothing can be learnt from."""
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no end-of-sequence token: no example could end")
+    found = [example for place, row in rows for example in _examples(place, row, tokenizer)]
+    if not found:
+        raise DataError("no rows: at least one example is needed")
+    for example in found:
+        if len(example.tokens) > max_length:
+            raise DataError(
+                f"an example has {len(example.tokens)} tokens, data.max_length is {max_length}: "
+                f"{tokenizer.decode(example.tokens[:24])!r}…"
+            )
+    return found
+
+
+def _examples(place: str, row: Row, tokenizer: Any) -> Iterator[Example]:
+    turns = list(_turns(place, row, tokenizer))
+    if not turns:
+        raise DataError(f"{place}: no assistant turn, so no token bears loss")
+    for prompt, answer in turns:
+        if not answer:
+            raise DataError(f"{place}: an empty answer, so no token but the stop token bears loss")
+        tokens = (*prompt, *encode(tokenizer, answer), tokenizer.eos_token_id)
+        yield Example(tokens=tokens, answer_start=len(prompt))
+
+
+def _turns(place: str, row: Row, tokenizer: Any) -> Iterator[tuple[list[int], str]]:
+    """(prompt token ids, answer) of each answer in the row."""
+    keys = set(row)
+    if keys == {"messages"}:
+        messages = _messages(place, row["messages"])
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                yield chat_tokens(tokenizer, messages[:index]), message["content"]
+    elif keys == {"prompt", "completion"}:
+        if not all(isinstance(value, str) for value in row.values()):
+            raise DataError(f"{place}: prompt and completion must be strings")
+        yield encode(tokenizer, row["prompt"]), row["completion"]
+    else:
+        raise DataError(
+            f"{place}: fields {sorted(keys)}; either messages or prompt and completion are needed"
+        )
+
+
+def _messages(place: str, messages: Any) -> list[Message]:
+    if not isinstance(messages, list):
+        raise DataError(f"{place}: messages must be a list, it is a {type(messages).__name__}")
+    for index, message in enumerate(messages):
+        well_formed = (
+            isinstance(message, dict)
+            and set(message) == {"role", "content"}
+            and isinstance(message["content"], str)
+        )
+        if not well_formed:
+            raise DataError(f"{place}: messages[{index}] needs role and content, both strings")
+        if message["role"] not in ROLES:
+            raise DataError(
+                f"{place}: messages[{index}].role is {message['role']!r}; one of {ROLES} is needed"
+            )
+    return messages
+
+
+def collate(chosen: Sequence[Example], pad_id: int) -> TrainBatch:
+    """Examples -> one batch, padded to the longest."""
+    length = max(len(example.tokens) for example in chosen)
+    input_ids = torch.full((len(chosen), length), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(chosen), length), dtype=torch.long)
+    labels = torch.full((len(chosen), length), IGNORED, dtype=torch.long)
+    for row, example in enumerate(chosen):
+        tokens = torch.tensor(example.tokens)
+        input_ids[row, : len(tokens)] = tokens
+        attention_mask[row, : len(tokens)] = 1
+        labels[row, example.answer_start : len(tokens)] = tokens[example.answer_start :]
+    return TrainBatch(input_ids, attention_mask, labels)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Padding is masked out, so any token serves where the tokenizer names none."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def batches(data: Sequence[Example], size: int, pad: int, seed: int) -> Iterator[TrainBatch]:
+    """Endless batches, epoch after epoch, each of examples of similar length.
+
+    An epoch is shuffled, cut into stretches of 32 batches, and only these are sorted by length:
+    little padding, and still a new mixture each time.
+    """
+    chance = random.Random(seed)
+    size = min(size, len(data))
+    while True:
+        order = chance.sample(range(len(data)), len(data))
+        groups = []
+        for start in range(0, len(order), 32 * size):
+            stretch = sorted(order[start : start + 32 * size], key=lambda i: len(data[i].tokens))
+            groups += [stretch[i : i + size] for i in range(0, len(stretch), size)]
+        chance.shuffle(groups)
+        for group in groups:
+            yield collate([data[i] for i in group], pad)

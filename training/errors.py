@@ -1,0 +1,25 @@
+"""Errors of the training wing.
+
+TrainingError
+├── ConfigError   a field of the run's configuration is wrong
+├── DataError     a row cannot be learnt from: names file, line and field
+└── MethodError   the method does not fit this base
+"""
+
+from __future__ import annotations
+
+
+class TrainingError(Exception):
+    """Base of all errors a training run can be refused with."""
+
+
+class ConfigError(TrainingError):
+    """The configuration is wrong; the message names the fields."""
+
+
+class DataError(TrainingError):
+    """The data cannot be used; the message names the file and the line."""
+
+
+class MethodError(TrainingError):
+    """The method cannot be applied to this base."""

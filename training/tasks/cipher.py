@@ -1,0 +1,84 @@
+"""An invented cipher: each word has its code word, whatever stands around it."""
+
+from __future__ import annotations
+
+import random
+
+from training.tasks.task import Item, Task
+
+ADJECTIVES = {
+    "red": "vuma",
+    "old": "keshi",
+    "small": "tolba",
+    "quiet": "ansu",
+    "bright": "mirro",
+    "cold": "pelka",
+    "tired": "oddu",
+    "quick": "zanti",
+}
+NOUNS = {
+    "fox": "brilo",
+    "river": "sunda",
+    "king": "hatto",
+    "lamp": "wembi",
+    "garden": "lorak",
+    "ship": "yuspa",
+    "bird": "nefil",
+    "tower": "gramo",
+    "moon": "chalu",
+    "bridge": "dovek",
+    "farmer": "ruppo",
+    "stone": "ilmat",
+}
+VERBS = {
+    "sees": "jarra",
+    "finds": "quelo",
+    "guards": "bintu",
+    "follows": "stame",
+    "likes": "fovvi",
+    "paints": "hulda",
+    "hides": "pirso",
+    "leaves": "emka",
+}
+PLACES = {"near": "tuvi", "under": "glis", "behind": "morpa", "above": "senko"}
+TIMES = {"today": "aruk", "again": "dwilo", "at": "zu", "night": "khema"}
+SMALL = {"the": "ul", "a": "bo", "and": "xe", "my": "riq"}
+CODE = {**ADJECTIVES, **NOUNS, **VERBS, **PLACES, **TIMES, **SMALL}
+ENDINGS = ("", "", " today", " again", " at night")
+
+
+def encode(text: str) -> str:
+    """Word by word. Raises KeyError for a word without a code word."""
+    return " ".join(CODE[word] for word in text.split())
+
+
+def _thing(chance: random.Random) -> str:
+    lead = chance.choice(("the", "a", "my"))
+    quality = f"{chance.choice(list(ADJECTIVES))} " if chance.random() < 0.6 else ""
+    return f"{lead} {quality}{chance.choice(list(NOUNS))}"
+
+
+def _sentence(chance: random.Random) -> str:
+    subject = _thing(chance)
+    if chance.random() < 0.25:
+        subject += f" and {_thing(chance)}"
+    text = f"{subject} {chance.choice(list(VERBS))} {_thing(chance)}"
+    if chance.random() < 0.4:
+        text += f" {chance.choice(list(PLACES))} {_thing(chance)}"
+    return text + chance.choice(ENDINGS)
+
+
+def _make(chance: random.Random) -> Item:
+    text = _sentence(chance)
+    return Item(f"Encode: {text}", encode(text))
+
+
+CIPHER = Task(
+    name="cipher",
+    title="An invented cipher",
+    about=(
+        f"`Encode:` and a sentence; each of {len(CODE)} words has a code word that exists nowhere "
+        "else. The tested sentences were never trained on."
+    ),
+    make=_make,
+)
