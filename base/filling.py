@@ -15,6 +15,8 @@ from base.kernels import NF4Weight
 from base.nf4 import NF4Linear
 from base.prequantized import PrequantizedParts
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class Filling:
     """Puts each tensor of a checkpoint in its place in an empty model, or says why it cannot."""
@@ -95,20 +97,21 @@ class Filling:
                 f"{name} is {list(tensor.shape)} in the checkpoint, "
                 f"config.json asks for {list(self.expected[name].shape)}"
             )
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-            raise UnservableBase(f"{name} is {tensor.dtype}; weights must be float32 or 16 bit")
         parent_path, _, leaf = name.rpartition(".")
         parent = self.model.get_submodule(parent_path)
-        if leaf == "weight" and self._is_quantised(parent):
-            weight = NF4Weight.quantize(tensor.to(self.device), self.double_quant)
+        if leaf in parent._buffers:
+            parent._buffers[leaf] = tensor.to(self.device, self.expected[name].dtype, copy=True)
+        elif tensor.dtype not in _FLOATS:
+            raise UnservableBase(f"{name} is {tensor.dtype}; weights are float32 or 16 bit floats")
+        elif leaf == "weight" and self._is_quantised(parent):
+            # GPT-2's Conv1D is a linear layer that keeps its weight as [in, out].
+            rows = tensor if isinstance(parent, nn.Linear) else tensor.T
+            weight = NF4Weight.quantize(rows.to(self.device), self.double_quant)
             self._swap(parent_path, parent, weight)
         else:
             # A copy, or the parameter would keep the whole mapped file in memory.
             copy = tensor.to(self.device, self.dtype, copy=True)
-            if leaf in parent._buffers:
-                parent._buffers[leaf] = copy
-            else:
-                setattr(parent, leaf, nn.Parameter(copy, requires_grad=False))
+            setattr(parent, leaf, nn.Parameter(copy, requires_grad=False))
 
     def _place_prequantized(self, name: str, weight: NF4Weight) -> None:
         path = name.removesuffix(".weight")
@@ -124,15 +127,17 @@ class Filling:
 
     def _is_quantised(self, module: nn.Module) -> bool:
         """Is this a decoder linear? What a quantised checkpoint left in float stays in float."""
+        from transformers.pytorch_utils import Conv1D
+
         return (
-            isinstance(module, nn.Linear)
+            isinstance(module, nn.Linear | Conv1D)
             and module is not self.model.get_output_embeddings()
             and not self.parts.weights
         )
 
-    def _swap(self, path: str, layer: nn.Linear, weight: NF4Weight) -> None:
+    def _swap(self, path: str, layer: nn.Module, weight: NF4Weight) -> None:
         """The bias goes along: filled already, or on the meta device until its turn comes."""
-        self.model.set_submodule(path, NF4Linear(weight, layer.bias))
+        self.model.set_submodule(path, NF4Linear(weight, layer._parameters["bias"]))
 
 
 def _ignored(model: Any) -> re.Pattern[str]:

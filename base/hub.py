@@ -49,6 +49,8 @@ def _download(repository: str, revision: str | None) -> Source:
     weights = shard_names(index) if index.is_file() else (WEIGHTS,)
     # From here on the commit, so that a push between the two cannot mix two revisions.
     _snapshot(repository, snapshot.name, weights)
+    if not (snapshot / weights[0]).is_file():
+        raise UnservableBase(f"{repository} has no {weights[0]}; only safetensors are read")
     return Source(snapshot, repository, snapshot.name)
 
 
@@ -56,7 +58,9 @@ def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...]) 
     from huggingface_hub import snapshot_download
 
     try:
-        found: Any = snapshot_download(repository, revision=revision, allow_patterns=list(patterns))
+        found: Any = snapshot_download(
+            repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*.py"]
+        )
     except Exception as error:  # offline, no such repository, gated, a broken connection, no space
         where = f"{repository} at revision {revision}" if revision else repository
         raise UnservableBase(

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -32,9 +32,9 @@ _SIZES: dict[str, Any] = {
 }
 
 CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
     "llama-rope3": LlamaConfig(
-        **_SIZES,
+        **SIZES,
         rope_parameters={
             "rope_type": "llama3",
             "rope_theta": 10000.0,
@@ -44,12 +44,12 @@ CONFIGS: dict[str, Any] = {
             "original_max_position_embeddings": 64,
         },
     ),
-    "qwen2": Qwen2Config(**_SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**_SIZES, attention_bias=True, tie_word_embeddings=True),
-    "mistral": MistralConfig(**_SIZES, sliding_window=16),
-    "gemma": GemmaConfig(**_SIZES),
-    "gemma2": Gemma2Config(**_SIZES, sliding_window=16),
-    "gemma3": Gemma3TextConfig(**_SIZES, sliding_window=16),
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES, attention_bias=True, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZES, sliding_window=16),
+    "gemma": GemmaConfig(**SIZES),
+    "gemma2": Gemma2Config(**SIZES, sliding_window=16),
+    "gemma3": Gemma3TextConfig(**SIZES, sliding_window=16),
 }
 
 
