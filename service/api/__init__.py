@@ -1,0 +1,1 @@
+"""HTTP: routes and wire schemas, one file per skin; errors become replies in one place."""

@@ -1,0 +1,368 @@
+"""Adapters over HTTP: upload, list, show, alias, load, pin, delete."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import ConfigDict, Field
+
+from adapters.errors import AdapterNotFound
+from adapters.manifest import AdapterManifest, MergedDtype, Placement
+from service.api.deps import DeskDep, Serving, ServingDep
+from service.api.errors import Refused
+from service.api.upload import Upload, received
+from service.api.wire import Incoming, Outgoing, PathName, refusals
+from service.engine.request import AdapterRef
+from service.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from service.residency.tiers import Resident
+
+router = APIRouter(prefix="/adapters", tags=["adapters"])
+
+_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name", "config", "weights"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "name": {"type": "string", "maxLength": 64, "examples": ["support"]},
+                        "config": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "adapter_config.json, as PEFT writes it",
+                        },
+                        "weights": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "adapter_model.safetensors",
+                        },
+                        "template": {
+                            "type": "string",
+                            "description": "The adapter's own chat template (Jinja)",
+                        },
+                        "placement": {"type": "string", "enum": list(get_args(Placement))},
+                        "merged_dtype": {"type": "string", "enum": list(get_args(MergedDtype))},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+class ResidencyView(Outgoing):
+    """Where an adapter is now, besides the store."""
+
+    tier: Literal["slot", "host"]
+    placement: str
+    bytes: int
+    pinned: bool
+    running: int = Field(description="Sequences that use it at this moment.")
+    hits: int
+    last_used: float = Field(description="Seconds since the epoch.")
+
+
+class AdapterView(Outgoing):
+    """One version of one adapter."""
+
+    name: str
+    version: int
+    digest: str
+    kind: str
+    rank: int
+    targets: list[str]
+    parameters: int
+    memory_bytes: int = Field(description="What a slot needs, in fp32.")
+    weights_bytes: int
+    placement: str
+    merged_dtype: str
+    template: bool = Field(description="Whether it brings a chat template of its own.")
+    base_fingerprint: str
+    created: str
+    residency: list[ResidencyView]
+
+
+class VersionView(Outgoing):
+    version: int
+    digest: str
+    created: str
+
+
+class AdapterDescriptionView(AdapterView):
+    """One adapter with all that is known under its name."""
+
+    versions: list[VersionView]
+    aliases: dict[str, int]
+
+
+class AdapterList(Outgoing):
+    adapters: list[AdapterView]
+
+
+class AliasDropped(Outgoing):
+    name: str
+    alias: str
+
+
+class Deleted(Outgoing):
+    deleted: list[VersionView]
+
+
+class AliasBody(Incoming):
+    """What an alias points to: a version, or the digest of one."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 1}]})
+
+    version: int | None = Field(default=None, ge=1, le=999_999_999)
+    digest: str | None = Field(default=None, pattern=r"^(sha256:)?[0-9a-f]{64}$")
+
+
+class AliasView(Outgoing):
+    name: str
+    alias: str
+    version: int
+    digest: str
+
+
+class LoadView(Outgoing):
+    """What bringing an adapter to its slot cost."""
+
+    name: str
+    version: int
+    digest: str
+    placement: str
+    bytes: int
+    seconds: float
+    requantisation_error: float | None = Field(
+        description="Relative error of merging into NF4; null where nothing was requantised."
+    )
+    notes: dict[str, float]
+
+
+class PinView(Outgoing):
+    name: str
+    digest: str
+    pinned: bool
+
+
+@router.post(
+    "",
+    status_code=201,
+    openapi_extra=_FORM,
+    responses={201: {"model": AdapterView}, **refusals(408, 413, 415, 422, 429, 503, 507)},
+)
+async def upload(request: Request, desk: DeskDep, serving: ServingDep) -> JSONResponse:
+    """Upload an adapter. A name that exists gets a new version; old ones stay addressable.
+
+    The reply means: checked against this base, complete, and safe on the disk.
+    """
+    desk.admission.check()
+    if desk.uploads.locked():
+        raise Refused(429, "overloaded", "too many uploads are under way; try again in a moment")
+    async with desk.uploads, received(request, desk.upload_directory, serving.limits) as arrived:
+        # The commit is not undone when the client goes now: it may have seen nothing, but a
+        # repetition of the same upload finds the same version.
+        manifest = await asyncio.shield(asyncio.to_thread(_add, arrived, serving))
+    return _reply(_view(manifest, []), 201, manifest)
+
+
+@router.get("", responses={200: {"model": AdapterList}, **refusals(503)})
+async def list_adapters(serving: ServingDep) -> JSONResponse:
+    """The newest version of every adapter, and where each is now."""
+    manifests = await asyncio.to_thread(serving.store.list)
+    residents = await asyncio.to_thread(serving.engine.residents)
+    return JSONResponse({"adapters": [_view(m, residents) for m in manifests]})
+
+
+@router.get(
+    "/{name}", responses={200: {"model": AdapterDescriptionView}, **refusals(404, 422, 503)}
+)
+async def show(name: PathName, serving: ServingDep) -> JSONResponse:
+    """One adapter by `name`, `name@version`, `name@alias` or `sha256:<digest>`."""
+    manifest = await asyncio.to_thread(serving.store.resolve, name)
+    described = await asyncio.to_thread(serving.store.describe, manifest.name)
+    residents = await asyncio.to_thread(serving.engine.residents)
+    body = _view(manifest, residents) | {
+        "versions": [_version(one) for one in described.versions],
+        "aliases": dict(described.aliases),
+    }
+    return _reply(body, 200, manifest)
+
+
+@router.delete("/{name}", responses={200: {"model": Deleted}, **refusals(404, 409, 422, 503)})
+async def delete(name: PathName, serving: ServingDep) -> JSONResponse:
+    """Delete `name` with all versions, or `name@version`. What runs on it finishes first; when
+    the reply comes, nothing of it is left in slots or caches."""
+    gone = await asyncio.to_thread(serving.store.delete, name)
+    # Shielded: once the rows are gone, slots and blocks must follow, client or no client.
+    await asyncio.shield(asyncio.to_thread(_forget, gone, serving))
+    return JSONResponse({"deleted": [_version(one) for one in gone]})
+
+
+@router.put(
+    "/{name}/aliases/{alias}", responses={200: {"model": AliasView}, **refusals(404, 422, 503)}
+)
+async def set_alias(
+    name: PathName, alias: PathName, body: AliasBody, serving: ServingDep
+) -> JSONResponse:
+    """Point `name@alias` to a version of the adapter; requests that run are not touched."""
+    target = await asyncio.to_thread(_target, name, body, serving)
+    await asyncio.to_thread(serving.store.set_alias, name, alias, target.version)
+    return _reply(
+        {"name": name, "alias": alias, "version": target.version, "digest": target.digest},
+        200,
+        target,
+    )
+
+
+@router.delete(
+    "/{name}/aliases/{alias}", responses={200: {"model": AliasDropped}, **refusals(404, 422, 503)}
+)
+async def drop_alias(name: PathName, alias: PathName, serving: ServingDep) -> JSONResponse:
+    """Take an alias away; the versions stay."""
+    await asyncio.to_thread(serving.store.drop_alias, name, alias)
+    return JSONResponse({"name": name, "alias": alias})
+
+
+@router.post("/{name}/load", responses={200: {"model": LoadView}, **refusals(404, 422, 500, 503)})
+async def load(name: PathName, serving: ServingDep) -> JSONResponse:
+    """Bring an adapter to its slot now, so that no request has to wait for it."""
+    manifest = await asyncio.to_thread(serving.store.resolve, name)
+    report = await asyncio.to_thread(serving.engine.load, _ref(manifest))
+    body = {
+        "name": manifest.name,
+        "version": manifest.version,
+        "digest": manifest.digest,
+        "placement": report.placement,
+        "bytes": report.nbytes,
+        "seconds": round(report.seconds, 6),
+        "requantisation_error": report.notes.get("requantisation_error"),
+        "notes": dict(report.notes),
+    }
+    return _reply(body, 200, manifest)
+
+
+@router.post("/{name}/pin", responses={200: {"model": PinView}, **refusals(404, 422, 500, 503)})
+async def pin(name: PathName, serving: ServingDep) -> JSONResponse:
+    """Load an adapter and keep it in its slot, whatever else comes."""
+    manifest = await asyncio.to_thread(serving.store.resolve, name)
+    await asyncio.to_thread(serving.engine.pin, _ref(manifest))
+    return _reply(_pinned(manifest, True), 200, manifest)
+
+
+@router.post("/{name}/unpin", responses={200: {"model": PinView}, **refusals(404, 422, 503)})
+async def unpin(name: PathName, serving: ServingDep) -> JSONResponse:
+    """Let the slot of an adapter be given away again, when another needs the place."""
+    manifest = await asyncio.to_thread(serving.store.resolve, name)
+    await asyncio.to_thread(_unpin, manifest, serving)
+    return _reply(_pinned(manifest, False), 200, manifest)
+
+
+def _add(arrived: Upload, serving: Serving) -> AdapterManifest:
+    return serving.store.add(
+        arrived.text("name") or "",
+        arrived.fields["config"],
+        arrived.weights,
+        arrived.text("template"),
+        serving.spec,
+        serving.limits,
+        placement=_one_of(arrived, "placement", get_args(Placement), "unmerged"),
+        merged_dtype=_one_of(arrived, "merged_dtype", get_args(MergedDtype), "bfloat16"),
+    )
+
+
+def _one_of(arrived: Upload, name: str, allowed: Sequence[str], default: str) -> Any:
+    value = arrived.text(name)
+    if value is None:
+        return default
+    if value not in allowed:
+        raise InvalidRequest(f"{name} is {value[:80]!r}; it can be {', '.join(allowed)}", name)
+    return value
+
+
+def _forget(gone: Sequence[AdapterManifest], serving: Serving) -> None:
+    """Free slots and blocks of every digest that no row names any more."""
+    for one in {_ref(manifest): manifest for manifest in gone}.values():
+        try:
+            other = serving.store.resolve(f"sha256:{one.digest}")
+        except AdapterNotFound:
+            serving.engine.forget(one.digest)
+        else:
+            if other.placement != one.placement:
+                _unpin(one, serving)
+
+
+def _unpin(manifest: AdapterManifest, serving: Serving) -> None:
+    with suppress(KeyError):  # it has no slot: nothing is pinned
+        serving.engine.unpin(_ref(manifest))
+
+
+def _target(name: str, body: AliasBody, serving: Serving) -> AdapterManifest:
+    if (body.version is None) == (body.digest is None):
+        raise InvalidRequest("give either version or digest", "version")
+    for one in serving.store.describe(name).versions:
+        if one.version == body.version or one.digest == (body.digest or "").removeprefix("sha256:"):
+            return one
+    raise AdapterNotFound(f"{name}@{body.version or body.digest}")
+
+
+def _ref(manifest: AdapterManifest) -> AdapterRef:
+    return AdapterRef(manifest.digest, manifest.name, manifest.placement)
+
+
+def _reply(body: dict[str, Any], status: int, manifest: AdapterManifest) -> JSONResponse:
+    return JSONResponse(body, status, {"x-adapter-digest": manifest.digest})
+
+
+def _view(manifest: AdapterManifest, residents: Sequence[Resident]) -> dict[str, Any]:
+    return {
+        "name": manifest.name,
+        "version": manifest.version,
+        "digest": manifest.digest,
+        "kind": manifest.kind,
+        "rank": manifest.rank,
+        "targets": list(manifest.targets),
+        "parameters": manifest.memory_bytes // 4,
+        "memory_bytes": manifest.memory_bytes,
+        "weights_bytes": manifest.weights_bytes,
+        "placement": manifest.placement,
+        "merged_dtype": manifest.merged_dtype,
+        "template": manifest.template is not None,
+        "base_fingerprint": manifest.base_fingerprint,
+        "created": manifest.created,
+        "residency": [_residency(one) for one in residents if one.digest == manifest.digest],
+    }
+
+
+def _residency(one: Resident) -> dict[str, Any]:
+    return {
+        "tier": one.tier,
+        "placement": one.placement,
+        "bytes": one.nbytes,
+        "pinned": one.pinned,
+        "running": one.running,
+        "hits": one.hits,
+        "last_used": one.last_used,
+    }
+
+
+def _version(manifest: AdapterManifest) -> dict[str, Any]:
+    return {
+        "version": manifest.version,
+        "digest": manifest.digest,
+        "created": manifest.created,
+    }
+
+
+def _pinned(manifest: AdapterManifest, value: bool) -> dict[str, Any]:
+    return {"name": manifest.name, "digest": manifest.digest, "pinned": value}

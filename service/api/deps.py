@@ -1,0 +1,133 @@
+"""What the routes need, by name: the parts of the running server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
+
+from fastapi import Depends, Request
+
+from adapters.limits import Limits
+from adapters.store import AdapterStore
+from base.spec import BaseSpec
+from service.admission import Admission
+from service.api.errors import Refused
+from service.config import Settings
+from service.engine.observer import StepReport
+from service.engine.request import AdapterRef, Event
+from service.engine.request import Request as Generation
+from service.metrics import Metrics
+from service.prompt.assembly import Assembly
+
+if TYPE_CHECKING:  # it brings torch, which is not here yet when the first request comes
+    from service.residency.tiers import Resident
+
+T = TypeVar("T")
+
+
+class EventStream(Protocol):
+    """The events of one generation; `service.engine.stream.Stream` is the real one."""
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+    def cancel(self) -> None: ...
+
+
+class Report(Protocol):
+    """What a load cost; `service.engine.loop.LoadReport` is the real one."""
+
+    @property
+    def placement(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def notes(self) -> dict[str, float]: ...
+
+
+class GenerationEngine(Protocol):
+    """What HTTP asks of the engine; `service.engine.loop.Engine` is the real one."""
+
+    max_model_len: int
+
+    @property
+    def alive(self) -> bool: ...
+    def submit(self, request: Generation) -> EventStream: ...
+    def load(self, ref: AdapterRef) -> Report: ...
+    def pin(self, ref: AdapterRef) -> None: ...
+    def unpin(self, ref: AdapterRef) -> None: ...
+    def forget(self, digest: str) -> None: ...
+    def residents(self) -> Sequence[Resident]: ...
+    def stats(self) -> StepReport: ...
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Everything that exists once the base is loaded."""
+
+    spec: BaseSpec
+    dtype: str
+    device: str
+    eos_token_ids: frozenset[int]
+    assembly: Assembly
+    store: AdapterStore
+    engine: GenerationEngine
+    limits: Limits
+
+
+@dataclass(slots=True)
+class Desk:
+    """One application: what exists from the first moment, and `serving` once it is there."""
+
+    settings: Settings
+    admission: Admission
+    metrics: Metrics
+    uploads: asyncio.Semaphore
+    upload_directory: Path
+    serving: Serving | None = None
+    failure: str | None = None  # why the base could not be loaded
+
+
+async def desk(request: Request) -> Desk:
+    found: Desk = request.app.state.desk
+    return found
+
+
+async def serving(request: Request) -> Serving:
+    """The loaded parts. Raises Loading before they are there."""
+    here = await desk(request)
+    if here.serving is None:
+        here.admission.check()
+    assert here.serving is not None, "admission opens after serving is set"
+    return here.serving
+
+
+DeskDep = Annotated[Desk, Depends(desk)]
+ServingDep = Annotated[Serving, Depends(serving)]
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; when the client goes first, `work` is cancelled: raises Refused.
+
+    Call it once the body has been read: what comes after it can only be the client's going.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Refused(499, "cancelled", "the client has gone")
+        return await task
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

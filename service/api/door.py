@@ -1,0 +1,205 @@
+"""The door: what every request passes before any route sees it.
+
+It gives the request its id, bounds the size and the slowness of its body, refuses writes that a
+foreign web page sends, turns whatever escapes into an envelope, and writes one line of log. Plain
+ASGI, so that a client's going reaches the routes unchanged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import Refused, failure, log_failure
+
+LINGER_BYTES = 4 << 20  # of a refused body, read so that the client gets to see the refusal
+LINGER_SECONDS = 2.0
+_UNSAFE_ID = re.compile(r"[^A-Za-z0-9._:-]")
+
+logger = structlog.get_logger("nibble.http")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a body may be. A body of b bytes must be here after `grace + b / rate` seconds."""
+
+    max_body_bytes: int
+    by_route: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    grace_seconds: float = 30.0
+    bytes_per_second: float = 16384.0
+
+    def of(self, scope: Scope) -> int:
+        return self.by_route.get((scope["method"], scope["path"]), self.max_body_bytes)
+
+
+class Door:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp, bounds: Bounds) -> None:
+        self.app = app
+        self.bounds = bounds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        # Always the server's own: a client's id is logged, and never a key of anything.
+        scope["request_id"] = secrets.token_hex(8)
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=scope["request_id"])
+        await _Passage(self, scope, receive, send).run()
+
+
+class _Passage:
+    """One request on its way through the door."""
+
+    def __init__(self, door: Door, scope: Scope, receive: Receive, send: Send) -> None:
+        self._app = door.app
+        self._bounds = door.bounds
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._headers = Headers(scope=scope)
+        self._limit = door.bounds.of(scope)
+        self._unread = self._has_body()
+        self._received = 0
+        self._since = time.monotonic()
+        self._refusal: Refused | None = None
+        self._status = 0
+
+    async def run(self) -> None:
+        try:
+            self._check_head()
+            await self._app(self._scope, self.receive, self.send)
+            if self._refusal is not None and not self._status:
+                raise self._refusal
+        except Exception as error:
+            if self._status:  # too late for an answer: let the server cut the connection
+                log_failure(error)
+                raise
+            await self._answer(self._refusal or error)
+        finally:
+            self._log()
+
+    async def receive(self) -> Message:
+        if not self._unread:
+            return await self._receive()
+        message = await self._receive_in_time()
+        if message["type"] == "http.request":
+            self._received += len(message.get("body", b""))
+            self._unread = bool(message.get("more_body", False))
+            if self._received > self._limit:
+                raise self._refuse_size("more than that arrived")
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if self._refusal is not None:
+                return  # whatever the route made of it, the refusal is the answer
+            self._status = message["status"]
+            self._sign(message)
+        elif self._refusal is not None and not self._status:
+            return
+        ends = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if ends and self._unread:
+            await self._send({**message, "more_body": True})
+            await self._linger()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+
+    def _has_body(self) -> bool:
+        length = self._headers.get("content-length", "0")
+        return "transfer-encoding" in self._headers or length.strip("0") != ""
+
+    def _check_head(self) -> None:
+        length = self._headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._limit:
+            raise self._refuse_size(f"Content-Length is {length[:20]}")
+        if self._scope["method"] not in ("GET", "HEAD"):
+            self._check_origin()
+
+    def _check_origin(self) -> None:
+        """A browser sends the page's origin with every write: foreign pages may not use the
+        server of whoever looks at them."""
+        origin = self._headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != self._headers.get("host"):
+            raise Refused(
+                403,
+                "forbidden",
+                f"a page of {origin[:80]!r} may not write here, only this server's own pages",
+            )
+
+    async def _receive_in_time(self) -> Message:
+        bounds = self._bounds
+        allowed = bounds.grace_seconds + self._received / bounds.bytes_per_second
+        left = self._since + allowed - time.monotonic()
+        try:
+            return await asyncio.wait_for(self._receive(), max(left, 0.001))
+        except TimeoutError:
+            self._refusal = Refused(
+                408,
+                "timeout",
+                f"the body came too slowly: {self._received} bytes in {allowed:.0f} seconds",
+            )
+            raise self._refusal from None
+
+    def _refuse_size(self, what: str) -> Refused:
+        self._refusal = Refused(
+            413, "too_large", f"the body may have at most {self._limit} bytes; {what}"
+        )
+        return self._refusal
+
+    def _sign(self, message: Message) -> None:
+        headers = MutableHeaders(scope=message)
+        headers["x-request-id"] = self._scope["request_id"]
+        headers["x-content-type-options"] = "nosniff"
+        if self._unread:
+            headers["connection"] = "close"
+
+    async def _answer(self, error: Exception) -> None:
+        answer = failure(error)
+        if answer.status >= 500:
+            log_failure(error)
+        self._refusal = None
+        await answer.reply(self._scope["request_id"])(self._scope, self.receive, self.send)
+
+    async def _linger(self) -> None:
+        """Read a little more of a body that nobody wants: a connection that is closed with unread
+        bytes is reset, and the client may lose the reply with it."""
+        if "expect" in self._headers:
+            return  # the body was never asked for
+        end = time.monotonic() + LINGER_SECONDS
+        limit = self._received + LINGER_BYTES
+        while self._received < limit:
+            try:
+                message = await asyncio.wait_for(
+                    self._receive(), max(end - time.monotonic(), 0.001)
+                )
+            except TimeoutError:
+                return
+            self._received += len(message.get("body", b""))
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                return
+
+    def _log(self) -> None:
+        """Method, path, status, time. Never a query, a header or a body."""
+        said: dict[str, Any] = {
+            "method": self._scope["method"][:16],
+            "path": self._scope["path"][:200],
+            "status": self._status,
+            "seconds": round(time.monotonic() - self._since, 4),
+        }
+        if theirs := self._headers.get("x-request-id"):
+            said["client_request_id"] = _UNSAFE_ID.sub("?", theirs[:64])
+        quiet = self._scope["path"] in ("/health", "/ready", "/metrics")
+        (logger.debug if quiet else logger.info)("request", **said)

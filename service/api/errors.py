@@ -1,0 +1,270 @@
+"""The one place where an error becomes an HTTP reply.
+
+Every refusal has the same envelope:
+
+    {"error": "what was wrong, where, with which value, what would be right",
+     "error_type": "validation" | "not_found" | "overloaded" | …,
+     "field": "parameters.temperature",     (where one field is to blame)
+     "request_id": "…"}
+
+`error` and `error_type` are the two keys that text-generation clients read.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+from adapters.errors import (
+    AdapterError,
+    AdapterInUse,
+    AdapterNotFound,
+    InvalidAdapter,
+    InvalidChat,
+    StoreFull,
+    StoreUnavailable,
+    TooLarge,
+    UnsupportedMedia,
+)
+from service.admission import Loading
+from service.errors import (
+    AdapterLoadFailed,
+    Draining,
+    EngineFailed,
+    InvalidRequest,
+    Overloaded,
+    ServiceError,
+)
+
+MAX_ECHO = 80  # characters of a bad value that an error repeats
+MAX_LISTED = 5  # errors of one body that a reply lists
+PRIVATE = frozenset({"inputs", "content", "template"})  # never repeated, whatever is wrong
+
+logger = structlog.get_logger("nibble.http")
+
+
+class Refused(Exception):
+    """A refusal that only HTTP knows: a body too large, a slow client, a foreign origin."""
+
+    def __init__(self, status: int, error_type: str, message: str, field: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.error_type = error_type
+        self.field = field
+
+
+class GenerationFailed(ServiceError):
+    """The engine ended an admitted request with an error."""
+
+
+class ErrorEnvelope(BaseModel):
+    """The body of every reply that is not a success."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "error": "adapter 'support' does not exist",
+                    "error_type": "not_found",
+                    "field": "parameters.adapter_id",
+                    "request_id": "3f2a9c0d51e84b7f",
+                }
+            ]
+        }
+    )
+
+    error: str = Field(description="What was wrong, where, with which value; what would be right.")
+    error_type: str = Field(description="The kind of error, for programs.")
+    field: str | None = Field(default=None, description="The field to blame, if it is one.")
+    request_id: str = Field(description="Names this request in the server's log.")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as HTTP sees it."""
+
+    status: int
+    error_type: str
+    message: str
+    field: str | None = None
+    headers: Mapping[str, str] = dataclass_field(default_factory=dict)
+
+    def envelope(self, request_id: str) -> dict[str, str]:
+        body = {"error": self.message, "error_type": self.error_type}
+        if self.field:
+            body["field"] = self.field
+        return body | {"request_id": request_id}
+
+    def reply(self, request_id: str) -> JSONResponse:
+        return JSONResponse(self.envelope(request_id), self.status, dict(self.headers))
+
+
+# The first class that fits decides: subclasses stand before their bases.
+_STATUS: Sequence[tuple[type[Exception], int, str]] = (
+    (UnsupportedMedia, 415, "unsupported_media"),
+    (TooLarge, 413, "too_large"),
+    (InvalidAdapter, 422, "invalid_adapter"),
+    (InvalidChat, 422, "validation"),
+    (AdapterNotFound, 404, "not_found"),
+    (AdapterInUse, 409, "in_use"),
+    (StoreFull, 507, "store_full"),
+    (StoreUnavailable, 503, "store_unavailable"),
+    (AdapterError, 500, "adapter"),
+    (InvalidRequest, 422, "validation"),
+    (Overloaded, 429, "overloaded"),
+    (Loading, 503, "loading"),
+    (Draining, 503, "draining"),
+    (AdapterLoadFailed, 503, "adapter_load_failed"),
+    (EngineFailed, 500, "engine_failed"),
+    (GenerationFailed, 500, "generation"),
+    (ServiceError, 503, "unavailable"),
+)
+_HTTP = {
+    400: "validation",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+}
+_INTERNAL = Failure(500, "internal", "the server failed; its log has the cause under this id")
+
+
+def failure(error: BaseException) -> Failure:
+    """What to answer when `error` ends a request."""
+    if isinstance(error, Refused):
+        return Failure(error.status, error.error_type, str(error), error.field)
+    if isinstance(error, RequestValidationError):
+        return _invalid_body(error)
+    if isinstance(error, HTTPException):
+        kind = _HTTP.get(error.status_code, "http")
+        return Failure(error.status_code, kind, str(error.detail), None, error.headers or {})
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Failure(507, "store_full", "the server's disk is full; nothing was kept")
+    for cause, status, error_type in _STATUS:
+        if isinstance(error, cause):
+            return Failure(status, error_type, str(error), _field(error), _headers(error, status))
+    return _INTERNAL
+
+
+def register(app: FastAPI) -> None:
+    """Let every error of the routes of `app` end here."""
+    for kind in (
+        Refused,
+        RequestValidationError,
+        HTTPException,
+        AdapterError,
+        ServiceError,
+        Exception,
+    ):
+        app.add_exception_handler(kind, _reply)
+
+
+async def _reply(request: Request, error: Exception) -> JSONResponse:
+    answer = failure(error)
+    if answer.status >= 500:
+        log_failure(error)
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        answer = _no_route(request, error)
+    if isinstance(error, RequestValidationError) and not _is_json(request):
+        wanted = "send a body with Content-Type: application/json"
+        answer = Failure(415, "unsupported_media", wanted)
+    return answer.reply(request.scope["request_id"])
+
+
+def log_failure(error: BaseException) -> None:
+    """Log where `error` came from. Its message stays out: it may quote what a user sent."""
+    if isinstance(error, Refused | Loading | Draining):
+        return  # not a failure: the reply says it all
+    frames: list[str] = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        frames.append(f"{code.co_filename}:{trace.tb_lineno} {code.co_qualname}")
+        trace = trace.tb_next
+    own = isinstance(error, AdapterError | ServiceError)
+    detail = {"reason": str(error)[:500]} if own else {}
+    logger.error("request failed", kind=type(error).__name__, frames=frames[-12:], **detail)
+
+
+def _field(error: Exception) -> str | None:
+    if isinstance(error, InvalidRequest):
+        return error.field
+    if isinstance(error, InvalidChat):
+        return "inputs"
+    return error.where if isinstance(error, InvalidAdapter) else None
+
+
+def _headers(error: Exception, status: int) -> dict[str, str]:
+    if isinstance(error, Overloaded):
+        return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
+    return {"retry-after": "5"} if status == 503 else {}
+
+
+def _no_route(request: Request, error: HTTPException) -> Failure:
+    path = request.url.path[:MAX_ECHO]
+    if error.status_code == 404:
+        return Failure(404, "not_found", f"{path!r} does not exist here; /docs lists what does")
+    allowed = (error.headers or {}).get("Allow", "another method")
+    message = f"{path!r} does not take {request.method[:16]}; it takes {allowed}"
+    return Failure(405, "method_not_allowed", message, None, error.headers or {})
+
+
+def _is_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    has_body = request.headers.get("content-length", "0") != "0" or (
+        "transfer-encoding" in request.headers
+    )
+    json = kind == "application/json" or (kind.startswith("application/") and kind[-5:] == "+json")
+    return json or not has_body
+
+
+def _invalid_body(error: RequestValidationError) -> Failure:
+    found = error.errors()
+    listed = [_explain(one) for one in found[:MAX_LISTED]]
+    if len(found) > MAX_LISTED:
+        listed.append(f"and {len(found) - MAX_LISTED} more")
+    return Failure(422, "validation", "; ".join(listed), _where(found[0]["loc"]) or None)
+
+
+def _where(loc: Sequence[Any]) -> str:
+    """('body', 'inputs', 'messages', 0, 'role') -> 'inputs.0.role'; tags of unions left out."""
+    parts = [str(part) for part in loc if part not in ("body", "path", "query", "text", "messages")]
+    return ".".join(parts)[: 2 * MAX_ECHO]
+
+
+def _explain(one: Mapping[str, Any]) -> str:
+    if one["type"] == "json_invalid":
+        cause = one.get("ctx", {}).get("error", "")
+        return f"the body is not JSON: {cause} at character {one['loc'][-1]}"
+    where = _where(one["loc"]) or "body"
+    message = str(one["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    if one["type"] == "extra_forbidden":
+        return f"{where}: there is no such field"
+    if one["type"] == "union_tag_not_found":
+        return f"{where}: should be a string or a list of messages"
+    if one["type"] == "missing":
+        return f"{where}: is required"
+    return f"{where}: {message}{_echo(one)}"
+
+
+def _echo(one: Mapping[str, Any]) -> str:
+    """The bad value, when it is a short scalar of a field that holds no user's text."""
+    value = one.get("input")
+    private = any(part in PRIVATE for part in one["loc"])
+    if private or not isinstance(value, str | int | float | bool | None):
+        return ""
+    if isinstance(value, int) and value.bit_length() > 4 * MAX_ECHO:
+        return " (got a number of too many digits)"
+    shown = repr(value)
+    return f" (got {shown if len(shown) <= MAX_ECHO else shown[:MAX_ECHO] + '…'})"

@@ -1,0 +1,383 @@
+"""The text-generation skin: `POST /generate`, `/generate_stream` and `/`.
+
+Requests and replies have the shape that text-generation-inference's clients speak, with an adapter
+named in `parameters.adapter_id`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
+
+from adapters.manifest import AdapterManifest
+from service.admission import Ticket
+from service.api.deps import Desk, DeskDep, EventStream, Serving, ServingDep, unless_gone
+from service.api.generation import Collector, Origin, completion, stream_events
+from service.api.generation_schema import Completion, StreamEvent
+from service.api.sse import EventReply
+from service.api.wire import (
+    MAX_SEQUENCES,
+    MAX_TOKENS,
+    MAX_TOP_TOKENS,
+    Count,
+    Fraction,
+    Incoming,
+    Penalty,
+    Reference,
+    Seed,
+    StopString,
+    TokenId,
+    refusals,
+)
+from service.engine.request import AdapterRef, Sampling
+from service.engine.request import Request as Generation
+from service.errors import InvalidRequest
+
+DEFAULT_NEW_TOKENS = 128
+
+router = APIRouter(tags=["generate"])
+
+
+class Message(Incoming):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Parameters(Incoming):
+    """How to generate. What is left out has the default of text-generation clients: greedy."""
+
+    adapter_id: Reference | None = Field(
+        default=None,
+        description="`name`, `name@version`, `name@alias` or `sha256:<digest>`; none: the base.",
+    )
+    adapter_source: Literal["local"] = Field(
+        default="local", description="Only adapters that were uploaded here; nothing is fetched."
+    )
+    max_new_tokens: Count | None = Field(
+        default=None, description=f"At most; {DEFAULT_NEW_TOKENS}, or what fits, when left out."
+    )
+    min_new_tokens: int = Field(
+        default=0, ge=0, le=MAX_TOKENS, description="No end before so many."
+    )
+    do_sample: bool | None = Field(
+        default=None,
+        description="false is greedy, whatever else is set; when left out, a temperature, top_k, "
+        "top_p or min_p means sampling.",
+    )
+    temperature: float = Field(default=1.0, ge=0.01, le=100)
+    top_k: int = Field(default=0, ge=0, le=MAX_TOKENS, description="0: all tokens.")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    min_p: Fraction = 0.0
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    seed: Seed | None = Field(
+        default=None, description="The same seed gives the same text, whatever else runs."
+    )
+    stop: list[StopString] = Field(
+        default_factory=list, max_length=16, description="Texts that end the output."
+    )
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=64)
+    ignore_eos: bool = False
+    ignore_eos_token: bool = Field(default=False, description="Another name of ignore_eos.")
+    n: int = Field(
+        default=1, ge=1, le=MAX_SEQUENCES, description="How many outputs, all of them replied."
+    )
+    best_of: int = Field(
+        default=1,
+        ge=1,
+        le=MAX_SEQUENCES,
+        description="Sample so many and put the most likely one first.",
+    )
+    return_full_text: bool = Field(default=False, description="Put the prompt before the output.")
+    truncate: Count | None = Field(
+        default=None, description="Keep only so many last tokens of the prompt."
+    )
+    details: bool = Field(
+        default=False, description="Reply tokens, log-probabilities and the adapter."
+    )
+    logprobs: bool = Field(default=False, description="Another name of details.")
+    decoder_input_details: bool = Field(
+        default=False, description="Also the prompt's tokens with their log-probabilities."
+    )
+    top_n_tokens: int = Field(
+        default=0, ge=0, le=MAX_TOP_TOKENS, description="The most likely tokens at each place."
+    )
+    typical_p: float = Field(
+        default=1.0, ge=0, le=1, description="Only 1: typical sampling is not offered."
+    )
+    watermark: bool = Field(default=False, description="Only false: watermarks are not offered.")
+
+    @field_validator("typical_p")
+    @classmethod
+    def _no_typical(cls, value: float) -> float:
+        if value != 1.0:
+            raise ValueError("typical sampling is not offered; leave it out, or use top_p")
+        return value
+
+    @field_validator("watermark")
+    @classmethod
+    def _no_watermark(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("watermarks are not offered; leave it out")
+        return value
+
+    @property
+    def sequences(self) -> int:
+        return max(self.n, self.best_of)
+
+    @property
+    def samples(self) -> bool:
+        if self.do_sample is not None:
+            return self.do_sample
+        return bool({"temperature", "top_k", "top_p", "min_p"} & self.model_fields_set)
+
+    @property
+    def wants_details(self) -> bool:
+        return self.details or self.logprobs or self.decoder_input_details
+
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "text"
+    return "messages" if isinstance(value, list) else None
+
+
+Inputs = Annotated[
+    Annotated[str, Field(min_length=1), Tag("text")]
+    | Annotated[list[Message], Field(min_length=1, max_length=1024), Tag("messages")],
+    Discriminator(_kind),
+]
+
+
+class GenerateBody(Incoming):
+    """A prompt as text, or a chat as a list of messages, and how to continue it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "inputs": "Once upon a time",
+                    "parameters": {"max_new_tokens": 24, "details": True},
+                },
+                {
+                    "inputs": [{"role": "user", "content": "Name the first three letters."}],
+                    "parameters": {
+                        "max_new_tokens": 24,
+                        "do_sample": True,
+                        "temperature": 0.7,
+                        "top_p": 0.9,
+                        "seed": 7,
+                        "stop": ["\n\n"],
+                    },
+                },
+            ]
+        }
+    )
+
+    inputs: Inputs
+    parameters: Parameters = Field(default_factory=Parameters)
+    stream: bool = False
+
+
+_ERRORS = refusals(404, 408, 413, 415, 422, 429, 500, 503)
+_EVENTS: dict[str, Any] = {
+    "text/event-stream": {"schema": {"$ref": "#/components/schemas/StreamEvent"}}
+}
+
+
+@router.post("/generate", responses={200: {"model": Completion}, **_ERRORS})
+async def generate(
+    body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep
+) -> Response:
+    """Generate, and reply when it is done. With `"stream": true` like /generate_stream."""
+    if body.stream:
+        return await generate_stream(body, request, desk, serving)
+    return await unless_gone(request, _complete(body, desk, serving))
+
+
+@router.post(
+    "/generate_stream",
+    responses={200: {"model": StreamEvent, "content": _EVENTS}, **_ERRORS},
+)
+async def generate_stream(
+    body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep
+) -> Response:
+    """Generate, and send each token as a server-sent event the moment it is there."""
+    if body.parameters.best_of > 1:
+        raise InvalidRequest(
+            "a stream cannot take back what it sent: best_of must be 1, or take n",
+            "parameters.best_of",
+        )
+    started = await unless_gone(request, _start(body, desk, serving))
+    events = stream_events(started.stream, started.origin, request.scope["request_id"])
+    return EventReply(events, started.close, started.origin.headers)
+
+
+@router.post("/", responses={200: {"model": Completion}, **_ERRORS})
+async def compatible(
+    body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep
+) -> Response:
+    """The same as /generate: clients that are given a plain address post here."""
+    return await generate(body, request, desk, serving)
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A generation that the engine has taken."""
+
+    stream: EventStream
+    origin: Origin
+    ticket: Ticket
+
+    def close(self) -> None:
+        """The reply is over or nobody wants it: let the engine drop what still runs."""
+        self.stream.cancel()
+        self.ticket.release()
+
+
+async def _complete(body: GenerateBody, desk: Desk, serving: Serving) -> Response:
+    started = await _start(body, desk, serving)
+    try:
+        collector = Collector(started.origin)
+        async for event in started.stream:
+            collector.add(event)
+        return JSONResponse(completion(collector), headers=dict(started.origin.headers))
+    finally:
+        started.close()
+
+
+async def _start(body: GenerateBody, desk: Desk, serving: Serving) -> _Started:
+    """Admission, adapter, prompt, engine: in the order of their cost."""
+    _check_pairs(body, serving)
+    ticket = desk.admission.admit()
+    try:
+        manifest = await _adapter(body.parameters.adapter_id, serving)
+        prompt = await _prompt(body, manifest, serving)
+        generation = _generation(body.parameters, prompt, manifest, serving)
+        origin = Origin(
+            generation,
+            manifest,
+            best_of=body.parameters.best_of > 1,
+            details=body.parameters.wants_details,
+            prefix=body.inputs if body.parameters.return_full_text else "",  # type: ignore[arg-type]
+            eos_token_ids=serving.eos_token_ids,
+            max_model_len=serving.engine.max_model_len,
+            decode=serving.assembly.decode,
+        )
+        return _Started(serving.engine.submit(generation), origin, ticket)
+    except BaseException:
+        ticket.release()
+        raise
+    finally:
+        ticket.prepared()
+
+
+def _check_pairs(body: GenerateBody, serving: Serving) -> None:
+    """What one field cannot know of another."""
+    given = body.parameters
+    if given.return_full_text and not isinstance(body.inputs, str):
+        raise InvalidRequest(
+            "return_full_text needs inputs as one text; a chat has no such prefix",
+            "parameters.return_full_text",
+        )
+    if given.best_of > 1 and given.n > 1:
+        raise InvalidRequest(
+            f"best_of is {given.best_of} and n is {given.n}: give only one of them",
+            "parameters.best_of",
+        )
+    if given.best_of > 1 and not given.samples:
+        raise InvalidRequest(
+            f"best_of is {given.best_of}, but greedy outputs are all the same: set do_sample",
+            "parameters.best_of",
+        )
+    if given.max_new_tokens is not None and given.min_new_tokens > given.max_new_tokens:
+        raise InvalidRequest(
+            f"min_new_tokens is {given.min_new_tokens}, more than max_new_tokens, "
+            f"{given.max_new_tokens}",
+            "parameters.min_new_tokens",
+        )
+    for token in given.stop_token_ids:
+        if token >= serving.spec.vocab_size:
+            raise InvalidRequest(
+                f"stop token {token} is outside the vocabulary of {serving.spec.vocab_size}",
+                "parameters.stop_token_ids",
+            )
+
+
+async def _adapter(reference: str | None, serving: Serving) -> AdapterManifest | None:
+    if reference is None:
+        return None
+    return await asyncio.to_thread(serving.store.resolve, reference)
+
+
+async def _prompt(
+    body: GenerateBody, manifest: AdapterManifest | None, serving: Serving
+) -> tuple[int, ...]:
+    truncate = body.parameters.truncate
+    if isinstance(body.inputs, str):
+        return await serving.assembly.text(body.inputs, truncate)
+    messages = [{"role": m.role, "content": m.content} for m in body.inputs]
+    template = manifest.template if manifest else None
+    return await serving.assembly.chat(messages, template, truncate)
+
+
+def _generation(
+    given: Parameters, prompt: tuple[int, ...], manifest: AdapterManifest | None, serving: Serving
+) -> Generation:
+    samples = given.samples
+    # Drawn here, small enough for every JSON reader, so that the reply's seed repeats the text.
+    seed = secrets.randbits(32) if samples and given.seed is None else given.seed
+    sampling = Sampling(
+        do_sample=samples,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        min_p=given.min_p,
+        repetition_penalty=given.repetition_penalty,
+        presence_penalty=given.presence_penalty,
+        frequency_penalty=given.frequency_penalty,
+        seed=seed,
+        stop=tuple(given.stop),
+        stop_token_ids=tuple(given.stop_token_ids),
+        max_new_tokens=_room(given, len(prompt), serving.engine.max_model_len),
+        min_new_tokens=given.min_new_tokens,
+        ignore_eos=given.ignore_eos or given.ignore_eos_token,
+        top_logprobs=given.top_n_tokens,
+    )
+    return Generation(
+        id=secrets.token_hex(8),
+        prompt=prompt,
+        sampling=sampling,
+        adapter=_ref(manifest),
+        n=given.sequences,
+        prompt_logprobs=given.decoder_input_details,
+    )
+
+
+def _room(given: Parameters, length: int, limit: int) -> int:
+    """Output tokens for this prompt. A prompt that is too long by itself is the engine's to say."""
+    wanted = given.max_new_tokens
+    if wanted is None:
+        return max(min(max(DEFAULT_NEW_TOKENS, given.min_new_tokens), limit - length), 1)
+    if length < limit < length + wanted:
+        raise InvalidRequest(
+            f"the prompt has {length} tokens and max_new_tokens is {wanted}, together "
+            f"{length + wanted}; there is room for {limit}, so for {limit - length} new tokens",
+            "parameters.max_new_tokens",
+        )
+    return wanted
+
+
+def _ref(manifest: AdapterManifest | None) -> AdapterRef | None:
+    if manifest is None:
+        return None
+    return AdapterRef(manifest.digest, manifest.name, manifest.placement)

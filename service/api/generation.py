@@ -1,0 +1,283 @@
+"""From the engine's events to the text-generation skin's replies. No HTTP here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapters.manifest import AdapterManifest
+from service.api.deps import EventStream
+from service.api.errors import GenerationFailed, failure
+from service.engine.request import Event, Finished, Request, Token
+from service.errors import Draining
+
+LAST_EVENT_GRACE = 0.005  # seconds
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a reply has to know of its request."""
+
+    request: Request
+    manifest: AdapterManifest | None
+    best_of: bool
+    details: bool
+    prefix: str  # put before every output
+    eos_token_ids: frozenset[int]
+    max_model_len: int
+    decode: Callable[[Sequence[int]], list[str]]
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"x-adapter-digest": self.manifest.digest} if self.manifest else {}
+
+    @property
+    def adapter(self) -> Json | None:
+        found = self.manifest
+        if found is None:
+            return None
+        return {
+            "name": found.name,
+            "version": found.version,
+            "digest": found.digest,
+            "placement": found.placement,
+        }
+
+    def seed(self, end: Finished) -> int | None:
+        return end.seed if self.request.sampling.do_sample else None
+
+    def prefill(self, end: Finished) -> list[Json]:
+        """The prompt's tokens with their log-probabilities, if they were asked for."""
+        if not self.request.prompt_logprobs:
+            return []
+        prompt = self.request.prompt
+        logprobs = (None, *end.prompt_logprobs)
+        return [
+            {"id": token, "text": text, "logprob": logprob}
+            for token, text, logprob in zip(prompt, self.decode(prompt), logprobs, strict=True)
+        ]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One sequence, collected."""
+
+    tokens: list[Token] = field(default_factory=list)
+    end: Finished | None = None
+
+    @property
+    def closed(self) -> Finished:
+        assert self.end is not None, "the engine ends every sequence with Finished"
+        return self.end
+
+    @property
+    def likelihood(self) -> float:
+        """Mean log-probability of its tokens."""
+        return sum(token.logprob for token in self.tokens) / max(len(self.tokens), 1)
+
+
+class Collector:
+    """Takes the events of all sequences of one request."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.outcomes = [Outcome() for _ in range(origin.request.n)]
+
+    def add(self, event: Event) -> None:
+        """Raises GenerationFailed or Draining when a sequence did not end well."""
+        outcome = self.outcomes[event.index]
+        if isinstance(event, Token):
+            outcome.tokens.append(event)
+        else:
+            check_end(event)
+            outcome.end = event
+
+    def ordered(self) -> list[Outcome]:
+        """By index; with best_of, the most likely first."""
+        if self.origin.best_of:
+            return sorted(self.outcomes, key=lambda outcome: -outcome.likelihood)
+        return self.outcomes
+
+
+def check_end(end: Finished) -> None:
+    """Raise what the client has to hear of an end that is not one of its own wishes."""
+    if end.reason == "error":
+        raise GenerationFailed(end.error or "the engine ended this request with an error")
+    if end.reason == "cancelled":
+        raise Draining("the server stopped before this request was done")
+
+
+def completion(collector: Collector) -> Json:
+    """The body of /generate."""
+    origin = collector.origin
+    first, *others = collector.ordered()
+    body: Json = {"generated_text": origin.prefix + first.closed.text}
+    if origin.details:
+        body["details"] = _sequence(origin, first) | {
+            "adapter": origin.adapter,
+            "prompt_tokens": first.closed.prompt_tokens,
+            "cached_tokens": first.closed.cached_tokens,
+            "timings": _timings(first.closed),
+        }
+        if others:
+            body["details"]["best_of_sequences"] = [
+                {"generated_text": origin.prefix + other.closed.text} | _sequence(origin, other)
+                for other in others
+            ]
+    if others and not origin.best_of:
+        body["generations"] = [
+            {
+                "generated_text": origin.prefix + outcome.closed.text,
+                "finish_reason": outcome.closed.reason,
+                "generated_tokens": outcome.closed.generated_tokens,
+                "seed": origin.seed(outcome.closed),
+            }
+            for outcome in (first, *others)
+        ]
+    return body
+
+
+async def stream_events(
+    stream: EventStream, origin: Origin, request_id: str
+) -> AsyncIterator[Json]:
+    """The events of /generate_stream; an error after the first byte is an event too."""
+    counts = [0] * origin.request.n
+    try:
+        async for token, end in _paired(stream, origin):
+            if end is not None:
+                check_end(end)
+            if token is not None:
+                counts[token.index] += 1
+                yield _event(origin, token, end, counts[token.index])
+            else:
+                assert end is not None
+                yield _event(origin, _rest(end), end, counts[end.index])
+    except (GenerationFailed, Draining) as error:
+        yield failure(error).envelope(request_id)
+
+
+async def _paired(
+    stream: EventStream, origin: Origin
+) -> AsyncIterator[tuple[Token | None, Finished | None]]:
+    """Tokens, the last one of each sequence together with its end.
+
+    The engine sends the end right behind the last token, but the two may be seen apart. Where the
+    token itself tells that it is the last, wait for the end; where only a stop string can tell,
+    give it a moment; elsewhere the token leaves at once.
+    """
+    events = stream.__aiter__()
+    counts = [0] * origin.request.n
+    event = await anext(events, None)
+    while event is not None:
+        if isinstance(event, Finished):
+            yield None, event
+            event = await anext(events, None)
+            continue
+        counts[event.index] += 1
+        patience = _patience(event, counts[event.index], origin)
+        if patience == 0:
+            yield event, None
+            event = await anext(events, None)
+            continue
+        coming = asyncio.ensure_future(anext(events, None))
+        try:
+            await asyncio.wait({coming}, timeout=patience)
+            after = coming.result() if coming.done() else None
+            if isinstance(after, Finished) and after.index == event.index:
+                yield event, after
+                event = await anext(events, None)
+            else:
+                yield event, None
+                event = await coming
+        finally:
+            coming.cancel()
+
+
+def _patience(token: Token, count: int, origin: Origin) -> float | None:
+    """How long the end may take to follow this token; None: it certainly follows."""
+    sampling = origin.request.sampling
+    if count >= sampling.max_new_tokens:
+        return None
+    if len(origin.request.prompt) + count >= origin.max_model_len:
+        return None
+    if count >= sampling.min_new_tokens:
+        ends = token.id in origin.eos_token_ids and not sampling.ignore_eos
+        if ends or token.id in sampling.stop_token_ids:
+            return None
+    return LAST_EVENT_GRACE if sampling.stop else 0
+
+
+def _rest(end: Finished) -> Token:
+    """A token of no text for an end that no token came with."""
+    return Token(end.index, 0, end.tail, 0.0, special=True)
+
+
+def _event(origin: Origin, token: Token, end: Finished | None, count: int) -> Json:
+    body: Json = {"index": count, "token": _token(token)}
+    if origin.request.n > 1:
+        body["sequence"] = token.index
+    if origin.request.sampling.top_logprobs:
+        body["top_tokens"] = _top(token)
+    body["generated_text"] = origin.prefix + end.text if end else None
+    body["details"] = _stream_details(origin, end) if end else None
+    return body
+
+
+def _stream_details(origin: Origin, end: Finished) -> Json:
+    details: Json = {
+        "finish_reason": end.reason,
+        "generated_tokens": end.generated_tokens,
+        "input_length": end.prompt_tokens,
+        "seed": origin.seed(end),
+        "adapter": origin.adapter,
+        "prompt_tokens": end.prompt_tokens,
+        "cached_tokens": end.cached_tokens,
+        "timings": _timings(end),
+    }
+    if origin.request.prompt_logprobs:
+        details["prefill"] = origin.prefill(end)
+    return details
+
+
+def _sequence(origin: Origin, outcome: Outcome) -> Json:
+    end = outcome.closed
+    details: Json = {
+        "finish_reason": end.reason,
+        "generated_tokens": end.generated_tokens,
+        "seed": origin.seed(end),
+        "prefill": origin.prefill(end),
+        "tokens": [_token(token) for token in outcome.tokens],
+    }
+    if origin.request.sampling.top_logprobs:
+        details["top_tokens"] = [_top(token) for token in outcome.tokens]
+    return details
+
+
+def _token(token: Token) -> Json:
+    # An end token carries text that was held back before it: clients skip special tokens, and
+    # must not skip that.
+    return {
+        "id": token.id,
+        "text": token.text,
+        "logprob": token.logprob,
+        "special": token.special and not token.text,
+    }
+
+
+def _top(token: Token) -> list[Json]:
+    return [
+        {"id": other, "text": text, "logprob": logprob, "special": False}
+        for other, text, logprob in token.top
+    ]
+
+
+def _timings(end: Finished) -> Json:
+    return {
+        "queue": round(end.queue_seconds, 6),
+        "prefill": round(end.prefill_seconds, 6),
+        "decode": round(end.decode_seconds, 6),
+    }

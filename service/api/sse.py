@@ -1,0 +1,80 @@
+"""Server-sent events over POST: one `data:` line of JSON per event, until the client goes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+PING_SECONDS = 15.0  # of silence; proxies cut quieter connections
+STALL_SECONDS = 60.0  # a client that takes nothing for so long is gone
+
+_PING = b": ping\n\n"
+
+
+class EventReply(StreamingResponse):
+    """Sends `events` as they come. `close()` runs once at the end, whoever ended it, even when
+    the first event was never asked for."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[Mapping[str, Any]],
+        close: Callable[[], None],
+        headers: Mapping[str, str],
+    ) -> None:
+        own = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(events, headers={**headers, **own})  # type: ignore[arg-type]
+        self._events = events
+        self._close = close
+        self._sent = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send_all(send))
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                await sending
+        finally:
+            self._close()
+            sending.cancel()
+            gone.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        pinging = asyncio.ensure_future(self._ping(send))
+        try:
+            async for event in self._events:
+                await self._send_chunk(send, encoded(event))
+        finally:
+            pinging.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _ping(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            if time.monotonic() - self._sent >= PING_SECONDS:
+                await self._send_chunk(send, _PING)
+
+    async def _send_chunk(self, send: Send, body: bytes) -> None:
+        self._sent = time.monotonic()
+        async with asyncio.timeout(STALL_SECONDS):
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def encoded(event: Mapping[str, Any]) -> bytes:
+    """One event on the wire. JSON escapes every line break, so one line is enough."""
+    return b"data:" + json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

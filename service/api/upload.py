@@ -1,0 +1,223 @@
+"""An adapter's upload: multipart/form-data, straight from the socket to one temporary file.
+
+Nothing of the weights is kept in memory beyond one buffer, and the bound on the whole body holds
+while it arrives (see `service.api.door`), whatever Content-Length said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from fastapi import Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
+
+from adapters.limits import Limits
+from service.api.errors import Refused
+from service.errors import InvalidRequest
+
+BUFFER_BYTES = 1 << 20
+FORM_BYTES = 1 << 20  # what boundaries, part headers and small fields may add to the weights
+PREFIX = "upload-"
+SMALL = ("name", "placement", "merged_dtype")
+SMALL_BYTES = 256
+REQUIRED = ("name", "config", "weights")
+
+
+@dataclass(slots=True)
+class Upload:
+    """What arrived: the small parts as bytes, the weights as a file that is on the disk."""
+
+    weights: Path
+    fields: dict[str, bytes] = field(default_factory=dict)
+
+    def text(self, name: str) -> str | None:
+        """A small part as text. Raises InvalidRequest when it is not UTF-8."""
+        value = self.fields.get(name)
+        try:
+            return None if value is None else value.decode()
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"{name} is not UTF-8 at byte {error.start}", name) from None
+
+
+@asynccontextmanager
+async def received(request: Request, directory: Path, limits: Limits) -> AsyncIterator[Upload]:
+    """The upload in `request`, its weights in `directory` until the block ends.
+
+    Raises Refused (415 when it is no form, 413 when a part is too large) and InvalidRequest.
+    """
+    boundary = _boundary(request)
+    path = directory / f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            form = _Form(boundary, limits)
+            await _read(request, form, file)
+            await asyncio.to_thread(os.fsync, file.fileno())
+        form.check()
+        yield Upload(path, {name: bytes(value) for name, value in form.small.items()})
+    finally:
+        with suppress(FileNotFoundError):
+            path.unlink()
+
+
+def sweep(directory: Path) -> int:
+    """Remove what uploads of processes that are gone left behind; how many files."""
+    swept = 0
+    for path in directory.glob(f"{PREFIX}*"):
+        if not _lives(path.name.removeprefix(PREFIX).partition("-")[0]):
+            path.unlink(missing_ok=True)
+            swept += 1
+    return swept
+
+
+def _lives(pid: str) -> bool:
+    # Our own number on an old file is an earlier process: in a container all have the same one.
+    if not pid.isdecimal() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _boundary(request: Request) -> bytes:
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
+        raise Refused(
+            415,
+            "unsupported_media",
+            "an upload is multipart/form-data with the parts name, config, weights and, if wanted, "
+            "template, placement, merged_dtype",
+        )
+    return boundary
+
+
+async def _read(request: Request, form: _Form, file: BinaryIO) -> None:
+    try:
+        async for chunk in request.stream():
+            form.write(chunk)
+            if len(form.weights) >= BUFFER_BYTES:
+                await _spill(form, file)
+        form.finish()
+    except FormParserError as error:
+        raise InvalidRequest(f"the body is not multipart/form-data: {error}") from None
+    except ClientDisconnect:
+        raise Refused(499, "cancelled", "the client went before the upload was complete") from None
+    await _spill(form, file)
+
+
+async def _spill(form: _Form, file: BinaryIO) -> None:
+    data, form.weights = form.weights, bytearray()
+    view = memoryview(data)
+    while view:
+        view = view[await asyncio.to_thread(file.write, view) :]
+
+
+class _Form:
+    """Feeds a streaming parser; keeps small parts, passes the weights on."""
+
+    def __init__(self, boundary: bytes, limits: Limits) -> None:
+        self.small: dict[str, bytearray] = {}
+        self.weights = bytearray()  # not written yet
+        self.weights_bytes = 0
+        self._bounds = {
+            **dict.fromkeys(SMALL, SMALL_BYTES),
+            "config": limits.max_config_bytes,
+            "template": limits.max_template_bytes,
+            "weights": limits.max_weights_bytes,
+        }
+        self._seen: set[str] = set()
+        self._part = ""
+        self._header = bytearray()
+        self._value = bytearray()
+        self._disposition = b""
+        self._complete = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_header_field": self._header_field,
+                "on_header_value": self._header_value,
+                "on_header_end": self._header_end,
+                "on_headers_finished": self._headers_finished,
+                "on_part_data": self._data,
+                "on_end": self._end,
+            },
+        )
+
+    def write(self, chunk: bytes) -> None:
+        if chunk:
+            self._parser.write(chunk)
+
+    def finish(self) -> None:
+        if not self._complete:
+            raise InvalidRequest("the form ends before its last boundary: the upload was cut off")
+
+    def check(self) -> None:
+        """Raise InvalidRequest when a part is missing."""
+        for name in REQUIRED:
+            if name not in self._seen:
+                raise InvalidRequest(f"the part {name!r} is missing", name)
+
+    def _begin(self) -> None:
+        self._part, self._disposition = "", b""
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._header.clear()
+        self._value.clear()
+
+    def _headers_finished(self) -> None:
+        # The part's own name decides; a client's file name is never looked at.
+        _, options = parse_options_header(self._disposition)
+        name = options.get(b"name", b"").decode("latin-1")
+        if name not in self._bounds:
+            known = ", ".join(sorted(self._bounds))
+            raise InvalidRequest(f"there is no part {name[:80]!r}; known are {known}", name[:80])
+        if name in self._seen:
+            raise InvalidRequest(f"the part {name!r} is there twice", name)
+        self._seen.add(name)
+        self._part = name
+        if name != "weights":
+            self.small[name] = bytearray()
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        if self._part == "weights":
+            self.weights += data[start:end]
+            self.weights_bytes += end - start
+            size = self.weights_bytes
+        else:
+            self.small[self._part] += data[start:end]
+            size = len(self.small[self._part])
+        if size > self._bounds[self._part]:
+            raise Refused(
+                413,
+                "too_large",
+                f"{self._part} may have at most {self._bounds[self._part]} bytes; more arrived",
+                self._part,
+            )
+
+    def _end(self) -> None:
+        self._complete = True

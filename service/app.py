@@ -1,0 +1,282 @@
+"""Assembly and lifespan: how the parts meet, in which order they start, and how they stop.
+
+The application answers from its first moment (`/health`), while a thread loads the base; torch is
+imported there too. SIGTERM: nothing new is admitted (503), what runs finishes, exit status 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from adapters.limits import Limits
+from adapters.store import AdapterStore
+from service.admission import Admission
+from service.api import adapters, errors, generate, meta, page
+from service.api.connection import HEAD_BYTES, connection_class
+from service.api.deps import Desk, Serving
+from service.api.door import Bounds, Door
+from service.api.upload import FORM_BYTES, sweep
+from service.config import Settings
+from service.log import configure_logging
+from service.metrics import Metrics
+
+if TYPE_CHECKING:
+    from adapters.delta import LoweredAdapter
+    from service.engine.request import AdapterRef
+
+UPLOADS_AT_ONCE = 4
+MAX_CONNECTIONS = 4096
+CANCEL_SECONDS = 2  # for replies that drain_seconds did not suffice for
+
+logger = structlog.get_logger("nibble.app")
+
+
+def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: None) -> FastAPI:
+    """The application; it starts to load the base when its lifespan starts.
+
+    `when_failed` is called when the base could not be loaded: nothing will ever be served.
+    """
+    app = FastAPI(
+        title="Nibble",
+        summary="One 4-bit base model, loaded once; every request names an adapter.",
+        version=meta.own_version(),
+        lifespan=_lifespan,
+        docs_url=None,  # its page needs the network; ours does not
+        redoc_url=None,
+    )
+    app.state.when_failed = when_failed
+    app.state.desk = Desk(
+        settings=settings,
+        admission=Admission(settings.max_queue),
+        metrics=Metrics(_model_name(settings.base)),
+        uploads=asyncio.Semaphore(UPLOADS_AT_ONCE),
+        upload_directory=settings.home / "uploads",
+    )
+    bounds = Bounds(
+        settings.max_body_bytes,
+        by_route={("POST", "/adapters"): settings.max_upload_bytes + FORM_BYTES},
+    )
+    app.add_middleware(Door, bounds=bounds)
+    errors.register(app)
+    for router in (generate.router, adapters.router, meta.router, page.router):
+        app.include_router(router)
+    return app
+
+
+def _model_name(base: str) -> str:
+    """A label for dashboards: a directory is named by its last part."""
+    return Path(base).name if Path(base).is_dir() else base
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    desk: Desk = app.state.desk
+    loop = asyncio.get_running_loop()
+    # A daemon: a stop in the middle of a long load does not wait for its end.
+    threading.Thread(target=_load, args=(app, loop), name="nibble-load", daemon=True).start()
+    yield
+    desk.admission.drain()
+    await desk.admission.empty(desk.settings.drain_seconds)
+    if desk.serving is not None:
+        await asyncio.to_thread(_close, desk.serving)
+
+
+def _load(app: FastAPI, loop: asyncio.AbstractEventLoop) -> None:
+    """Loader thread: assemble the server, then let the event loop open the door."""
+    desk: Desk = app.state.desk
+    started = time.monotonic()
+    try:
+        loaded = assemble(desk.settings, desk.metrics)
+    except Exception as error:
+        logger.exception("the base could not be loaded")
+        reason = f"{type(error).__name__}: {error}"
+        _post(loop, lambda: _fail(app, reason))
+        return
+    logger.info("ready", base=loaded.spec.id, seconds=round(time.monotonic() - started, 2))
+    if not _post(loop, lambda: _open(desk, loaded)):
+        _close(loaded)
+
+
+def _post(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> bool:
+    try:
+        loop.call_soon_threadsafe(what)
+    except RuntimeError:  # the loop is closed: the server stopped while it was loading
+        return False
+    return True
+
+
+def _open(desk: Desk, loaded: Serving) -> None:
+    if desk.admission.state == "draining":
+        _close(loaded)
+        return
+    desk.serving = loaded
+    desk.admission.open(lambda: loaded.engine.stats().waiting)
+
+
+def _fail(app: FastAPI, reason: str) -> None:
+    app.state.desk.failure = reason
+    app.state.desk.admission.fail()
+    app.state.when_failed()
+
+
+def _close(loaded: Serving) -> None:
+    loaded.engine.stop()
+    loaded.store.close()
+
+
+def assemble(settings: Settings, metrics: Metrics) -> Serving:
+    """Base, store, engine, in this order; blocking. Raises UnservableBase, StoreUnavailable."""
+    from adapters.lowering import lower
+    from base.kernels import native_status
+    from base.load import UnservableBase, load_base
+    from service.engine.config import EngineConfig
+    from service.engine.loop import Engine
+    from service.prompt.assembly import Assembly
+
+    if settings.hf_token is not None:
+        os.environ.setdefault("HF_TOKEN", settings.hf_token.get_secret_value())
+    base = load_base(
+        settings.base_source,
+        device=settings.device,
+        dtype=settings.dtype,
+        double_quant=settings.double_quant,
+        revision=settings.revision,
+    )
+    if base.tokenizer is None:
+        raise UnservableBase(f"{settings.base} has no tokenizer, so it cannot read a prompt")
+    limits = Limits(max_weights_bytes=settings.max_upload_bytes, max_rank=settings.max_rank)
+    store = open_store(settings)
+    if settings.adapters is not None:
+        found = store.load_directory(settings.adapters, base.spec, limits)
+        logger.info("adapters", added=len(found.added), refused=sorted(found.refused))
+
+    def fetch(ref: AdapterRef) -> LoweredAdapter:
+        manifest = store.resolve(f"sha256:{ref.digest}")
+        return lower(manifest, store.weights_path(manifest), base, placement=ref.placement)
+
+    config = EngineConfig(
+        block_size=settings.block_size,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        max_model_len=settings.max_model_len,
+        max_sequences=settings.max_num_seqs,
+        max_step_tokens=settings.max_step_tokens,
+        max_waiting=settings.max_queue,
+        host_cache_bytes=settings.host_cache_bytes,
+        slot_bytes=settings.slot_bytes,
+    )
+    engine = Engine(base, fetch, config, metrics)
+    engine.start()
+    dtype = str(base.dtype).removeprefix("torch.")
+    metrics.describe(
+        cache={
+            "block_size": str(config.block_size),
+            "num_gpu_blocks": str(engine.stats().blocks_total),
+            "cache_dtype": dtype,
+            "enable_prefix_caching": "True",
+        },
+        build={"version": meta.own_version(), "kernels": native_status(), "base": base.spec.id},
+        max_lora=config.max_sequences,
+        residents=engine.residents,
+    )
+    return Serving(
+        spec=base.spec,
+        dtype=dtype,
+        device=base.device.type,
+        eos_token_ids=base.eos_token_ids,
+        assembly=Assembly(base.tokenizer, engine.max_model_len),
+        store=store,
+        engine=engine,
+        limits=limits,
+    )
+
+
+def open_store(settings: Settings) -> AdapterStore:
+    """The store under `settings`, swept of what a crash left behind."""
+    uploads = settings.home / "uploads"
+    uploads.mkdir(parents=True, exist_ok=True, mode=0o700)
+    store = AdapterStore(settings.blobs, settings.catalog, cache=settings.home / "cache")
+    swept = store.sweep()
+    logger.info(
+        "store",
+        uploads_swept=sweep(uploads),
+        temporary_files_swept=len(swept.temporary_files),
+        blobs_swept=len(swept.blobs),
+    )
+    for missing in swept.missing:
+        logger.error("the weights of an adapter are missing", adapter=missing)
+    return store
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our way to stop: first drain behind an open door, then close it."""
+
+    def __init__(self, config: uvicorn.Config, desk: Desk) -> None:
+        super().__init__(config)
+        self._desk = desk
+        self._stop_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second one ends the process at once."""
+        if self._stop_at is not None:
+            os._exit(128 + sig)
+        self._desk.admission.drain()
+        self._stop_at = time.monotonic() + self._desk.settings.drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        if await super().on_tick(counter):
+            return True
+        if self._stop_at is None:
+            return False
+        return self._desk.admission.inside == 0 or time.monotonic() > self._stop_at
+
+    def _log_started_message(self, listeners: object) -> None:
+        for server in self.servers:
+            for listener in server.sockets:
+                host, port = listener.getsockname()[:2]
+                where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+                logger.info("listening", url=f"http://{where}", docs=f"http://{where}/docs")
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C; returns when what ran has finished.
+
+    Raises SystemExit(1) when the base cannot be loaded.
+    """
+    configure_logging(settings.log_level, settings.log_format)
+
+    def give_up() -> None:
+        server.should_exit = True
+
+    app = create_app(settings, when_failed=give_up)
+    desk: Desk = app.state.desk
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=connection_class(MAX_CONNECTIONS),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=CANCEL_SECONDS,
+        h11_max_incomplete_event_size=HEAD_BYTES,
+    )
+    server = Server(config, desk)
+    server.run()
+    if desk.failure is not None:
+        raise SystemExit(f"the base could not be loaded: {desk.failure}")

@@ -1,0 +1,271 @@
+"""What the server tells Prometheus.
+
+Where vLLM has a metric, its name is used verbatim: its dashboards, autoscaling triggers and
+LoRA-aware gateways then work unchanged. What only this server has begins with `nibble:`. No label
+grows with the number of adapters or users.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from service.engine.observer import StepReport
+from service.engine.request import Finished
+
+# A process-wide switch of the library: without it every counter has a second series that only says
+# when it was made.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+LISTED_ADAPTERS = 64  # names in one label of lora_requests_info; the rest is `other`
+
+# Buckets as in vLLM's dashboards, so that panels of both compare.
+_TTFT = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_PER_TOKEN = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
+    *(2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_LATENCY = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0),
+    *(240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+_LOAD = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+# The engine's reasons in vLLM's words.
+_REASONS = {
+    "eos_token": "stop",
+    "stop_sequence": "stop",
+    "length": "length",
+    "cancelled": "abort",
+    "error": "error",
+}
+
+
+class Held(Protocol):
+    """One adapter that is held somewhere: what `Engine.residents` lists."""
+
+    @property
+    def tier(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Metrics:
+    """An Observer of the engine, with a registry of its own. Thread-safe."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model_name
+        self._max_lora = "0"
+        self._lora_lock = threading.Lock()
+        self._lora_labels: tuple[str, str, str] | None = None
+
+        self._running = self._gauge("vllm:num_requests_running", "Requests that run.")
+        self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait.")
+        self._usage = self._gauge("vllm:kv_cache_usage_perc", "KV-cache usage; 1 is full.")
+        self._prompt = self._counter("vllm:prompt_tokens", "Prefill tokens processed.")
+        self._generated = self._counter("vllm:generation_tokens", "Tokens generated.")
+        self._preempted = self._counter(
+            "vllm:num_preemptions", "Sequences preempted, to be computed again."
+        )
+        self._queries = self._counter(
+            "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
+        )
+        self._hits = self._counter("vllm:prefix_cache_hits", "Of these, tokens found.")
+        self._ttft = self._histogram(
+            "vllm:time_to_first_token_seconds", "Time to first token.", _TTFT
+        )
+        self._itl = self._histogram(
+            "vllm:inter_token_latency_seconds", "Time between two tokens.", _PER_TOKEN
+        )
+        # The older name of the same; dashboards of both generations are in use.
+        self._tpot = self._histogram(
+            "vllm:time_per_output_token_seconds", "Time between two tokens.", _PER_TOKEN
+        )
+        self._e2e = self._histogram(
+            "vllm:e2e_request_latency_seconds", "Time from arrival to end.", _LATENCY
+        )
+        self._queue_time = self._histogram(
+            "vllm:request_queue_time_seconds", "Time spent waiting.", _LATENCY
+        )
+        self._prefill_time = self._histogram(
+            "vllm:request_prefill_time_seconds", "Time spent in prefill.", _LATENCY
+        )
+        self._decode_time = self._histogram(
+            "vllm:request_decode_time_seconds", "Time spent in decoding.", _LATENCY
+        )
+        self._prompt_length = self._histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS
+        )
+        self._output_length = self._histogram(
+            "vllm:request_generation_tokens", "Tokens generated for a request.", _TOKENS
+        )
+        self._step_tokens = self._histogram(
+            "vllm:iteration_tokens_total", "Tokens of one step of the engine.", _TOKENS
+        )
+        ended = Counter(
+            "vllm:request_success",
+            "Requests that ended, by reason.",
+            ("model_name", "finished_reason"),
+            registry=self.registry,
+        )
+        self._ended = {
+            reason: ended.labels(model_name, reason) for reason in sorted(set(_REASONS.values()))
+        }
+        # vLLM gives this one no model_name, and gateways parse it as it is there.
+        self._lora = Gauge(
+            "vllm:lora_requests_info",
+            "Adapters of running and of waiting requests; the value is when this changed.",
+            ("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
+            registry=self.registry,
+        )
+
+        self._loads = self._counter("nibble:adapter_loads", "Adapters brought to a slot.")
+        self._load_seconds = self._histogram(
+            "nibble:adapter_load_seconds", "Time from store to slot.", _LOAD
+        )
+        self._loaded_bytes = self._counter("nibble:adapter_loaded_bytes", "Bytes of these loads.")
+        self._adapter_hits = self._counter(
+            "nibble:adapter_hits", "Requests whose adapter was in its slot already."
+        )
+        evicted = Counter(
+            "nibble:adapter_evictions",
+            "Adapters that had to leave, by tier.",
+            ("model_name", "tier"),
+            registry=self.registry,
+        )
+        self._evicted = {tier: evicted.labels(model_name, tier) for tier in ("slot", "host")}
+
+    # The observer's side: called from the engine's thread.
+
+    def stepped(self, report: StepReport) -> None:
+        self._running.set(report.running)
+        self._waiting.set(report.waiting)
+        self._usage.set(report.blocks_used / report.blocks_total if report.blocks_total else 0.0)
+        self._prompt.inc(report.prompt_tokens)
+        self._generated.inc(report.generated_tokens)
+        self._preempted.inc(report.preempted)
+        self._queries.inc(report.prefix_queried)
+        self._hits.inc(report.prefix_hit)
+        tokens = report.prompt_tokens + report.generated_tokens
+        if tokens:
+            self._step_tokens.observe(tokens)
+        self._show_adapters(report.running_adapters, report.waiting_adapters)
+
+    def first_token(self, seconds: float) -> None:
+        self._ttft.observe(seconds)
+
+    def inter_token(self, seconds: float) -> None:
+        self._itl.observe(seconds)
+        self._tpot.observe(seconds)
+
+    def finished(self, end: Finished, seconds: float) -> None:
+        self._ended[_REASONS[end.reason]].inc()
+        self._e2e.observe(seconds)
+        self._queue_time.observe(end.queue_seconds)
+        self._prefill_time.observe(end.prefill_seconds)
+        self._decode_time.observe(end.decode_seconds)
+        self._prompt_length.observe(end.prompt_tokens)
+        self._output_length.observe(end.generated_tokens)
+
+    def adapter_loaded(self, name: str, seconds: float, nbytes: int) -> None:
+        self._loads.inc()
+        self._load_seconds.observe(seconds)
+        self._loaded_bytes.inc(nbytes)
+
+    def adapter_hit(self, name: str) -> None:
+        self._adapter_hits.inc()
+
+    def adapter_evicted(self, digest: str, tier: str) -> None:
+        # An unknown tier would be a new label: count it where it is looked for.
+        self._evicted[tier if tier in self._evicted else "slot"].inc()
+
+    # The server's side.
+
+    def describe(
+        self,
+        cache: Mapping[str, str],
+        build: Mapping[str, str],
+        max_lora: int,
+        residents: Callable[[], Sequence[Held]],
+    ) -> None:
+        """Say once what does not change, and where to ask for what is resident."""
+        self._max_lora = str(max_lora)
+        for name, text, labels in (
+            ("vllm:cache_config_info", "The KV cache.", cache),
+            ("nibble:build_info", "What runs here.", build),
+        ):
+            Gauge(name, text, list(labels), registry=self.registry).labels(**labels).set(1)
+        self.registry.register(_Residents(self._model, residents))
+
+    def exposition(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _show_adapters(self, running: Iterable[str], waiting: Iterable[str]) -> None:
+        labels = (self._max_lora, _listed(waiting), _listed(running))
+        with self._lora_lock:
+            old = self._lora_labels
+            if labels == old:
+                return
+            # First the new set, then the old one away: a scrape between them sees the newest by
+            # its value, and never nothing.
+            self._lora.labels(*labels).set_to_current_time()
+            self._lora_labels = labels
+            if old is not None:
+                self._lora.remove(*old)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, ("model_name",), registry=self.registry).labels(self._model)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, ("model_name",), registry=self.registry).labels(self._model)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        family = Histogram(name, text, ("model_name",), registry=self.registry, buckets=buckets)
+        return family.labels(self._model)
+
+
+class _Residents(Collector):
+    """Asks the engine at scrape time, so that nothing has to be kept in step."""
+
+    def __init__(self, model_name: str, residents: Callable[[], Sequence[Held]]) -> None:
+        self._model = model_name
+        self._residents = residents
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ("model_name", "tier")
+        count = GaugeMetricFamily("nibble:adapters_resident", "Adapters held.", labels=labels)
+        size = GaugeMetricFamily("nibble:adapter_bytes", "Bytes they take.", labels=labels)
+        held = list(self._residents())
+        for tier in ("slot", "host"):
+            here = [one.nbytes for one in held if one.tier == tier]
+            count.add_metric((self._model, tier), len(here))
+            size.add_metric((self._model, tier), sum(here))
+        return [count, size]
+
+
+def _listed(names: Iterable[str]) -> str:
+    unique = sorted(set(names))
+    if len(unique) > LISTED_ADAPTERS:
+        unique = [*unique[:LISTED_ADAPTERS], "other"]
+    return ",".join(unique)

@@ -1,0 +1,1 @@
+"""From what a user wrote to token ids: chat template and truncation."""
