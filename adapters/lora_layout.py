@@ -60,8 +60,8 @@ def match_lora(
     both = sorted(saved.intersection(targets))
     if both:
         raise InvalidAdapter(f"{both[0]} is a LoRA target too", "modules_to_save")
-    ranks = {path: _first_match(fields.rank_pattern, path, fields.r) for path in targets}
-    alphas = {path: _first_match(fields.alpha_pattern, path, fields.alpha) for path in targets}
+    ranks = {path: (_matches(fields.rank_pattern, path) or [fields.r])[0] for path in targets}
+    alphas = {path: _alpha(fields, path) for path in targets}
     _check_scales(fields, ranks, alphas, limits)
     promised = dict(_promised(fields, spec, ranks, saved))
     found = _consume(tensors, promised, spec, targets)
@@ -179,12 +179,24 @@ def _paths(spec: BaseSpec) -> tuple[str, ...]:
     return (*spec.linears, *spec.embeddings, *spec.norms)
 
 
-def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """PEFT's `get_pattern_key`: the first key that matches the path or the end of it."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+def _matches(patterns: Mapping[str, Any], path: str) -> list[Any]:
+    """PEFT's `get_pattern_key`: values whose key matches the path or the end of it, in order."""
+    return [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)]
+
+
+def _alpha(fields: LoraFields, path: str) -> float:
+    """The first match. But PEFT sorts the keys when it saves, and in training another was first.
+
+    For ranks the shapes tell; for an alpha nothing does.
+    """
+    found = _matches(fields.alpha_pattern, path) or [fields.alpha]
+    if len(set(found)) > 1:
+        raise InvalidAdapter(
+            f"several keys match {path}, with alphas {found}: which one came first in training "
+            "is lost when PEFT saves; write one key per module",
+            "alpha_pattern",
+        )
+    return float(found[0])
 
 
 def _check_scales(

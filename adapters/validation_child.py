@@ -125,9 +125,10 @@ def main() -> None:
 def _confine(limits: Limits) -> None:
     """Nothing of the upload has been looked at when this runs."""
     cpu = limits.child_cpu_seconds
+    # One second between the two: at the hard limit comes SIGKILL, which says nothing.
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
     for what, amount in (
         (resource.RLIMIT_AS, limits.child_memory_bytes),
-        (resource.RLIMIT_CPU, cpu),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
