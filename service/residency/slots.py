@@ -64,8 +64,9 @@ class Slots:
         return evicted
 
     def deallocate(self, key: AdapterKey) -> None:
-        slot = self._slots.pop(key)
+        slot = self._slots[key]
         assert slot.references == 0, f"slot of {key} is freed while {slot.references} use it"
+        del self._slots[key]
         self.allocated -= slot.nbytes
 
     def acquire(self, key: AdapterKey) -> None:
