@@ -14,7 +14,7 @@ import httpx
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-TEMPLATE_NAME = "template.jinja"
+TEMPLATE_NAME = "chat_template.jinja"
 
 
 class ClientError(Exception):
@@ -106,7 +106,7 @@ class Client:
         placement: str | None = None,
         merged_dtype: str | None = None,
     ) -> dict[str, Any]:
-        """Upload what PEFT's `save_pretrained` wrote, and `template.jinja` if there is one.
+        """Upload what PEFT's `save_pretrained` wrote, and `chat_template.jinja` if there is one.
 
         The weights are streamed from disk. Returns the server's description of the new version.
         """

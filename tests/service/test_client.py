@@ -24,7 +24,7 @@ def adapter_directory(path: Path, template: str | None = None) -> Path:
     (path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (path / "adapter_model.safetensors").write_bytes(b"weights \x00\xff")
     if template is not None:
-        (path / "template.jinja").write_text(template)
+        (path / "chat_template.jinja").write_text(template)
     return path
 
 
