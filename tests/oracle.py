@@ -109,6 +109,13 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).abs().max() / want.double().abs().max())
 
 
+def random_tokens(n: int, seed: int = 0) -> list[int]:
+    """n ids of the makers' vocabulary, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(6, VOCABULARY, (n,), generator=generator).tolist()
+    return ids
+
+
 def nf4_round(weight: torch.Tensor, double_quant: bool = False) -> torch.Tensor:
     """A weight as NF4 in blocks of 64 keeps it, in fp32; by bitsandbytes alone."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
