@@ -1,0 +1,193 @@
+import sqlite3
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from adapters.catalog import HEAD, MIGRATIONS, Catalog, check_alias, check_name, metadata
+from adapters.errors import AdapterInUse, AdapterNotFound, InvalidAdapter, StoreUnavailable
+from tests.adapters.test_manifest import MANIFEST
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Iterator[Catalog]:
+    catalog = Catalog(str(tmp_path / "catalog.db"))
+    yield catalog
+    catalog.close()
+
+
+def add(catalog: Catalog, digest: str = "d", name: str = "support", **fields: str) -> int:
+    draft = replace(MANIFEST, name=name, version=0, digest=digest * 64, **fields)  # type: ignore[arg-type]
+    return catalog.add(draft).version
+
+
+def test_versions_count_up(catalog: Catalog) -> None:
+    assert [add(catalog, d) for d in "abc"] == [1, 2, 3]
+    assert add(catalog, "a", name="other") == 1
+    assert catalog.latest("support").version == 3
+    assert catalog.version("support", 2).digest == "b" * 64
+    assert [m.version for m in catalog.versions("support")] == [1, 2, 3]
+    assert [(m.name, m.version) for m in catalog.all_latest()] == [("other", 1), ("support", 3)]
+
+
+def test_the_newest_again_adds_nothing(catalog: Catalog) -> None:
+    assert [add(catalog, d) for d in "aab"] == [1, 1, 2]
+    assert add(catalog, "a") == 3, "an older one again becomes the newest"
+    assert add(catalog, "a", placement="unmerged") == 4
+    assert add(catalog, "a", placement="unmerged", template="x") == 5
+
+
+def test_a_number_is_never_given_again(catalog: Catalog) -> None:
+    add(catalog, "a")
+    add(catalog, "b")
+    assert [m.version for m in catalog.delete("support", 2, "now")] == [2]
+    assert catalog.latest("support").version == 1
+    with pytest.raises(AdapterNotFound):
+        catalog.version("support", 2)
+    catalog.delete("support", None, "now")
+    assert catalog.all_latest() == []
+    with pytest.raises(AdapterNotFound):
+        catalog.latest("support")
+    with pytest.raises(AdapterNotFound):
+        catalog.delete("support", None, "now")
+    assert add(catalog, "a") == 3
+
+
+def test_aliases_move(catalog: Catalog) -> None:
+    add(catalog, "a")
+    add(catalog, "b")
+    catalog.set_alias("support", "prod", 1)
+    assert catalog.alias("support", "prod").digest == "a" * 64
+    catalog.set_alias("support", "prod", 2)
+    assert catalog.alias("support", "prod").digest == "b" * 64
+    assert catalog.aliases_of("support") == {"prod": 2}
+    catalog.drop_alias("support", "prod")
+    for gone in (catalog.alias, catalog.drop_alias):
+        with pytest.raises(AdapterNotFound, match="support@prod"):
+            gone("support", "prod")
+
+
+def test_aliases_point_to_living_versions_of_their_name(catalog: Catalog) -> None:
+    add(catalog, "a")
+    add(catalog, "b", name="other")
+    add(catalog, "c", name="other")
+    for name, version in (("support", 2), ("none", 1)):
+        with pytest.raises(AdapterNotFound):
+            catalog.set_alias(name, "prod", version)
+    catalog.delete("other", 2, "now")
+    with pytest.raises(AdapterNotFound):
+        catalog.set_alias("other", "prod", 2)
+
+
+def test_what_an_alias_points_to_stays(catalog: Catalog) -> None:
+    add(catalog, "a")
+    add(catalog, "b")
+    catalog.set_alias("support", "prod", 1)
+    for version in (1, None):
+        with pytest.raises(AdapterInUse, match="support@prod"):
+            catalog.delete("support", version, "now")
+    assert len(catalog.versions("support")) == 2
+    catalog.delete("support", 2, "now")
+
+
+def test_a_digest_finds_the_adapter(catalog: Catalog) -> None:
+    add(catalog, "a")
+    assert catalog.digest("a" * 64).name == "support"
+    with pytest.raises(AdapterNotFound, match=r"sha256:e+"):
+        catalog.digest("e" * 64)
+
+
+def test_weights_of_living_rows_are_in_use(catalog: Catalog) -> None:
+    add(catalog, "a", weights_sha256="1" * 64)
+    add(catalog, "b", weights_sha256="2" * 64)
+    assert catalog.weights_in_use() == {"1" * 64, "2" * 64}
+    catalog.delete("support", 1, "now")
+    assert catalog.weights_in_use() == {"2" * 64}
+
+
+def test_many_threads_and_two_processes_worth_of_catalogs(tmp_path: Path) -> None:
+    """Every writer gets its own number; nobody sees `database is locked`."""
+    path = str(tmp_path / "catalog.db")
+    catalogs = [Catalog(path), Catalog(path)]
+    with ThreadPoolExecutor(8) as pool:
+        digests = [f"{n:064x}" for n in range(60)]
+        drafts = [replace(MANIFEST, version=0, digest=digest) for digest in digests]
+        found = pool.map(lambda n: catalogs[n % 2].add(drafts[n]).version, range(60))
+        assert sorted(found) == list(range(1, 61))
+    for catalog in catalogs:
+        catalog.close()
+
+
+def test_rows_are_durable_and_keys_are_kept(tmp_path: Path) -> None:
+    catalog = Catalog(str(tmp_path / "catalog.db"))
+    with catalog._engine.connect() as connection:
+        for pragma, value in (("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1)):
+            assert connection.exec_driver_sql(f"PRAGMA {pragma}").scalar() == value
+    add(catalog, "a")
+    catalog.close()
+    again = Catalog(str(tmp_path / "catalog.db"))
+    assert again.latest("support").digest == "a" * 64
+    again.close()
+
+
+def test_migrations_make_what_the_code_reads(tmp_path: Path) -> None:
+    Catalog(str(tmp_path / "catalog.db")).close()
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/catalog.db")
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, metadata) == []
+        assert context.get_current_revision() == HEAD
+    engine.dispose()
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
+
+
+def test_a_broken_database_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "catalog.db").write_bytes(b"this is no database" * 100)
+    with pytest.raises(StoreUnavailable, match="not a database"):
+        Catalog(str(tmp_path / "catalog.db"))
+
+
+def test_a_locked_database_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapters.catalog.BUSY_SECONDS", 0)
+    catalog = Catalog(str(tmp_path / "catalog.db"))
+    holder = sqlite3.connect(tmp_path / "catalog.db")
+    holder.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreUnavailable, match="locked"):
+        add(catalog, "a")
+    holder.rollback()
+    holder.close()
+    assert add(catalog, "a") == 1
+    catalog.close()
+
+
+@pytest.mark.parametrize("name", ["a", "support", "my-model_v1.2", "0", "a" * 64])
+def test_names(name: str) -> None:
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "A", ".a", "-a", "a/b", "../a", "a\\b", "a b", "a\n", "a\0", "ａ", "а", "a" * 65, "a@1",
+     "sha256:x", "١"],
+)  # fmt: skip
+def test_no_names(name: str) -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        check_name(name)
+    assert caught.value.where == "name"
+    with pytest.raises(InvalidAdapter):
+        check_alias(name)
+
+
+def test_an_alias_is_no_number() -> None:
+    assert check_alias("v1") == "v1"
+    with pytest.raises(InvalidAdapter, match="version"):
+        check_alias("12")
