@@ -47,8 +47,13 @@ def empty_model(config_json: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
     config = read_config(config_json)
     _refuse_unservable(config, config_json)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # sizes that do not go together, each model in its own way
+        raise UnservableBase(
+            f"transformers cannot build a {config.model_type} of this config: {error}"
+        ) from error
     _refuse_experts(model)
     return model.eval().requires_grad_(False)
 
@@ -73,9 +78,11 @@ def read_config(config_json: Mapping[str, Any]) -> Any:
 
 
 def _without_code(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _without_code(v) for k, v in value.items() if k not in _NEVER_PASSED_ON}
-    return value
+    if not isinstance(value, Mapping):
+        return [_without_code(v) for v in value] if isinstance(value, list) else value
+    if value.keys() == {"__float__"}:  # how transformers writes infinities
+        return float(value["__float__"])
+    return {k: _without_code(v) for k, v in value.items() if k not in _NEVER_PASSED_ON}
 
 
 def _refuse_unservable(config: Any, config_json: Mapping[str, Any]) -> None:
@@ -114,7 +121,7 @@ def _refuse_non_causal(config: Any, architectures: list[str]) -> None:
         raise UnservableBase(
             f"the checkpoint is a {architectures[0]}; for {kind}, {name} is served"
         )
-    if not name.endswith(("ForCausalLM", "LMHeadModel")) or "text_config" in config.sub_configs:
+    if not name.endswith(("ForCausalLM", "LMHeadModel")) or config.sub_configs:
         raise UnservableBase(f"{name} is no plain text decoder")
     if getattr(model_class, "_is_stateful", False):
         raise UnservableBase(f"{name} carries a recurrent state, which is not a paged KV cache")

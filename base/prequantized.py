@@ -56,28 +56,32 @@ class PrequantizedParts:
 
     def read(self, key: str) -> NF4Weight:
         """One weight on the CPU, copied from the mapped file."""
-        state = self._state(key)
-        absmax = self._part(key, ".absmax")
-        packed = self._checkpoint.read(key).reshape(-1).view(torch.uint8).clone()
-        self._check_levels(key)
-        out, width = state["shape"]
-        plain: dict[str, Any] = {
-            "packed": packed,
-            "absmax": absmax,
-            "shape": (out, width),
-            "blocksize": state["blocksize"],
-        }
-        if key + ".nested_absmax" not in self._checkpoint:
-            return NF4Weight(**plain)
-        if state["nested_blocksize"] != _NESTED_BLOCKSIZE:
+        try:
+            return self._read(key)
+        except (KeyError, ValueError, TypeError) as error:
             raise UnservableBase(
-                f"{key} has nested blocks of {state['nested_blocksize']}; {_NESTED_BLOCKSIZE} load"
-            )
+                f"{key} is no whole NF4 weight of bitsandbytes: {error}"
+            ) from error
+
+    def _read(self, key: str) -> NF4Weight:
+        state = self._state(key)
+        self._check_levels(key)
+        nested: dict[str, Tensor] = {}
+        if key + ".nested_absmax" in self._checkpoint:
+            if state["nested_blocksize"] != _NESTED_BLOCKSIZE:
+                raise ValueError(f"nested blocks of {state['nested_blocksize']}, 256 load")
+            nested = {
+                "nested_absmax": self._part(key, ".nested_absmax"),
+                "nested_code": self._part(key, ".nested_quant_map"),
+                "nested_offset": torch.tensor(float(state["nested_offset"])),
+            }
+        out, width = state["shape"]
         return NF4Weight(
-            **plain,
-            nested_absmax=self._part(key, ".nested_absmax"),
-            nested_code=self._part(key, ".nested_quant_map"),
-            nested_offset=torch.tensor(float(state["nested_offset"])),
+            packed=self._checkpoint.read(key).reshape(-1).view(torch.uint8).clone(),
+            absmax=self._part(key, ".absmax"),
+            shape=(out, width),
+            blocksize=state["blocksize"],
+            **nested,
         )
 
     def _state(self, key: str) -> dict[str, Any]:
@@ -93,7 +97,7 @@ class PrequantizedParts:
         """NF4's sixteen levels are a constant of ours; a checkpoint with others would be wrong."""
         levels = self._part(key, ".quant_map")
         if levels.shape != (16,) or not torch.allclose(levels, nf4_levels(), atol=1e-6):
-            raise UnservableBase(f"{key}.quant_map does not hold the sixteen levels of NF4")
+            raise ValueError(f"{key}.quant_map does not hold the sixteen levels of NF4")
 
 
 def nf4_levels() -> Tensor:

@@ -15,13 +15,12 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     LlamaConfig,
-    PreTrainedTokenizerFast,
 )
 
 from base.errors import UnservableBase
 from base.load import Base, load_base
 from base.nf4 import NF4Linear
-from tests.base.tiny import CONFIGS, SIZES, save_tiny
+from tests.base.tiny import CONFIGS, SIZES, save_tiny, save_tokenizer
 
 IDS = torch.randint(3, 320, (2, 40), generator=torch.Generator().manual_seed(1))
 
@@ -285,14 +284,6 @@ def save_quantised(directory: Path, double_quant: bool) -> None:
         directory / "float", quantization_config=quantisation, device_map="cpu"
     )
     model.save_pretrained(directory / "nf4")
-
-
-def save_tokenizer(directory: Path) -> None:
-    from tokenizers import Tokenizer, models
-
-    vocabulary = {"<pad>": 0, "<s>": 1, "<unk>": 2, "</s>": 3, "a": 4, "b": 5}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(directory)
 
 
 def rewrite(directory: Path, change: Any) -> None:

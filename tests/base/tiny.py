@@ -13,6 +13,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -65,3 +66,12 @@ def save_tiny(
     model = model.to(dtype)
     model.save_pretrained(directory, **more)
     return model
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A tokenizer of six tokens: "ab" is [4, 5], and 3 ends an answer."""
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "<unk>": 2, "</s>": 3, "a": 4, "b": 5}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(directory)
