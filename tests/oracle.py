@@ -167,6 +167,7 @@ def _model_of(base: Any) -> Any:
 
 def _with_adapter(model: nn.Module, adapter: Path, merged: str | None) -> Any:
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -176,7 +177,7 @@ def _with_adapter(model: nn.Module, adapter: Path, merged: str | None) -> Any:
         touched = [
             name.removeprefix("base_model.model.")
             for name, module in peft_model.named_modules()
-            if hasattr(module, "lora_A") and module.lora_A
+            if isinstance(module, LoraLayer)
         ]
         plain = peft_model.merge_and_unload(safe_merge=True)
     head = plain.get_output_embeddings()
@@ -320,15 +321,15 @@ def make_adapter(
 
     directory = Path(directory)
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
-    settings = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=kind == "rslora",
-        use_dora=kind == "dora",
-        **config,
-    )
+    fields: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank if alpha is None else alpha,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "use_rslora": kind == "rslora",
+        "use_dora": kind == "dora",
+    }
+    settings = LoraConfig(**{**fields, **config})
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)

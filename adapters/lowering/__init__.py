@@ -17,7 +17,7 @@ from base.load import Base
 
 from .checkpoint import AdapterCheckpoint
 from .lora import lower_lora
-from .merge import merge
+from .merged import merge
 
 __all__ = ["FAMILIES", "lower"]
 
