@@ -31,6 +31,8 @@ def locate(source: str, revision: str | None = None) -> Source:
     branch, a tag or a commit of the hub; the commit it means now is kept in the answer.
     """
     directory = Path(source).expanduser()
+    if not source:
+        raise UnservableBase("no base is named: give a directory or a hub id")
     if directory.is_dir():
         if revision is not None:
             raise UnservableBase(f"{source} is a directory; revision={revision!r} is for hub ids")
