@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -27,7 +28,7 @@ from adapters.limits import KIB, MIB, Limits
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TEXT = 4 * MIB  # characters of one rendered chat
 MAX_RANGE = 10_000
-MAX_POWER = 64
+MAX_BITS = 4096  # of a whole number
 STEPS = 200_000  # one per loop turn and call, and one per KiB of text that is made
 
 SAMPLE_CHATS = tuple(
@@ -206,9 +207,21 @@ def _run(
         return "".join(_bounded(pieces))
     except jinja2.TemplateError as error:
         raise InvalidChat(f"the chat template says: {str(error)[:500]}") from error
-    except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except FAILURES as error:
         what = f"{type(error).__name__}: {str(error)[:200]}"
         raise InvalidChat(f"the chat template failed: {what}") from error
+
+
+# What a program in the sandbox can run into; anything else would be our own bug.
+FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 def _bounded(pieces: Iterable[str]) -> Iterator[str]:
@@ -265,17 +278,24 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return result
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and not (isinstance(right, (int, float)) and abs(right) <= MAX_POWER):
-            raise jinja2.TemplateRuntimeError(f"powers above {MAX_POWER} are not allowed")
+        if isinstance(left, int) and isinstance(right, int) and operator in ("*", "**"):
+            other = right.bit_length() if operator == "*" else max(1, right)
+            if left.bit_length() * other > MAX_BITS:
+                raise jinja2.TemplateRuntimeError(f"a number of more than {MAX_BITS} bits")
         if operator == "%" and isinstance(left, str):
             raise jinja2.TemplateRuntimeError("formatting with % is not allowed")
         sizes = [len(side) for side in (left, right) if isinstance(side, (str, list, tuple))]
         if operator == "*" and sizes:
-            other = right if isinstance(left, (str, list, tuple)) else left
-            _budget.get().spend(sizes[0] * max(0, int(other)))
+            times = right if isinstance(left, (str, list, tuple)) else left
+            _budget.get().spend(sizes[0] * max(0, int(times)))
         else:
             _budget.get().spend(sum(sizes))
         return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        if super().wrap_str_format(value) is not None:
+            raise SecurityError("str.format is not allowed: it can pad without end")
+        return None
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr not in STR_METHODS:
