@@ -135,8 +135,9 @@ ARITHMETIC = {
     "embeddings": "embeddings (and the output layer, unless tied) in the compute dtype",
     "kv_cache": "keys and values of 8 sequences of 4,096 tokens in the compute dtype",
     "lora": "rank 16 on every linear, float32: weights, gradients, two Adam moments",
-    "activations": "4 sequences of 512 tokens: the input of each layer is kept (gradient "
-    "checkpointing), one layer is recomputed, the logits and their gradient are float32",
+    "activations": "4 sequences of 512 tokens: per token and layer 7 hidden and 4 intermediate "
+    "widths in the compute dtype (measured), in 16 bit the inputs of LoRA once more in float32; "
+    "the logits and their gradient in float32",
     "overhead": "the process or CUDA context, and the largest linear dequantised once",
 }
 
@@ -204,12 +205,13 @@ def _serving(size: Size, width: int) -> dict[str, int]:
 
 def _training(size: Size, width: int) -> dict[str, int]:
     tokens = 4 * 512
-    kept = size.layers * size.hidden * width
-    recomputed = (10 * size.hidden + 4 * size.intermediate) * width
+    per_layer = (7 * size.hidden + 4 * size.intermediate) * width
+    if width < 4:
+        per_layer += (6 * size.hidden + size.intermediate) * 4
     return {
         **_base(size, width),
         "lora": size.lora_weights * 4 * 4,
-        "activations": tokens * (kept + recomputed + 2 * size.vocab * 4),
+        "activations": tokens * (size.layers * per_layer + 2 * size.vocab * 4),
     }
 
 

@@ -59,6 +59,8 @@ def test_the_arithmetic_by_hand() -> None:
     assert fit.serving["kv_cache"] == 2 * 32 * 1024 * 8 * 4096 * 4
     per_layer = 2 * (4096 + 4096) + 2 * (1024 + 4096) + 3 * (14336 + 4096)
     assert fit.training["lora"] == 16 * 32 * per_layer * 16
+    kept = 32 * (7 * 4096 + 4 * 14336) * 4
+    assert fit.training["activations"] == 2048 * (kept + 2 * 128_256 * 4)
     assert fit.serving_bytes == sum(fit.serving.values())
     assert fit.training_bytes == sum(fit.training.values())
 
