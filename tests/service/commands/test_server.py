@@ -23,7 +23,7 @@ from service.commands.server import default_url
 from tests.oracle import make_adapter
 
 ROOT = Path(__file__).resolve().parents[3]
-PATIENCE = 120.0  # seconds; a bound for a broken server, not a measurement
+PATIENCE = 240.0  # seconds; a bound for a broken server, not a measurement
 
 
 @pytest.fixture(scope="module")
