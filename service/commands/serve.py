@@ -9,7 +9,7 @@ import typer
 from service.commands.flags import with_settings
 from service.commands.installation import shadowed
 from service.commands.output import fail
-from service.config import Configuration
+from service.config import Configuration, Settings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -35,7 +35,19 @@ def run(configuration: Configuration) -> None:
         fail(problem, "Run `pip uninstall adapters`, then install nibble-serve again.")
     from service.app import serve  # imports torch: seconds, and only needed here
 
-    serve(configuration.settings)
+    try:
+        serve(configuration.settings)
+    except SystemExit as stop:
+        _explain(stop.code, configuration.settings)
+
+
+def _explain(status: object, settings: Settings) -> None:
+    """Whatever kept the server from starting ends with status 1 and a next step."""
+    if isinstance(status, str):
+        fail(status, "`nibble doctor` tells which bases fit here; --base takes another one.")
+    if status:
+        address = f"{settings.host}:{settings.port}"
+        fail(f"cannot listen on {address}", "Take another port: --port 0 finds a free one.")
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,0 +1,59 @@
+"""`nibble serve` when it cannot: status 1, the reason, and the next step."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from service.commands import serve
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def start(home: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "service.cli", "serve", "--home", str(home), *args]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_a_base_that_is_not_there(tmp_path: Path) -> None:
+    done = start(tmp_path / "home", "--port", "0", "--base", str(tmp_path / "no-model"))
+    assert done.returncode == 1
+    assert "no-model" in done.stderr
+    assert "--base takes another one" in done.stderr
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = start(tmp_path / "home", "--port", str(port), "--base", str(tmp_path / "no-model"))
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "--port 0" in done.stderr
+
+
+def test_a_namesake_package_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "shadowed", lambda: "the unrelated package adapters is installed")
+    done = CliRunner().invoke(serve.app, [])
+    assert done.exit_code == 1
+    assert "pip uninstall adapters" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"),
+    [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True)],
+)
+def test_an_open_address_is_warned_about(
+    monkeypatch: pytest.MonkeyPatch, host: str, warned: bool
+) -> None:
+    monkeypatch.setattr(serve, "shadowed", lambda: "stop here")
+    done = CliRunner().invoke(serve.app, ["--host", host])
+    assert ("can be reached from outside" in done.stderr) == warned
