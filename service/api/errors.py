@@ -264,7 +264,5 @@ def _echo(one: Mapping[str, Any]) -> str:
     private = any(part in PRIVATE for part in one["loc"])
     if private or not isinstance(value, str | int | float | bool | None):
         return ""
-    if isinstance(value, int) and value.bit_length() > 4 * MAX_ECHO:
-        return " (got a number of too many digits)"
     shown = repr(value)
     return f" (got {shown if len(shown) <= MAX_ECHO else shown[:MAX_ECHO] + '…'})"

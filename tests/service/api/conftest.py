@@ -1,0 +1,107 @@
+"""A real server over a tiny random base, shared by the tests of this directory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from service.api.connection import HEAD_BYTES, connection_class
+from service.api.deps import Desk
+from service.app import create_app
+from service.config import Settings
+from tests.oracle import make_adapter, make_base
+
+PATIENCE = 120  # seconds, for whatever must happen at all
+
+
+class Running:
+    """An application behind a real socket, in a thread of this process."""
+
+    def __init__(self, app: FastAPI, max_open: int = 1024) -> None:
+        self.app = app
+        config = uvicorn.Config(
+            app,
+            port=0,
+            http=connection_class(max_open),
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            h11_max_incomplete_event_size=HEAD_BYTES,
+        )
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        until(lambda: self.server.started)
+        host, port = self.server.servers[0].sockets[0].getsockname()[:2]
+        self.address = (host, port)
+        self.url = f"http://{host}:{port}"
+
+    @property
+    def desk(self) -> Desk:
+        desk: Desk = self.app.state.desk
+        return desk
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive()
+
+
+def until(condition: object, within: float = PATIENCE) -> None:
+    """Wait for a condition; fail when it does not come true."""
+    end = time.monotonic() + within
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def base_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "tiny", "qwen3")
+
+
+@pytest.fixture(scope="session")
+def adapter_directory(tmp_path_factory: pytest.TempPathFactory, base_directory: Path) -> Path:
+    home = tmp_path_factory.mktemp("adapters")
+    for seed, kind in enumerate(("lora", "dora")):
+        make_adapter(home / kind, base_directory, kind, rank=4, seed=seed + 1)
+    return home
+
+
+@pytest.fixture(scope="session")
+def settings(
+    tmp_path_factory: pytest.TempPathFactory, base_directory: Path, adapter_directory: Path
+) -> Settings:
+    return Settings(
+        base=str(base_directory),
+        home=tmp_path_factory.mktemp("home"),
+        adapters=adapter_directory,
+        port=0,
+        kv_cache_bytes=8 << 20,
+        max_queue=64,
+        max_upload_bytes=4 << 20,
+        max_body_bytes=256 << 10,
+    )
+
+
+@pytest.fixture(scope="session")
+def server(settings: Settings) -> Iterator[Running]:
+    running = Running(create_app(settings))
+    until(lambda: running.desk.admission.state in ("ready", "failed"))
+    assert running.desk.failure is None
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE) as found:
+        yield found

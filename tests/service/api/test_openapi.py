@@ -1,0 +1,115 @@
+"""The description of the API: bounded, true, and its examples run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from service.app import create_app
+from service.config import Settings
+
+NUMBERS = ("integer", "number")
+
+
+@pytest.fixture(scope="module")
+def api(settings: Settings) -> dict[str, Any]:
+    return create_app(settings).openapi()
+
+
+def operations(api: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, methods in api["paths"].items():
+        for method, described in methods.items():
+            yield path, method, described
+
+
+def incoming(api: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema that a client's data is held against, with where it stands."""
+    for path, method, described in operations(api):
+        for parameter in described.get("parameters", []):
+            yield from _walk(api, f"{method} {path} {parameter['name']}", parameter["schema"])
+        for media in described.get("requestBody", {}).get("content", {}).values():
+            yield from _walk(api, f"{method} {path}", media["schema"])
+
+
+def _walk(api: dict[str, Any], where: str, schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(schema, list):
+        for one in schema:
+            yield from _walk(api, where, one)
+    if not isinstance(schema, dict):
+        return
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        yield from _walk(api, f"{where} {name}", api["components"]["schemas"][name])
+        return
+    yield where, schema
+    for key in ("anyOf", "oneOf", "allOf", "items"):
+        yield from _walk(api, where, schema.get(key))
+    for name, one in schema.get("properties", {}).items():
+        yield from _walk(api, f"{where}.{name}", one)
+
+
+def test_every_number_has_two_bounds(api: dict[str, Any]) -> None:
+    numbers = [(where, one) for where, one in incoming(api) if one.get("type") in NUMBERS]
+    assert len(numbers) > 20
+    for where, one in numbers:
+        assert {"minimum", "exclusiveMinimum"} & set(one), where
+        assert {"maximum", "exclusiveMaximum"} & set(one), where
+
+
+def test_every_list_is_bounded_and_no_field_is_unknown(api: dict[str, Any]) -> None:
+    found = list(incoming(api))
+    assert all("maxItems" in one for _, one in found if one.get("type") == "array")
+    objects = [one for _, one in found if one.get("type") == "object"]
+    assert len(objects) >= 6
+    assert all(one.get("additionalProperties") is False for one in objects)
+
+
+def test_every_refusal_has_the_envelope(api: dict[str, Any]) -> None:
+    for path, method, described in operations(api):
+        for status, reply in described["responses"].items():
+            if int(status) >= 400:
+                schema = reply["content"]["application/json"]["schema"]
+                assert schema == {"$ref": "#/components/schemas/ErrorEnvelope"}, (path, method)
+    assert "HTTPValidationError" not in api["components"]["schemas"]
+
+
+def examples(api: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    found = []
+    for path, method, described in operations(api):
+        body = described.get("requestBody", {}).get("content", {}).get("application/json")
+        if body is None:
+            continue
+        schema = api["components"]["schemas"][body["schema"]["$ref"].rpartition("/")[2]]
+        assert schema["examples"], (path, "has a body, but no example of it")
+        found += [(method, path, example) for example in schema["examples"]]
+    return found
+
+
+def test_every_example_runs(api: dict[str, Any], client: httpx.Client) -> None:
+    found = examples(api)
+    assert len(found) >= 8
+    for method, path, example in found:
+        filled = path.replace("{name}", "lora").replace("{alias}", "example")
+        reply = client.request(method, filled, json=example)
+        assert reply.status_code == 200, (path, reply.text)
+    assert client.delete("/adapters/lora/aliases/example").status_code == 200
+
+
+def test_every_operation_without_a_body_runs(api: dict[str, Any], client: httpx.Client) -> None:
+    gets = [path for path, method, _ in operations(api) if method == "get"]
+    assert set(gets) == {"/health", "/ready", "/info", "/metrics", "/adapters", "/adapters/{name}"}
+    for path in gets:
+        assert client.get(path.replace("{name}", "dora")).status_code == 200, path
+
+
+def test_page_is_whole_in_itself(client: httpx.Client) -> None:
+    reply = client.get("/docs")
+    assert reply.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in reply.headers["content-security-policy"]
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", reply.text)
+    assert "openapi.json" in reply.text
+    assert client.get("/openapi.json").json()["info"]["title"] == "Nibble"

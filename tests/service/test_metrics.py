@@ -1,0 +1,161 @@
+"""Metrics: vLLM's names, right sums, and labels that do not grow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.engine.observer import Observer, StepReport
+from service.engine.request import Finished
+from service.metrics import LISTED_ADAPTERS, Metrics
+from service.residency.tiers import Resident
+
+STEP = StepReport(2, 3, 5, 20, 7, 2, 1, 16, 8, 0.01)
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(metrics.exposition().decode())
+        for sample in family.samples
+    }
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    return samples(metrics)[name, frozenset({"model_name": "m", **labels}.items())]
+
+
+# As dashboards, autoscalers and gateways written for vLLM look for them.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "vllm:prompt_tokens_total",
+        "vllm:generation_tokens_total",
+        "vllm:num_preemptions_total",
+        "vllm:prefix_cache_queries_total",
+        "vllm:prefix_cache_hits_total",
+        "vllm:time_to_first_token_seconds_bucket",
+        "vllm:inter_token_latency_seconds_bucket",
+        "vllm:time_per_output_token_seconds_bucket",
+        "vllm:e2e_request_latency_seconds_bucket",
+        "vllm:request_queue_time_seconds_bucket",
+        "vllm:request_prefill_time_seconds_bucket",
+        "vllm:request_decode_time_seconds_bucket",
+        "vllm:request_prompt_tokens_bucket",
+        "vllm:request_generation_tokens_bucket",
+        "vllm:iteration_tokens_total_bucket",
+        "vllm:request_success_total",
+    ],
+)
+def test_names_are_there_from_the_start(name: str) -> None:
+    found = [labels for one, labels in samples(Metrics("m")) if one == name]
+    assert found
+    assert all(("model_name", "m") in labels for labels in found)
+
+
+def test_steps_add_up() -> None:
+    metrics = Metrics("m")
+    observer: Observer = metrics
+    observer.stepped(STEP)
+    observer.stepped(replace(STEP, running=0, waiting=0, blocks_used=0))
+    assert value(metrics, "vllm:num_requests_running") == 0
+    assert value(metrics, "vllm:prompt_tokens_total") == 14
+    assert value(metrics, "vllm:generation_tokens_total") == 4
+    assert value(metrics, "vllm:num_preemptions_total") == 2
+    assert value(metrics, "vllm:prefix_cache_queries_total") == 32
+    assert value(metrics, "vllm:prefix_cache_hits_total") == 16
+    observer.stepped(STEP)
+    assert value(metrics, "vllm:num_requests_running") == 2
+    assert value(metrics, "vllm:num_requests_waiting") == 3
+    assert value(metrics, "vllm:kv_cache_usage_perc") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("reason", "theirs"),
+    [
+        ("eos_token", "stop"),
+        ("stop_sequence", "stop"),
+        ("length", "length"),
+        ("cancelled", "abort"),
+        ("error", "error"),
+    ],
+)
+def test_ends_by_vllm_s_reasons(reason: str, theirs: str) -> None:
+    metrics = Metrics("m")
+    end = Finished(0, reason, "t", 3, 0, 5, queue_seconds=0.5, decode_seconds=2)  # type: ignore[arg-type]
+    metrics.finished(end, 3.0)
+    for one in ("stop", "length", "abort", "error"):
+        counted = value(metrics, "vllm:request_success_total", finished_reason=one)
+        assert counted == (one == theirs)
+    assert value(metrics, "vllm:e2e_request_latency_seconds_sum") == 3.0
+    assert value(metrics, "vllm:request_queue_time_seconds_sum") == 0.5
+    assert value(metrics, "vllm:request_generation_tokens_sum") == 5
+
+
+def lora(metrics: Metrics) -> list[dict[str, str]]:
+    return [dict(labels) for name, labels in samples(metrics) if name == "vllm:lora_requests_info"]
+
+
+def test_adapter_sets_replace_each_other() -> None:
+    metrics = Metrics("m")
+    metrics.describe({"a": "1"}, {"b": "2"}, max_lora=8, residents=list)
+    for running in (("a",), ("b", "a"), ("b", "a"), ()):
+        metrics.stepped(replace(STEP, running_adapters=running, waiting_adapters=("w",)))
+        assert lora(metrics) == [
+            {
+                "max_lora": "8",
+                "running_lora_adapters": ",".join(sorted(running)),
+                "waiting_lora_adapters": "w",
+            }
+        ]
+
+
+def test_many_adapters_are_cut_to_some_and_other() -> None:
+    metrics = Metrics("m")
+    many = tuple(f"a{number:04}" for number in range(1000))
+    metrics.stepped(replace(STEP, running_adapters=many))
+    (labels,) = lora(metrics)
+    names = labels["running_lora_adapters"].split(",")
+    assert len(names) == LISTED_ADAPTERS + 1
+    assert names[-1] == "other"
+
+
+def test_no_series_grows_with_adapters() -> None:
+    metrics = Metrics("m")
+    metrics.describe({"a": "1"}, {"b": "2"}, max_lora=8, residents=list)
+    before = len(samples(metrics))
+    for number in range(200):
+        metrics.adapter_loaded(f"a{number}", 0.1, 1000)
+        metrics.adapter_hit(f"a{number}")
+        metrics.adapter_evicted(f"{number:064x}", "slot")
+        metrics.stepped(replace(STEP, running_adapters=(f"a{number}",)))
+    assert len(samples(metrics)) - before <= 1
+    assert value(metrics, "nibble:adapter_loads_total") == 200
+    assert value(metrics, "nibble:adapter_hits_total") == 200
+    assert value(metrics, "nibble:adapter_loaded_bytes_total") == 200_000
+    assert value(metrics, "nibble:adapter_evictions_total", tier="slot") == 200
+    assert value(metrics, "nibble:adapter_evictions_total", tier="host") == 0
+
+
+def test_residents_are_asked_at_every_scrape() -> None:
+    held = [Resident("d", "unmerged", "slot", 10), Resident("e", "merged", "slot", 5)]
+    metrics = Metrics("m")
+    metrics.describe({"block_size": "16"}, {"version": "1"}, max_lora=1, residents=lambda: held)
+    assert value(metrics, "nibble:adapters_resident", tier="slot") == 2
+    assert value(metrics, "nibble:adapter_bytes", tier="slot") == 15
+    held.append(Resident("d", "unmerged", "host", 7))
+    assert value(metrics, "nibble:adapters_resident", tier="host") == 1
+    assert value(metrics, "nibble:adapter_bytes", tier="host") == 7
+    assert samples(metrics)["vllm:cache_config_info", frozenset({("block_size", "16")})] == 1
+    assert samples(metrics)["nibble:build_info", frozenset({("version", "1")})] == 1
+
+
+def test_two_servers_in_one_process_do_not_share() -> None:
+    one, other = Metrics("m"), Metrics("m")
+    one.stepped(STEP)
+    assert value(other, "vllm:generation_tokens_total") == 0
