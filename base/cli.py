@@ -1,0 +1,78 @@
+"""`nibble base`: build, evaluate and describe the embedded base."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from base.mini import MINI
+
+app = typer.Typer(help="The embedded base model.", no_args_is_help=True)
+
+
+class Name(StrEnum):
+    mini = "mini"
+
+
+Which = Annotated[Name, typer.Argument(help="The embedded base.")]
+Where = Annotated[Path, typer.Option(help="The directory of the model.")]
+
+
+@app.command()
+def build(
+    name: Which,
+    out: Annotated[Path, typer.Option(help="Where the model goes.")] = Path("mini"),
+    seed: int = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Length of the schedule.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="End the schedule by then, however slow.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Train the base from a seed, on a GPU where there is one."""
+    # Before torch loads: a thread that spins at a barrier starves the other one on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from base.mini.build import STEPS, Budget
+    from base.mini.build import build as train
+
+    console = Console()
+    try:
+        train(out, seed=seed, budget=Budget(steps or STEPS, minutes), resume=resume)
+    except ValueError as error:
+        console.print(f"[red]{error}")
+        raise typer.Exit(2) from error
+    console.print(f"{name.value} is in {out}")
+
+
+@app.command()
+def evaluate(
+    name: Which,
+    directory: Where = MINI,
+    card: Annotated[bool, typer.Option(help="Write the model card too.")] = True,
+) -> None:
+    """Measure the base on held-out data, fp32 and NF4 side by side."""
+    from base.mini import card as model_card
+    from base.mini.evaluate import evaluate as measure
+
+    result = measure(directory)
+    table = Table("held out", "fp32", "NF4", title=name.value)
+    for group in ("context", "tasks", "loss"):
+        for row, value in result["fp32"][group].items():
+            table.add_row(f"{group}: {row}", f"{value:.3f}", f"{result['nf4'][group][row]:.3f}")
+    Console().print(table)
+    if card:
+        model_card.write(directory)
+
+
+@app.command()
+def card(name: Which, directory: Where = MINI) -> None:
+    """Write the model card from what was measured."""
+    from base.mini import card as model_card
+
+    Console().print(model_card.write(directory))
