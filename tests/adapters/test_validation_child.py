@@ -30,9 +30,8 @@ def test_refusals_cross_the_border_whole(save: Saver, spec: BaseSpec, tmp_path: 
     assert (caught.value.where, "rank 4" in caught.value.reason) == ("r", True)
     with pytest.raises(UnsupportedMedia, match="zip"):
         validate_in_child(saved.config, write(tmp_path / "w", b"PK\3\4 " * 9), spec, Limits())
-    with pytest.raises(InvalidAdapter) as caught:
+    with pytest.raises(InvalidAdapter, match=r"^new_field: "):
         validate_in_child(saved.with_fields(new_field=1), saved.weights, spec, Limits())
-    assert caught.value.where == "new_field"
 
 
 def test_a_regex_that_never_ends_is_a_refusal(save: Saver, spec: BaseSpec) -> None:
