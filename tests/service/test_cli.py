@@ -61,7 +61,7 @@ def test_groups_need_the_installed_package_and_say_so(monkeypatch: pytest.Monkey
 def test_arguments_reach_the_command_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
     monkeypatch.setattr(cli, "_load", lambda target: lambda **given: seen.append(given))
-    args = ["--new", "-x", "3", "word", "--flag=1", "--help", "two words"]
+    args = ["--help", "--new", "-x", "3", "word", "--flag=1", "two words"]
     done = CliRunner().invoke(cli.app, ["serve", *args])
     assert done.exit_code == 0, done.output
     assert seen == [{"args": args, "prog_name": "nibble serve"}]

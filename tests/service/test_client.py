@@ -129,11 +129,13 @@ def test_names_are_quoted_in_paths() -> None:
 
     with client(answer) as nibble:
         nibble.adapter("a@prod")
+        nibble.adapter("../b")
         nibble.remove("a/../b?c")
         nibble.set_alias("a", "prod", 3)
         nibble.drop_alias("a", "x/y")
     assert paths == [
         "GET /adapters/a@prod",
+        "GET /adapters/..%2Fb",
         "DELETE /adapters/a%2F..%2Fb%3Fc",
         "PUT /adapters/a/aliases/prod",
         "DELETE /adapters/a/aliases/x%2Fy",

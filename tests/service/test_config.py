@@ -114,9 +114,8 @@ def test_secrets_are_masked_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.shown()["hf_token"] == MASK
     assert settings.shown()["catalog"] == f"postgresql://me:{MASK}@host/db"
     assert "canary" not in repr(settings) + str(settings.shown())
-    monkeypatch.setenv("NIBBLE_PORT", "x")
-    with pytest.raises(ConfigError) as refused:
-        configure()
+    with pytest.raises(ConfigError, match="--hf-token") as refused:
+        configure({"hf_token": ["canary"]})
     assert "canary" not in str(refused.value)
 
 
