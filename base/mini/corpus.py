@@ -9,7 +9,13 @@ from base.mini import facts, python_docs, stories, tasks
 from base.mini.dialogue import Document, running_text
 from base.mini.names import Split
 
-SHARES = {"facts": 0.52, "tasks": 0.38, "stories": 0.05, "python": 0.05}
+SOURCES = ("facts", "tasks", "stories", "python")
+EASY, HARD = (0.54, 0.36, 0.05, 0.05), (0.36, 0.56, 0.04, 0.04)
+
+
+def shares(difficulty: float) -> list[float]:
+    """Share of each source: answers from context lead, the many tasks follow."""
+    return [e + (h - e) * difficulty for e, h in zip(EASY, HARD, strict=True)]
 
 
 def document(rng: Random, split: Split, difficulty: float) -> Document:
@@ -18,7 +24,7 @@ def document(rng: Random, split: Split, difficulty: float) -> Document:
     Half of the documents are easier than asked, so that what was learnt early stays.
     """
     level = difficulty if rng.random() < 0.5 else difficulty * rng.random()
-    source = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
+    source = rng.choices(SOURCES, shares(difficulty))[0]
     if source == "facts":
         return facts.document(rng, split, level)
     if source == "tasks":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from base.mini import words
+from base.mini import python_docs, words
 from base.mini.dialogue import Document, Turn, chat, listing
 from base.mini.names import Names, Split
 
@@ -376,6 +376,13 @@ def first_question(rng: Random, shown: str, turn: Turn) -> Turn:
     return Turn(f"{shown}{lead}{turn.user}", turn.assistant)
 
 
+def _beside_other_text(rng: Random, split: Split, passages: tuple[str, ...]) -> tuple[str, ...]:
+    """The passages with one among them that has nothing to do with the questions."""
+    other = rng.choice(python_docs.paragraphs(split)).split(". ")[0].rstrip(".") + "."
+    at = rng.randrange(len(passages) + 1)
+    return (*passages[:at], other, *passages[at:])
+
+
 def document(rng: Random, split: Split, difficulty: float) -> Document:
     """Passages with many questions, as a conversation or as plain lines."""
     names = Names(rng, split)
@@ -383,7 +390,10 @@ def document(rng: Random, split: Split, difficulty: float) -> Document:
     known = knowledge(rng, names, rng.randint(1, most), difficulty)
     count = min(14, len(known.facts) * rng.randint(1, 2) + 1)
     turns = ask(rng, names, known, count, unknown=0.09 * min(1.0, 2 * difficulty))
-    shown = context(rng, known.passages)
+    passages = known.passages
+    if rng.random() < 0.15 * difficulty:
+        passages = _beside_other_text(rng, split, passages)
+    shown = context(rng, passages)
     if rng.random() < 0.5:
         return listing(shown, turns, rng.choice((("Q", "A"), ("Question", "Answer"))))
     system = rng.choice(SYSTEMS) if rng.random() < 0.6 else None

@@ -281,25 +281,25 @@ def talk(rng: Random, split: Split, difficulty: float) -> Turn:
 
 TASKS: dict[str, tuple[Task, float]] = {
     "copy": (copy, 1.2),
-    "reverse": (reverse, 1.2),
-    "reorder": (reorder, 1.0),
-    "pick": (pick, 1.0),
-    "count_words": (count_words, 1.0),
-    "count_things": (count_things, 1.2),
-    "arithmetic": (arithmetic, 2.0),
+    "reverse": (reverse, 1.5),
+    "reorder": (reorder, 1.5),
+    "pick": (pick, 1.5),
+    "count_words": (count_words, 1.5),
+    "count_things": (count_things, 1.5),
+    "arithmetic": (arithmetic, 3.0),
     "sort_numbers": (sort_numbers, 1.2),
-    "sentiment": (sentiment, 0.6),
-    "topic": (topic, 0.6),
-    "to_json": (to_json, 1.3),
-    "read_field": (read_field, 1.0),
-    "read_table": (read_table, 1.4),
-    "follow_format": (follow_format, 1.2),
+    "sentiment": (sentiment, 0.5),
+    "topic": (topic, 0.5),
+    "to_json": (to_json, 1.2),
+    "read_field": (read_field, 0.8),
+    "read_table": (read_table, 1.0),
+    "follow_format": (follow_format, 1.5),
     "upper_case": (upper_case, 0.8),
-    "replace": (replace, 1.0),
-    "same_rule": (same_rule, 1.2),
+    "replace": (replace, 1.3),
+    "same_rule": (same_rule, 1.5),
     "same_label": (same_label, 1.0),
-    "talk": (talk, 0.2),
-    "korean_copy": (korean.copy, 0.4),
+    "talk": (talk, 0.15),
+    "korean_copy": (korean.copy, 0.6),
     "korean_answer": (korean.answer, 0.8),
     "korean_word": (korean.word, 0.5),
 }
@@ -314,9 +314,9 @@ def draw(rng: Random) -> Task:
 
 def document(rng: Random, split: Split, difficulty: float) -> Document:
     """A few tasks as a conversation, or one kind of task many times as plain lines."""
-    if rng.random() < 0.35:
+    if rng.random() < 0.4:
         task = draw(rng)
-        turns = [task(rng, split, difficulty) for _ in range(rng.randint(2, 6))]
+        turns = [task(rng, split, difficulty) for _ in range(rng.randint(2, 7))]
         return listing("", turns, rng.choice((("Q", "A"), ("Task", "Answer"))))
     system = rng.choice(_SYSTEMS) if rng.random() < 0.35 else None
     turns = [draw(rng)(rng, split, difficulty) for _ in range(rng.choice((1, 1, 2, 3)))]

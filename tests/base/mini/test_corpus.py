@@ -57,7 +57,8 @@ def test_held_out_korean_names_never_occur_in_training_text(training_text: str) 
 
 
 @pytest.mark.parametrize(
-    "reserved", ["cipher", "caesar", "encrypt", '"issue"', '"priority"', '"product"', "알맞은", "골라"]
+    "reserved",
+    ["cipher", "caesar", "encrypt", '"issue"', '"priority"', '"product"', "알맞은", "골라"],
 )
 def test_reserved_tasks_are_absent(training_text: str, reserved: str) -> None:
     made = "\n".join(t for t in training_text.split("\n") if "<|im_" in t or ": " in t)
