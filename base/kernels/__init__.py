@@ -1,6 +1,6 @@
 """The products of the serving path, and the one place that picks who computes them.
 
-- float32 tensors on the CPU, contiguous, no gradient: the C library, where it was built
+- float32 on the CPU: the C library, where it was built
 - CUDA: bitsandbytes' fused NF4 product; plain torch for the rest
 - anything else: `reference`, plain torch
 
@@ -58,17 +58,17 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
 def _forward(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
     vectors = (x,) if bias is None else (x, bias)
     if _native is not None and weight.device.type == "cpu" and _native_takes(*vectors):
-        return _native.nf4_linear(x, weight, bias)
+        return _native.nf4_linear(
+            x.contiguous(), weight, None if bias is None else bias.contiguous()
+        )
     if x.is_cuda:
         return cuda.nf4_linear(x, weight, bias)
     return reference.nf4_linear(x, weight, bias)
 
 
 def _native_takes(*tensors: Tensor) -> bool:
-    """Are these what the C library reads: float32 on the CPU, contiguous?"""
-    return all(
-        t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors
-    )
+    """Are these what the C library reads: float32 on the CPU?"""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
 class _NF4Product(torch.autograd.Function):
@@ -92,8 +92,8 @@ def lowrank_add(y: Tensor, x: Tensor, terms: LowRankPlan | Sequence[Segment]) ->
     """
     plan = terms if isinstance(terms, LowRankPlan) else LowRankPlan(terms)
     plan.check(y, x)
-    if _native is not None and plan.on_cpu and _native_takes(y, x):
-        return _native.lowrank_add(y, x, plan)
+    if _native is not None and plan.on_cpu and _native_takes(y, x) and y.is_contiguous():
+        return _native.lowrank_add(y, x.contiguous(), plan)
     return reference.lowrank_add(y, x, plan)
 
 
@@ -123,24 +123,21 @@ def paged_attention(
 
     Keep the three index tensors on the CPU for a CPU cache. float32; a bfloat16 cache is read too.
     """
-    indices = (block_tables, query_start, context_len)
+    _check_attention(q, k_cache, v_cache, block_tables, query_start, context_len)
     if (
         _native is not None
         and _native_takes(q)
         and k_cache.dtype == v_cache.dtype
         and k_cache.dtype in (torch.float32, torch.bfloat16)
         and all(c.device.type == "cpu" and c.is_contiguous() for c in (k_cache, v_cache))
-        and all(
-            i.device.type == "cpu" and i.dtype == torch.int32 and i.is_contiguous() for i in indices
-        )
     ):
         return _native.paged_attention(
-            q,
+            q.contiguous(),
             k_cache,
             v_cache,
-            block_tables,
-            query_start,
-            context_len,
+            _index(block_tables),
+            _index(query_start),
+            _index(context_len),
             scale,
             sliding_window,
             softcap,
@@ -156,3 +153,25 @@ def paged_attention(
         sliding_window,
         softcap,
     )
+
+
+def _index(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", torch.int32).contiguous()
+
+
+def _check_attention(
+    q: Tensor, k: Tensor, v: Tensor, tables: Tensor, starts: Tensor, contexts: Tensor
+) -> None:
+    if q.dim() != 3 or k.dim() != 4 or k.shape != v.shape or k.shape[3] != q.shape[2]:
+        raise ValueError(
+            "q must be [T, H, D] and both caches [NB, BS, Hkv, D], got "
+            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    if k.shape[2] == 0 or q.shape[1] % k.shape[2]:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[2]} key heads evenly")
+    sequences = tables.shape[0]
+    if tables.dim() != 2 or starts.shape != (sequences + 1,) or contexts.shape != (sequences,):
+        raise ValueError(
+            "block_tables must be [S, MB], query_start [S + 1] and context_len [S], got "
+            f"{list(tables.shape)}, {list(starts.shape)} and {list(contexts.shape)}"
+        )

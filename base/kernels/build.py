@@ -21,7 +21,7 @@ REASON = "_native.txt"  # why there is no library: read by `native_status`
 
 # -ffp-contract=off: the sources say where a multiply-add is fused, so that every unrolled copy of
 # a loop rounds alike. That is what keeps the bits independent of the batch.
-_FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+_FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-pthread", "-fvisibility=hidden", "-ffp-contract=off"]
 _FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -53,17 +53,16 @@ def _compile(target: Path) -> None:
     compiler = _compiler()
     flags = [*_FLAGS, *shlex.split(os.environ.get("NIBBLE_CFLAGS", ""))]
     with tempfile.TemporaryDirectory() as folder:
-        threads = ["-fopenmp"] if _accepts(compiler, ["-fopenmp"], Path(folder)) else []
         objects = []
         for name, extra in _units().items():
             objects.append(f"{folder}/{name}.o")
             source = str(SOURCES / f"{name}.c")
-            _run([*compiler, *flags, *threads, *extra, "-c", source, "-o", objects[-1]])
+            _run([*compiler, *flags, *extra, "-c", source, "-o", objects[-1]])
         # Link aside and rename: a running server keeps the file it has mapped.
         fresh = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
-            _run([*compiler, "-shared", *threads, *sanitizers, *objects, "-o", str(fresh), "-lm"])
+            _run([*compiler, "-shared", *sanitizers, *objects, "-o", str(fresh), "-lm", "-pthread"])
             os.replace(fresh, target)
         finally:
             fresh.unlink(missing_ok=True)
@@ -71,7 +70,7 @@ def _compile(target: Path) -> None:
 
 def _units() -> dict[str, list[str]]:
     """Source files by name, each with the instruction sets it may use."""
-    units: dict[str, list[str]] = {"portable": [], "dispatch": []}
+    units: dict[str, list[str]] = {"portable": [], "dispatch": [], "pool": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
         units |= {"avx2": _AVX2, "avx512": _AVX512}
     return units
@@ -82,16 +81,6 @@ def _compiler() -> list[str]:
         if name and shutil.which(shlex.split(name)[0]):
             return shlex.split(name)
     raise BuildFailed("no C compiler: none of $CC, cc, gcc, clang is on the PATH")
-
-
-def _accepts(compiler: list[str], flags: list[str], folder: Path) -> bool:
-    probe = folder / "probe.c"
-    probe.write_text("int main(void) { return 0; }\n")
-    try:
-        _run([*compiler, *flags, str(probe), "-o", str(folder / "probe")])
-    except BuildFailed:
-        return False
-    return True
 
 
 def _run(command: list[str]) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import os
 from pathlib import Path
 
-import torch  # before the library: it brings the OpenMP runtime that both then share
+import torch
 from torch import Tensor
 
 from .lowrank import LowRankPlan
@@ -28,6 +28,7 @@ class _AttentionCall(ctypes.Structure):
         *((name, _PTR) for name in ("q", "k", "v", "tables", "query_start", "context_len", "out")),
         *((name, _I64) for name in ("sequences", "table_width", "heads", "kv_heads", "dim")),
         *((name, _I64) for name in ("block_size", "window", "stored")),
+        *((name, _I64) for name in ("tokens", "blocks")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     ]
@@ -49,7 +50,6 @@ class Native:
         ]
         self._attention = library.nibble_attention
         self._attention.argtypes = [ctypes.POINTER(_AttentionCall), ctypes.c_int]
-        self.has_threads = bool(library.nibble_has_threads())
         self.isa = self.select(os.environ.get("NIBBLE_ISA"))
 
     def select(self, name: str | None = None) -> str:
@@ -60,9 +60,12 @@ class Native:
         self.isa = chosen.decode()
         return self.isa
 
-    def nf4_linear(self, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+    def nf4_linear(
+        self, x: Tensor, weight: NF4Weight, bias: Tensor | None, y: Tensor | None = None
+    ) -> Tensor:
         out, width = weight.shape
-        y = torch.empty((*x.shape[:-1], out), dtype=torch.float32)
+        if y is None:
+            y = torch.empty((*x.shape[:-1], out), dtype=torch.float32)
         if x.numel():
             failed = self._nf4_linear(
                 weight.record,
@@ -101,8 +104,10 @@ class Native:
         scale: float,
         sliding_window: int,
         softcap: float,
+        out: Tensor | None = None,
     ) -> Tensor:
-        out = torch.zeros_like(q)
+        if out is None:
+            out = torch.zeros_like(q)  # rows of no sequence stay zero
         call = _AttentionCall(
             *(t.data_ptr() for t in (q, k_cache, v_cache, block_tables, query_start, context_len)),
             out.data_ptr(),
@@ -114,6 +119,8 @@ class Native:
             k_cache.shape[1],
             sliding_window,
             _STORED[k_cache.dtype],
+            q.shape[0],
+            k_cache.shape[0],
             scale,
             softcap,
         )
@@ -122,6 +129,11 @@ class Native:
 
 
 def _check(failed: int) -> None:
+    if failed == 2:
+        raise ValueError(
+            "query_start, context_len or block_tables point outside q or the caches: a sequence "
+            "needs 0 <= its rows <= context_len <= pages * block_size, and pages that exist"
+        )
     if failed:
         raise MemoryError("no memory for the workspace of a kernel")
 
@@ -140,5 +152,4 @@ def load(folder: Path | None = None) -> tuple[Native | None, str]:
         native = Native(path)
     except (OSError, AttributeError, ValueError) as error:
         return None, f"not loaded: {error}"
-    threads = "with OpenMP" if native.has_threads else "one thread: compiled without OpenMP"
-    return native, f"{native.isa}, {threads}"
+    return native, native.isa

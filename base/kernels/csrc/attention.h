@@ -10,8 +10,8 @@
  * order. p V: key after key. A query's position and its own keys fix all of it.
  */
 #include "kernels.h"
+#include "pool.h"
 #include "simd.h"
-#include "threads.h"
 
 #define KEYS 32        /* keys of one tile; a multiple of every VL */
 #define KEY_VECTORS (KEYS / VL)
@@ -61,19 +61,19 @@ INLINE int64_t place_of(const attention_call *c, const int32_t *table, int64_t p
     return ((page * c->block_size + position % c->block_size) * c->kv_heads + head) * c->dim;
 }
 
-/* keys[d * KEYS + j] = K[first + j][d]; columns from `count` on are left as they are. */
-static void turn_keys(const attention_call *c, const int32_t *table, int64_t first, int64_t count,
-                      int64_t head, float *keys) {
+/* keys[d * KEYS + j] = K[first + j][d] for from <= j < to; other columns stay as they are. */
+static void turn_keys(const attention_call *c, const int32_t *table, int64_t first, int64_t from,
+                      int64_t to, int64_t head, float *keys) {
     const int64_t row = c->kv_heads * c->dim;
-    for (int64_t j = 0; j < count;) {
+    for (int64_t j = from; j < to;) {
         const int64_t at = place_of(c, table, first + j, head);
-        const int64_t run = min_(count - j, c->block_size - (first + j) % c->block_size);
+        const int64_t run = min_(to - j, c->block_size - (first + j) % c->block_size);
         if (c->stored == STORED_F32 && run >= 8) {
-            const float *from = (const float *)c->k + at;
+            const float *k = (const float *)c->k + at;
             int64_t d = 0;
-            for (; d + 8 <= c->dim; d += 8) transpose8(from + d, row, keys + d * KEYS + j, KEYS);
+            for (; d + 8 <= c->dim; d += 8) transpose8(k + d, row, keys + d * KEYS + j, KEYS);
             for (; d < c->dim; d++)
-                for (int64_t i = 0; i < 8; i++) keys[d * KEYS + j + i] = from[i * row + d];
+                for (int64_t i = 0; i < 8; i++) keys[d * KEYS + j + i] = k[i * row + d];
             j += 8;
             continue;
         }
@@ -84,22 +84,22 @@ static void turn_keys(const attention_call *c, const int32_t *table, int64_t fir
     }
 }
 
-/* row[j] = V[first + j], as `padded(dim)` readable floats. */
-static void find_values(const attention_call *c, const int32_t *table, int64_t first, int64_t count,
-                        int64_t head, float *values, const float **row) {
+/* row[j] = V[first + j] for from <= j < to, as `padded(dim)` readable floats. */
+static void find_values(const attention_call *c, const int32_t *table, int64_t first, int64_t from,
+                        int64_t to, int64_t head, float *values, const float **row) {
     const int64_t wide = padded(c->dim);
-    for (int64_t j = 0; j < count; j++) {
+    for (int64_t j = from; j < to; j++) {
         const int64_t at = place_of(c, table, first + j, head);
         if (c->stored == STORED_F32 && c->dim % VL == 0) {
             row[j] = (const float *)c->v + at;
             continue;
         }
-        float *to = values + j * wide;
+        float *copy = values + j * wide;
         for (int64_t d = 0; d < c->dim; d++)
-            to[d] = c->stored == STORED_F32 ? ((const float *)c->v)[at + d]
-                                            : from_bf16(((const uint16_t *)c->v)[at + d]);
-        for (int64_t d = c->dim; d < wide; d++) to[d] = 0.0f;
-        row[j] = to;
+            copy[d] = c->stored == STORED_F32 ? ((const float *)c->v)[at + d]
+                                              : from_bf16(((const uint16_t *)c->v)[at + d]);
+        for (int64_t d = c->dim; d < wide; d++) copy[d] = 0.0f;
+        row[j] = copy;
     }
 }
 
@@ -154,8 +154,9 @@ static float soften(const attention_call *c, float *scores, int64_t from, int64_
     return lane[0];
 }
 
-/* sums[m] = sums[m] * factor[m] + sum over j < count of p[m][j] V[j], `vectors` vectors from d. */
-INLINE void value_tile(const float *p, const float **row, int64_t count, int64_t d, int64_t wide,
+/* sums[m] = sums[m] * factor[m] + sum over from <= j < to of p[m][j] V[j]; `vectors` vectors
+ * from dimension d on. */
+INLINE void value_tile(const float *p, const float **row, int64_t from, int64_t to, int64_t d, int64_t wide,
                        const float *factor, const int rows, const int vectors, float *sums) {
     vf sum[SCORE_ROWS][4];
 #pragma GCC unroll 4
@@ -163,7 +164,7 @@ INLINE void value_tile(const float *p, const float **row, int64_t count, int64_t
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
             sum[m][v] = load(sums + m * wide + d + v * VL) * splat(factor[m]);
-    for (int64_t j = 0; j < count; j++) {
+    for (int64_t j = from; j < to; j++) {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             vf value = load(row[j] + d + v * VL);
@@ -178,16 +179,16 @@ INLINE void value_tile(const float *p, const float **row, int64_t count, int64_t
         for (int v = 0; v < vectors; v++) store(sums + m * wide + d + v * VL, sum[m][v]);
 }
 
-INLINE void add_values(const float *p, const float **row, int64_t count, int64_t wide,
+INLINE void add_values(const float *p, const float **row, int64_t from, int64_t to, int64_t wide,
                        const float *factor, const int rows, float *sums) {
     int64_t d = 0;
 #if VL == 16
     for (; d + 4 * VL <= wide; d += 4 * VL)
-        value_tile(p, row, count, d, wide, factor, rows, 4, sums);
+        value_tile(p, row, from, to, d, wide, factor, rows, 4, sums);
 #endif
     for (; d + 2 * VL <= wide; d += 2 * VL)
-        value_tile(p, row, count, d, wide, factor, rows, 2, sums);
-    for (; d < wide; d += VL) value_tile(p, row, count, d, wide, factor, rows, 1, sums);
+        value_tile(p, row, from, to, d, wide, factor, rows, 2, sums);
+    for (; d < wide; d += VL) value_tile(p, row, from, to, d, wide, factor, rows, 1, sums);
 }
 
 /* Tokens [t0, t1) of sequence i, all query heads of one KV head. */
@@ -198,8 +199,7 @@ static void attend(const attention_call *c, int64_t i, int64_t head, int64_t t0,
     const int64_t position = c->context_len[i] - length; /* of the sequence's first token here */
     const int32_t *table = c->tables + i * c->table_width;
     const int64_t last = position + t1; /* one past the last key that any of these tokens sees */
-    int64_t first = 0;
-    if (c->window) first = max_i(0, position + t0 + 1 - c->window) / KEYS * KEYS;
+    const int64_t lowest = c->window ? max_i(0, position + t0 + 1 - c->window) : 0;
     for (int64_t t = t0; t < t1; t++)
         memcpy(s.queries + (t - t0) * group * c->dim,
                c->q + ((start + t) * c->heads + head * group) * c->dim,
@@ -210,11 +210,12 @@ static void attend(const attention_call *c, int64_t i, int64_t head, int64_t t0,
     }
     memset(s.sums, 0, (size_t)(m * wide) * sizeof(float));
     memset(s.keys, 0, (size_t)(KEYS * c->dim) * sizeof(float));
-    for (int64_t tile = first; tile < last; tile += KEYS) {
+    for (int64_t tile = lowest / KEYS * KEYS; tile < last; tile += KEYS) {
         const float *row[KEYS];
-        const int64_t count = min_(KEYS, last - tile);
-        turn_keys(c, table, tile, count, head, s.keys);
-        find_values(c, table, tile, count, head, s.values, row);
+        /* Pages of keys that nobody here sees may be gone: they are not touched. */
+        const int64_t begin = max_i(0, lowest - tile), end = min_(KEYS, last - tile);
+        turn_keys(c, table, tile, begin, end, head, s.keys);
+        find_values(c, table, tile, begin, end, head, s.values, row);
         for (int64_t r0 = 0; r0 < m;) {
             const int rows = m - r0 >= SCORE_ROWS ? SCORE_ROWS : 1;
             float factor[SCORE_ROWS];
@@ -238,9 +239,9 @@ static void attend(const attention_call *c, int64_t i, int64_t head, int64_t t0,
                 }
             }
             if (visible && rows == SCORE_ROWS)
-                add_values(scores, row, count, wide, factor, SCORE_ROWS, s.sums + r0 * wide);
+                add_values(scores, row, begin, end, wide, factor, SCORE_ROWS, s.sums + r0 * wide);
             else if (visible)
-                add_values(scores, row, count, wide, factor, 1, s.sums + r0 * wide);
+                add_values(scores, row, begin, end, wide, factor, 1, s.sums + r0 * wide);
             r0 += rows;
         }
     }
@@ -250,21 +251,32 @@ static void attend(const attention_call *c, int64_t i, int64_t head, int64_t t0,
     }
 }
 
-static void attention(const attention_call *c, int threads, float *workspace) {
-    const int64_t tokens = task_tokens(c), share = attention_workspace(c);
-    int64_t next = 0;
-    PARALLEL(threads) {
-        const attention_scratch scratch =
-            attention_split(c, workspace + THREAD_INDEX * share);
-        int64_t mine = draw(&next), passed = 0;
-        for (int64_t i = 0; i < c->sequences; i++) {
-            const int64_t length = c->query_start[i + 1] - c->query_start[i];
-            const int64_t tasks = ceil_div(length, tokens) * c->kv_heads;
-            for (; mine < passed + tasks; mine = draw(&next)) {
-                const int64_t t0 = (mine - passed) / c->kv_heads * tokens;
-                attend(c, i, (mine - passed) % c->kv_heads, t0, min_(length, t0 + tokens), scratch);
-            }
-            passed += tasks;
+typedef struct {
+    const attention_call *call;
+    float *workspace;
+    int64_t tokens, share;
+} attention_job;
+
+static void attention_task(const void *data, int64_t task, int worker) {
+    const attention_job *job = data;
+    const attention_call *c = job->call;
+    for (int64_t i = 0; i < c->sequences; i++) {
+        const int64_t length = c->query_start[i + 1] - c->query_start[i];
+        const int64_t tasks = ceil_div(length, job->tokens) * c->kv_heads;
+        if (task < tasks) {
+            const int64_t t0 = task / c->kv_heads * job->tokens;
+            attend(c, i, task % c->kv_heads, t0, min_(length, t0 + job->tokens),
+                   attention_split(c, job->workspace + worker * job->share));
+            return;
         }
+        task -= tasks;
     }
+}
+
+static void attention(const attention_call *c, int threads, float *workspace) {
+    const attention_job job = {c, workspace, task_tokens(c), attention_workspace(c)};
+    int64_t tasks = 0;
+    for (int64_t i = 0; i < c->sequences; i++)
+        tasks += ceil_div(c->query_start[i + 1] - c->query_start[i], job.tokens) * c->kv_heads;
+    pool_run(attention_task, &job, tasks, threads);
 }

@@ -1,6 +1,6 @@
 /* The exported functions: picks the instruction set once, owns the workspace, bounds the threads. */
 #include "kernels.h"
-#include "threads.h"
+#include "pool.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -43,21 +43,8 @@ EXPORT const char *nibble_select(const char *name) {
     return NULL;
 }
 
-EXPORT int nibble_has_threads(void) {
-#if defined(_OPENMP)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 static int useful_threads(int64_t work, int threads) {
-#if defined(_OPENMP)
     return (int)max_i(1, min_(threads, work / WORK_PER_THREAD));
-#else
-    (void)work, (void)threads;
-    return 1;
-#endif
 }
 
 /* Grown, never shrunk, one for each calling thread: a call costs no page faults. */
@@ -76,7 +63,8 @@ static float *workspace(int64_t floats) {
     return memory;
 }
 
-/* Each returns 0, or 1 when there is no memory for the workspace (nothing was written then). */
+/* Each returns 0, or 1 when there is no memory for the workspace, or 2 when an index points outside
+ * its tensor; nothing was written then. */
 
 EXPORT int nibble_nf4_linear(const nf4_weight *w, const float *x, int64_t rows, const float *bias,
                              float *y, int threads) {
@@ -96,8 +84,26 @@ EXPORT int nibble_lowrank_add(const lowrank_segment *segments, int64_t count, co
     return 0;
 }
 
+/* Do all rows and all pages that will be read exist? */
+static int attention_fits(const attention_call *c) {
+    if (c->query_start[0] < 0 || c->query_start[c->sequences] > c->tokens) return 0;
+    for (int64_t i = 0; i < c->sequences; i++) {
+        const int64_t length = (int64_t)c->query_start[i + 1] - c->query_start[i];
+        const int64_t context = c->context_len[i];
+        if (length < 0 || context < length || context > c->table_width * c->block_size) return 0;
+        if (length == 0) continue;
+        const int64_t seen = c->window ? max_i(0, context - length + 1 - c->window) : 0;
+        for (int64_t b = seen / c->block_size; b < ceil_div(context, c->block_size); b++) {
+            const int32_t page = c->tables[i * c->table_width + b];
+            if (page < 0 || page >= c->blocks) return 0;
+        }
+    }
+    return 1;
+}
+
 EXPORT int nibble_attention(const attention_call *call, int threads) {
     int64_t work = 0;
+    if (!attention_fits(call)) return 2;
     for (int64_t i = 0; i < call->sequences; i++)
         work += (int64_t)(call->query_start[i + 1] - call->query_start[i]) * call->context_len[i];
     const int use = useful_threads(work * call->heads * call->dim, threads);

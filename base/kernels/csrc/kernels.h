@@ -37,6 +37,7 @@ typedef struct {
     const int32_t *context_len; /* [sequences] */
     float *out;                /* [T, heads, dim] */
     int64_t sequences, table_width, heads, kv_heads, dim, block_size, window, stored;
+    int64_t tokens, blocks; /* rows of q; pages of the caches */
     float scale, softcap;
 } attention_call;
 

@@ -7,8 +7,8 @@
  * lanes. B u: rank after rank, from 0 to r - 1; then y plus that sum.
  */
 #include "kernels.h"
+#include "pool.h"
 #include "simd.h"
-#include "threads.h"
 
 #define SHRINK_ROWS (4 * TILE) /* rows of x in one task */
 #define SHRINK_RANKS 16        /* rows of A in one task */
@@ -195,36 +195,52 @@ static void expand(const lowrank_segment *s, const float *u, float *y, int64_t o
         expand_as(s, STORED_F32, u, rows, out, o0, o1);
 }
 
+typedef struct {
+    const lowrank_segment *segments;
+    const float *x;
+    float *y, *inner;
+    int64_t count, in, out, columns;
+} lowrank_job;
+
+/* Tasks of one segment's A x: SHRINK_RANKS ranks for SHRINK_ROWS rows each. */
+INLINE int64_t shrink_tasks(const lowrank_segment *s) {
+    return ceil_div(s->rank, SHRINK_RANKS) * ceil_div(s->stop - s->start, SHRINK_ROWS);
+}
+
+static void shrink_task(const void *data, int64_t task, int worker) {
+    const lowrank_job *job = data;
+    const lowrank_segment *s = job->segments;
+    float *u = job->inner;
+    (void)worker;
+    for (; task >= shrink_tasks(s); s++) {
+        task -= shrink_tasks(s);
+        u += (s->stop - s->start) * s->rank;
+    }
+    const int64_t across = ceil_div(s->rank, SHRINK_RANKS);
+    const int64_t t0 = task / across * SHRINK_ROWS, r0 = task % across * SHRINK_RANKS;
+    shrink(s, job->x, job->in, t0, min_(s->stop - s->start, t0 + SHRINK_ROWS), r0,
+           min_(s->rank, r0 + SHRINK_RANKS), u);
+}
+
+static void expand_task(const void *data, int64_t task, int worker) {
+    const lowrank_job *job = data;
+    const float *u = job->inner;
+    const int64_t start = task * job->columns, stop = min_(job->out, start + job->columns);
+    (void)worker;
+    for (int64_t i = 0; i < job->count; i++) {
+        const lowrank_segment *s = job->segments + i;
+        expand(s, u, job->y, job->out, start, stop);
+        u += (s->stop - s->start) * s->rank;
+    }
+}
+
 static void lowrank_add(const lowrank_segment *segments, int64_t count, const float *x, int64_t in,
                         float *y, int64_t out, int threads, float *workspace) {
-    /* Columns of y in one task: whole vectors, so that the cut does not move the remainder. */
-    const int64_t columns = max_i(2 * VL, ceil_div(ceil_div(out, 2 * threads), 2 * VL) * 2 * VL);
-    const int64_t expands = ceil_div(out, columns);
-    int64_t next_shrink = 0, next_expand = 0;
-    PARALLEL(threads) {
-        int64_t mine = draw(&next_shrink), passed = 0;
-        float *u = workspace;
-        for (int64_t i = 0; i < count; i++) {
-            const lowrank_segment *s = segments + i;
-            const int64_t rows = s->stop - s->start;
-            const int64_t across = ceil_div(s->rank, SHRINK_RANKS);
-            const int64_t tasks = across * ceil_div(rows, SHRINK_ROWS);
-            for (; mine < passed + tasks; mine = draw(&next_shrink)) {
-                const int64_t t0 = (mine - passed) / across * SHRINK_ROWS;
-                const int64_t r0 = (mine - passed) % across * SHRINK_RANKS;
-                shrink(s, x, in, t0, min_(rows, t0 + SHRINK_ROWS), r0,
-                       min_(s->rank, r0 + SHRINK_RANKS), u);
-            }
-            passed += tasks;
-            u += rows * s->rank;
-        }
-        BARRIER
-        for (int64_t task; (task = draw(&next_expand)) < expands;) {
-            u = workspace;
-            for (int64_t i = 0; i < count; i++) {
-                expand(segments + i, u, y, out, task * columns, min_(out, (task + 1) * columns));
-                u += (segments[i].stop - segments[i].start) * segments[i].rank;
-            }
-        }
-    }
+    lowrank_job job = {segments, x, y, workspace, count, in, out, 0};
+    int64_t tasks = 0;
+    for (int64_t i = 0; i < count; i++) tasks += shrink_tasks(segments + i);
+    /* Whole vectors for each task, so that the cut does not move the remainder. */
+    job.columns = max_i(2 * VL, ceil_div(ceil_div(out, 2 * threads), 2 * VL) * 2 * VL);
+    pool_run(shrink_task, &job, tasks, threads);
+    pool_run(expand_task, &job, ceil_div(out, job.columns), threads);
 }

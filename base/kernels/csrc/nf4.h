@@ -10,14 +10,15 @@
  * comes last. The shape of W fixes all of it.
  *
  * Tiling. A panel of weight rows is dequantised for one stretch into a buffer (L2) and used for all
- * rows of x, TILE of them at a time (L1), in register tiles of 4 weight rows x TILE rows of x.
+ * rows of x, TILE of them at a time (L1), in register tiles of 4 weight rows x TILE rows of x. For
+ * no more than TILE rows of x the weights go from the packed bytes to the registers directly.
  */
 #include "kernels.h"
+#include "pool.h"
 #include "simd.h"
-#include "threads.h"
 
-#define CHUNK 1024      /* weights of one row that are dequantised at a time */
-#define PANEL 32        /* weight rows in a panel, when there are rows of x to reuse it */
+#define CHUNK 1024         /* weights of one row that are dequantised at a time */
+#define PANEL 32           /* weight rows in a panel */
 #define X_BUDGET (1 << 20) /* floats of x laid out at a time: 4 MiB */
 
 static const float LEVELS[16] __attribute__((aligned(64))) = {
@@ -44,56 +45,61 @@ INLINE float nf4_scale(const nf4_weight *w, int64_t block) {
     return w->nested_code[w->absmax_codes[block]] * w->nested_absmax[block >> 8] + *w->nested_offset;
 }
 
-/* 64 weights of one scale, in the places described above. */
+#define BLOCK_VECTORS (64 / VL)
+
+/* 64 weights of one scale, in the places described above. The scale goes into the table: what
+ * comes out is rounded exactly as level * scale. */
 #if defined(ISA_AVX512)
-INLINE void nf4_block(const uint8_t *packed, float scale, float *to) {
+INLINE void nf4_block(const uint8_t *packed, float scale, vf to[BLOCK_VECTORS]) {
     const __m512i shifts = _mm512_set_epi32(4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512 table = _mm512_mul_ps(_mm512_load_ps(LEVELS), _mm512_set1_ps(scale));
     __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)packed));
-    __m512 table = _mm512_mul_ps(_mm512_load_ps(LEVELS), _mm512_set1_ps(scale));
     words = _mm512_srlv_epi32(words, shifts);
     /* vpermps reads the low four bits of each word: no mask is needed */
-    _mm512_storeu_ps(to, _mm512_permutexvar_ps(words, table));
-    _mm512_storeu_ps(to + 16, _mm512_permutexvar_ps(_mm512_srli_epi32(words, 8), table));
-    _mm512_storeu_ps(to + 32, _mm512_permutexvar_ps(_mm512_srli_epi32(words, 16), table));
-    _mm512_storeu_ps(to + 48, _mm512_permutexvar_ps(_mm512_srli_epi32(words, 24), table));
+    to[0] = _mm512_permutexvar_ps(words, table);
+    to[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 8), table);
+    to[2] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 16), table);
+    to[3] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 24), table);
 }
 #elif defined(ISA_AVX2)
-INLINE void nf4_block(const uint8_t *packed, float scale, float *to) {
+INLINE void nf4_block(const uint8_t *packed, float scale, vf to[BLOCK_VECTORS]) {
     const __m256i words = _mm256_loadu_si256((const __m256i *)packed);
     const __m256 factor = _mm256_set1_ps(scale);
     const __m256 low = _mm256_mul_ps(_mm256_load_ps(LEVELS), factor);
     const __m256 high = _mm256_mul_ps(_mm256_load_ps(LEVELS + 8), factor);
-/* permutevar8x32 reads three bits; the fourth, moved to the sign, picks the half */
-#define PLACE(j)                                                                              \
-    do {                                                                                      \
-        __m256i code = (j) ? _mm256_srli_epi32(words, 4 * (j)) : words;                       \
-        __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * (j)));            \
-        _mm256_storeu_ps(to + 8 * (j),                                                        \
-                         _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code),                \
-                                          _mm256_permutevar8x32_ps(high, code), pick));       \
-    } while (0)
-    PLACE(0);
-    PLACE(1);
-    PLACE(2);
-    PLACE(3);
-    PLACE(4);
-    PLACE(5);
-    PLACE(6);
-    PLACE(7);
-#undef PLACE
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        /* permutevar8x32 reads three bits; the fourth, moved to the sign, picks the half */
+        __m256i code = _mm256_srli_epi32(words, 4 * j);
+        __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * j));
+        to[j] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code),
+                                 _mm256_permutevar8x32_ps(high, code), pick);
+    }
 }
 #else
-INLINE void nf4_block(const uint8_t *packed, float scale, float *to) {
-    float table[16];
+INLINE void nf4_block(const uint8_t *packed, float scale, vf to[BLOCK_VECTORS]) {
+    float table[16], value[64];
     for (int c = 0; c < 16; c++) table[c] = LEVELS[c] * scale;
     for (int i = 0; i < 8; i++)
         for (int h = 0; h < 4; h++) {
             uint8_t pair = packed[4 * i + h];
-            to[8 * (2 * h) + i] = table[pair & 15];
-            to[8 * (2 * h + 1) + i] = table[pair >> 4];
+            value[8 * (2 * h) + i] = table[pair & 15];
+            value[8 * (2 * h + 1) + i] = table[pair >> 4];
         }
+    for (int v = 0; v < BLOCK_VECTORS; v++) to[v] = load(value + v * VL);
 }
 #endif
+
+/* Do rows start with a block of codes, and do 64 codes never need two scales? */
+INLINE int nf4_is_regular(const nf4_weight *w) { return w->in % 64 == 0 && w->blocksize % 64 == 0; }
+
+/* to[i] = the scale of codes 64 i to 64 i + 63 from weight number `first` on; regular weights. */
+INLINE void nf4_scales(const nf4_weight *w, int64_t first, int64_t blocks, float *to) {
+    if (w->blocksize == 64)
+        for (int64_t i = 0; i < blocks; i++) to[i] = nf4_scale(w, first / 64 + i);
+    else
+        for (int64_t i = 0; i < blocks; i++) to[i] = nf4_scale(w, (first + 64 * i) / w->blocksize);
+}
 
 /* The place of weight m of a block, m < 64. */
 INLINE int place(int m) { return 8 * ((m & 7) ^ 1) + (m >> 3); }
@@ -101,15 +107,14 @@ INLINE int place(int m) { return 8 * ((m & 7) ^ 1) + (m >> 3); }
 /* `blocks` blocks of 64 weights of row `o` from column k0 on; columns beyond `in` become 0. */
 INLINE void nf4_row(const nf4_weight *w, int64_t o, int64_t k0, int64_t blocks, float *to) {
     const int64_t first = o * w->in + k0;
-    if (w->in % 64 == 0 && w->blocksize % 64 == 0) {
-        const uint8_t *packed = w->packed + first / 2;
-        if (w->blocksize == 64) {
-            for (int64_t i = 0; i < blocks; i++)
-                nf4_block(packed + 32 * i, nf4_scale(w, first / 64 + i), to + 64 * i);
-        } else {
-            for (int64_t i = 0; i < blocks; i++)
-                nf4_block(packed + 32 * i, nf4_scale(w, (first + 64 * i) / w->blocksize),
-                          to + 64 * i);
+    if (nf4_is_regular(w)) {
+        float scales[CHUNK / 64];
+        nf4_scales(w, first, blocks, scales);
+        for (int64_t i = 0; i < blocks; i++) {
+            vf weights[BLOCK_VECTORS];
+            nf4_block(w->packed + first / 2 + 32 * i, scales[i], weights);
+#pragma GCC unroll 16
+            for (int v = 0; v < BLOCK_VECTORS; v++) store(to + 64 * i + v * VL, weights[v]);
         }
         return;
     }
@@ -185,6 +190,18 @@ static void dot_rows(const float *w, int64_t w_stride, const float *x, int64_t x
     }
 }
 
+/* y[t][o0 + r] (+)= sums[t][r]: one stretch more of the dot products. */
+INLINE void nf4_gather(const nf4_weight *w, float sums[][4], int tile, int64_t o0, int64_t count,
+                       const float *bias, int first, int last, float *y) {
+    for (int t = 0; t < tile; t++) {
+        float *to = y + t * w->out + o0;
+        for (int64_t r = 0; r < count; r++) {
+            const float value = first ? sums[t][r] : to[r] + sums[t][r];
+            to[r] = last && bias ? value + bias[o0 + r] : value;
+        }
+    }
+}
+
 /* Rows [o0, o0 + count) of W, count <= PANEL, times all `rows` rows of placed x. */
 static void nf4_panel(const nf4_weight *w, int64_t o0, int64_t count, const float *placed,
                       int64_t rows, const float *bias, float *y, float *panel) {
@@ -192,7 +209,6 @@ static void nf4_panel(const nf4_weight *w, int64_t o0, int64_t count, const floa
     float sums[TILE][4];
     for (int64_t k0 = 0; k0 < width; k0 += CHUNK) {
         const int64_t length = min_(CHUNK, width - k0);
-        const int first = k0 == 0, last = k0 + length == width;
         for (int64_t r = 0; r < count; r++)
             nf4_row(w, o0 + r, k0, length / 64, panel + r * length);
         for (int64_t r = count; r % 4; r++)
@@ -202,16 +218,69 @@ static void nf4_panel(const nf4_weight *w, int64_t o0, int64_t count, const floa
             for (int64_t r0 = 0; r0 < count; r0 += 4) {
                 dot_rows(panel + r0 * length, length, placed + t0 * width + k0, width, length, tile,
                          sums);
-                const int64_t used = min_(4, count - r0);
-                for (int t = 0; t < tile; t++) {
-                    float *to = y + (t0 + t) * w->out + o0 + r0;
-                    for (int64_t r = 0; r < used; r++) {
-                        float value = first ? sums[t][r] : to[r] + sums[t][r];
-                        to[r] = last && bias ? value + bias[o0 + r0 + r] : value;
-                    }
-                }
+                nf4_gather(w, sums, tile, o0 + r0, min_(4, count - r0), bias, k0 == 0,
+                           k0 + length == width, y + t0 * w->out);
             }
         }
+    }
+}
+
+/* The same for a regular weight, four of its rows and `tile` rows of x: the weights stay in
+ * registers. The additions and their order are those of `dot_tile`. */
+INLINE void nf4_direct_tile(const nf4_weight *w, int64_t o0, int64_t count, const float *placed,
+                            const int tile, const float *bias, float *y) {
+    float sums[TILE][4], scales[4][CHUNK / 64];
+    const uint8_t *packed[4];
+    for (int64_t k0 = 0; k0 < w->in; k0 += CHUNK) {
+        const int64_t length = min_(CHUNK, w->in - k0);
+        vf sum[4][TILE];
+        for (int64_t r = 0; r < 4; r++) {
+            const int64_t first = (o0 + min_(r, count - 1)) * w->in + k0;
+            packed[r] = w->packed + first / 2;
+            nf4_scales(w, first, length / 64, scales[r]);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < 4; r++)
+#pragma GCC unroll 8
+            for (int t = 0; t < tile; t++) sum[r][t] = splat(0.0f);
+        for (int64_t i = 0; i < length / 64; i++) {
+            const float *x = placed + k0 + 64 * i;
+#pragma GCC unroll 8
+            for (int r = 0; r < 4; r++) {
+                vf weights[BLOCK_VECTORS];
+                nf4_block(packed[r] + 32 * i, scales[r][i], weights);
+#pragma GCC unroll 16
+                for (int v = 0; v < BLOCK_VECTORS; v++)
+#pragma GCC unroll 8
+                    for (int t = 0; t < tile; t++)
+                        sum[r][t] = fma_(weights[v], load(x + t * w->in + v * VL), sum[r][t]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < tile; t++) sum_each(sums[t], sum[0][t], sum[1][t], sum[2][t], sum[3][t]);
+        nf4_gather(w, sums, tile, o0, count, bias, k0 == 0, k0 + length == w->in, y);
+    }
+}
+
+static void nf4_direct(const nf4_weight *w, int64_t o0, int64_t count, const float *placed,
+                       int64_t rows, const float *bias, float *y) {
+    switch (rows) {
+    case 1: nf4_direct_tile(w, o0, count, placed, 1, bias, y); break;
+#if TILE >= 2
+    case 2: nf4_direct_tile(w, o0, count, placed, 2, bias, y); break;
+#endif
+#if TILE >= 3
+    case 3: nf4_direct_tile(w, o0, count, placed, 3, bias, y); break;
+#endif
+#if TILE >= 4
+    case 4: nf4_direct_tile(w, o0, count, placed, 4, bias, y); break;
+#endif
+#if TILE >= 5
+    case 5: nf4_direct_tile(w, o0, count, placed, 5, bias, y); break;
+#endif
+#if TILE >= 6
+    case 6: nf4_direct_tile(w, o0, count, placed, 6, bias, y); break;
+#endif
     }
 }
 
@@ -226,30 +295,46 @@ static int64_t nf4_workspace(const nf4_weight *w, int64_t rows, int threads) {
     return nf4_x_rows(w, rows) * width + threads * (int64_t)(PANEL * CHUNK);
 }
 
+typedef struct {
+    const nf4_weight *w;
+    const float *x, *bias; /* x: the rows laid out now */
+    float *y, *placed, *panels;
+    int64_t rows, task_rows;
+} nf4_job;
+
+#define PLACE_ROWS 8 /* rows of x laid out in one task */
+
+static void nf4_place_task(const void *data, int64_t task, int worker) {
+    const nf4_job *job = data;
+    const int64_t in = job->w->in, width = ceil_div(in, 64) * 64;
+    const int64_t stop = min_(job->rows, (task + 1) * PLACE_ROWS);
+    (void)worker;
+    for (int64_t t = task * PLACE_ROWS; t < stop; t++)
+        nf4_place_x(job->x + t * in, in, job->placed + t * width);
+}
+
+static void nf4_multiply_task(const void *data, int64_t task, int worker) {
+    const nf4_job *job = data;
+    const int64_t start = task * job->task_rows, stop = min_(job->w->out, start + job->task_rows);
+    if (job->rows <= TILE && nf4_is_regular(job->w))
+        for (int64_t o = start; o < stop; o += 4)
+            nf4_direct(job->w, o, min_(4, stop - o), job->placed, job->rows, job->bias, job->y);
+    else
+        nf4_panel(job->w, start, stop - start, job->placed, job->rows, job->bias, job->y,
+                  job->panels + worker * (int64_t)(PANEL * CHUNK));
+}
+
 static void nf4_linear(const nf4_weight *w, const float *x, int64_t rows, const float *bias,
                        float *y, int threads, float *workspace) {
-    const int64_t width = ceil_div(w->in, 64) * 64;
+    nf4_job job = {.w = w, .bias = bias, .panels = workspace};
     const int64_t step = nf4_x_rows(w, rows);
-    /* With few rows of x a group of four weight rows stays in L1. */
-    const int64_t share = ceil_div(ceil_div(w->out, threads), 4) * 4;
-    const int64_t panel_rows = rows <= TILE ? 4 : min_(PANEL, share);
-    const int64_t task_rows = min_(PANEL, share);
-    const int64_t tasks = ceil_div(w->out, task_rows);
-    float *placed = workspace + threads * (int64_t)(PANEL * CHUNK);
+    job.placed = workspace + threads * (int64_t)(PANEL * CHUNK);
+    job.task_rows = min_(PANEL, ceil_div(ceil_div(w->out, threads), 4) * 4);
     for (int64_t t0 = 0; t0 < rows; t0 += step) {
-        const int64_t count = min_(step, rows - t0);
-        int64_t next_row = 0, next_task = 0;
-        PARALLEL(threads) {
-            float *panel = workspace + THREAD_INDEX * (int64_t)(PANEL * CHUNK);
-            for (int64_t t; (t = draw(&next_row)) < count;)
-                nf4_place_x(x + (t0 + t) * w->in, w->in, placed + t * width);
-            BARRIER
-            for (int64_t task; (task = draw(&next_task)) < tasks;) {
-                const int64_t stop = min_(w->out, (task + 1) * task_rows);
-                for (int64_t o = task * task_rows; o < stop; o += panel_rows)
-                    nf4_panel(w, o, min_(panel_rows, stop - o), placed, count, bias,
-                              y + t0 * w->out, panel);
-            }
-        }
+        job.x = x + t0 * w->in;
+        job.y = y + t0 * w->out;
+        job.rows = min_(step, rows - t0);
+        pool_run(nf4_place_task, &job, ceil_div(job.rows, PLACE_ROWS), threads);
+        pool_run(nf4_multiply_task, &job, ceil_div(w->out, job.task_rows), threads);
     }
 }

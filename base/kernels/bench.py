@@ -1,0 +1,159 @@
+"""The NF4 product alone: `python -m base.kernels.bench`. Each figure beside the machine's limits.
+
+Instruction sets take turns, round after round, and the best round of each counts: other work on
+the machine only ever makes a round slower. Weights rotate through more memory than the caches
+hold, as the layers of a model do: few rows measure memory, many rows measure arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import native
+from .weight import NF4Weight
+
+SHAPES = "896x896,128x896,4864x896,896x4864,256x768,768x256,128x256,4096x4096,11008x4096"
+ROTATION = 96 << 20  # bytes of packed weights that a candidate rotates through
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The best and the median seconds of one product, y [rows, out] = x Wᵀ."""
+
+    name: str
+    out: int
+    width: int
+    rows: int
+    weight_bytes: int
+    best: float
+    median: float
+
+    @property
+    def gflops(self) -> float:
+        return 2e-9 * self.out * self.width * self.rows / self.best
+
+    @property
+    def gbytes(self) -> float:
+        """NF4 bytes read for each second, in 1e9."""
+        return 1e-9 * self.weight_bytes / self.best
+
+
+def race(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Run the candidates in turns for about `seconds`; the times of each, sorted."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for run in candidates.values():
+        run()
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(next(iter(times.values()))) < 3:
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: sorted(taken) for name, taken in times.items()}
+
+
+def memory_limit(seconds: float = 1.0) -> float:
+    """GB/s of reading: the sum of 256 MB."""
+    block = torch.ones(64 << 20)
+    return 1e-9 * block.nbytes / race({"sum": block.sum}, seconds)["sum"][0]
+
+
+def arithmetic_limit(seconds: float = 1.0) -> float:
+    """GFLOP/s in float32: torch's own product of 1024x1024 matrices."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    return 2e-9 * 1024**3 / race({"mm": lambda: a @ b}, seconds)["mm"][0]
+
+
+def measure(
+    shape: tuple[int, int], rows: int, double_quant: bool, seconds: float
+) -> Iterator[Measure]:
+    """The library on each instruction set of this CPU, and bitsandbytes' dequantise + matmul."""
+    library, status = native.load()
+    if library is None:
+        raise SystemExit(f"the C library is missing: {status}")
+    out, width = shape
+    weight = NF4Weight.quantize(torch.randn(out, width), double_quant)
+    copies = max(1, ROTATION // weight.nbytes)
+    weights = [weight] + [replace(weight, packed=weight.packed.clone()) for _ in range(copies - 1)]
+    x = torch.randn(rows, width)
+    candidates = {
+        name: _library_run(library, name, x, weights)
+        for name in ("avx512", "avx2", "portable")
+        if _has(library, name)
+    }
+    taken = race(candidates, seconds)
+    # A race of its own: the OpenMP threads it leaves spinning would be in the way of the others.
+    taken |= race({"bitsandbytes": _bitsandbytes_run(x, weights)}, seconds / 2)
+    for name, times in taken.items():
+        median = times[len(times) // 2]
+        yield Measure(name, out, width, rows, weight.nbytes, times[0], median)
+
+
+def _has(library: native.Native, isa: str) -> bool:
+    try:
+        library.select(isa)
+    except ValueError:
+        return False
+    return True
+
+
+def _library_run(
+    library: native.Native, isa: str, x: Tensor, weights: list[NF4Weight]
+) -> Callable[[], object]:
+    turn = itertools.cycle(weights)
+
+    def run() -> Tensor:
+        library.select(isa)
+        return library.nf4_linear(x, next(turn), None)
+
+    return run
+
+
+def _bitsandbytes_run(x: Tensor, weights: list[NF4Weight]) -> Callable[[], object]:
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    turn = itertools.cycle(weights)
+    first = weights[0]
+    state = QuantState(
+        first.scales(), first.shape, None, first.blocksize, "nf4", dtype=torch.float32
+    )
+
+    def run() -> Tensor:
+        return functional.linear(x, dequantize_4bit(next(turn).packed.view(-1, 1), state))
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m base.kernels.bench")
+    parser.add_argument("--shapes", default=SHAPES, help="out x in, separated by commas")
+    parser.add_argument("--rows", default="1,4,8,32,256", help="rows of x")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each shape and rows")
+    parser.add_argument("--double-quant", action="store_true", help="scales quantised too")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    memory, arithmetic = memory_limit(), arithmetic_limit()
+    print(f"{options.threads} threads; reads {memory:.1f} GB/s, float32 {arithmetic:.0f} GFLOP/s")
+    print(f"{'out x in':>12} rows  {'':12} {'best µs':>9} {'median':>9} {'GFLOP/s':>8} {'GB/s':>6}")
+    for text in options.shapes.split(","):
+        out, width = (int(n) for n in text.split("x"))
+        for rows in (int(n) for n in options.rows.split(",")):
+            for m in measure((out, width), rows, options.double_quant, options.seconds):
+                print(
+                    f"{text:>12} {rows:>4}  {m.name:12} {1e6 * m.best:9.1f} {1e6 * m.median:9.1f} "
+                    f"{m.gflops:8.1f} {m.gbytes:6.2f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
