@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -240,6 +241,13 @@ class Server(uvicorn.Server):
         if self._stop_at is None:
             return False
         return self._desk.admission.inside == 0 or time.monotonic() > self._stop_at
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # What still runs has had its time: its end as cancelled travels the usual road, so that
+        # every client hears why, before uvicorn cuts whatever is left.
+        if self._desk.serving is not None:
+            await asyncio.to_thread(self._desk.serving.engine.stop)
+        await super().shutdown(sockets)
 
     def _log_started_message(self, listeners: object) -> None:
         for server in self.servers:
