@@ -341,19 +341,20 @@ def make_adapter(
 
 
 def _randomise(adapted: nn.Module, strength: float) -> None:
-    """Make each trainable tensor say something, so that dropping one is seen."""
+    """Make each trainable tensor say something, so that dropping one is seen.
+
+    In place: with ensure_weight_tying two of them share their memory, and must go on doing so.
+    """
     for name, parameter in adapted.named_parameters():
         if not parameter.requires_grad:
             continue
-        noise = torch.randn_like(parameter)
+        noise = strength * torch.randn_like(parameter)
         if "lora_magnitude_vector" in name:
-            parameter.data *= 1 + strength * noise
-        elif "lora_embedding_A" in name or "lora_B" in name:
-            parameter.data = strength * noise
+            parameter.data *= 1 + noise
+        elif "lora_embedding" in name or "lora_B" in name:
+            parameter.data.copy_(noise)
         elif "modules_to_save" in name or name.endswith("bias"):
-            parameter.data += strength * noise
-        elif "lora_embedding_B" in name:
-            parameter.data = strength * noise
+            parameter.data += noise
 
 
 def read_manifest(adapter: str | Path, spec: BaseSpec, **fields: Any) -> AdapterManifest:

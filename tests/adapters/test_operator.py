@@ -344,3 +344,30 @@ def test_a_mixed_batch_equals_peft_one_adapter_at_a_time(architecture: str, tmp_
     # The same with logits for the last tokens alone: the head's rows are others than the layers'.
     for got, want in zip(server.run(batch, last_only=True), wanted, strict=True):
         assert relative_error(got, want[-1:]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_base_in_half_precision(dtype: str, tmp_path: Path) -> None:
+    """Every sort of delta in one batch; near PEFT in float32, as near as the dtype allows."""
+    server = Server(make_base(tmp_path / "base", "qwen3"), dtype)
+    everywhere = (*ALL_LINEARS, "lm_head", "embed_tokens")
+    dora = make_adapter(tmp_path / "dora", server.directory, "dora", targets=everywhere)
+    saved = make_adapter(
+        tmp_path / "saved",
+        server.directory,
+        targets=["q_proj"],
+        modules_to_save=["lm_head", "embed_tokens", "norm"],
+        bias="all",
+    )
+    merged = server.lower(dora, placement="merged", merged_dtype="nf4")
+    adapters = [
+        (None, None, None),
+        (dora, server.lower(dora), None),
+        (saved, server.lower(saved), None),
+        (dora, merged, "nf4"),
+    ]
+    tokens = random_tokens(12)
+    got = server.run([(tokens, lowered) for _, lowered, _ in adapters])
+    for logits, (path, _, kept) in zip(got, adapters, strict=True):
+        want = PeftOracle(server.directory, path, merged=kept).logits(tokens)
+        assert relative_error(logits, want) < 0.06

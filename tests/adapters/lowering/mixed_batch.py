@@ -20,10 +20,10 @@ Sequences = Sequence[tuple[Sequence[int], LoweredAdapter | None]]
 class Server:
     """A base with the operator installed: the smallest thing that can run a mixed batch."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, dtype: str = "float32") -> None:
         self.directory = directory
         self.base: Base = load_base(
-            directory, device="cpu", dtype="float32", cache_dir=directory.parent / "cache"
+            directory, device="cpu", dtype=dtype, cache_dir=directory.parent / "cache"
         )
         self.context: OperatorContext = install(self.base.model, self.base.spec)
 
@@ -52,4 +52,4 @@ class Server:
             use_cache=False,
             logits_to_keep=ends if last_only else 0,
         )
-        return list(output.logits[0].split(kept))
+        return list(output.logits[0].float().split(kept))

@@ -75,6 +75,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"modules_to_save": ["input_layernorm", "k_norm", "model.norm"]},
     ),
     "modules_to_save: norms that add one": ("gemma", {"modules_to_save": ["norm"]}),
+    "head and table with one adapter": (
+        "qwen2",
+        {"targets": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
+    "modules_to_save: one matrix for head and table": (
+        "gemma",
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
     "DoRA beside saved norms": ("llama", {"kind": "dora", "modules_to_save": ["norm"]}),
     "nothing trained": ("qwen3", {"zero": True}),
 }
