@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from service.engine.request import AdapterRef
 
 UPLOADS_AT_ONCE = 4
+SLOW_AT_ONCE = 8
+QUICK_AT_ONCE = 16  # look-ups and long prompts; the default would be six threads on two cores
 MAX_CONNECTIONS = 4096
 CANCEL_SECONDS = 2  # for replies that drain_seconds did not suffice for
 
@@ -56,6 +59,7 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
         lifespan=_lifespan,
         docs_url=None,  # its page needs the network; ours does not
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.when_failed = when_failed
     app.state.desk = Desk(
@@ -64,6 +68,7 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
         metrics=Metrics(_model_name(settings.base)),
         uploads=asyncio.Semaphore(UPLOADS_AT_ONCE),
         upload_directory=settings.home / "uploads",
+        slow=ThreadPoolExecutor(SLOW_AT_ONCE, thread_name_prefix="nibble-slow"),
     )
     bounds = Bounds(
         settings.max_body_bytes,
@@ -85,6 +90,7 @@ def _model_name(base: str) -> str:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     desk: Desk = app.state.desk
     loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(QUICK_AT_ONCE, thread_name_prefix="nibble-quick"))
     # A daemon: a stop in the middle of a long load does not wait for its end.
     threading.Thread(target=_load, args=(app, loop), name="nibble-load", daemon=True).start()
     yield
@@ -92,6 +98,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await desk.admission.empty(desk.settings.drain_seconds)
     if desk.serving is not None:
         await asyncio.to_thread(_close, desk.serving)
+    desk.slow.shutdown(wait=False, cancel_futures=True)
 
 
 def _load(app: FastAPI, loop: asyncio.AbstractEventLoop) -> None:

@@ -172,7 +172,7 @@ async def upload(request: Request, desk: DeskDep, serving: ServingDep) -> JSONRe
     async with desk.uploads, received(request, desk.upload_directory, serving.limits) as arrived:
         # The commit is not undone when the client goes now: it may have seen nothing, but a
         # repetition of the same upload finds the same version.
-        manifest = await asyncio.shield(asyncio.to_thread(_add, arrived, serving))
+        manifest = await desk.slowly(_add, arrived, serving)
     return _reply(_view(manifest, []), 201, manifest)
 
 
@@ -200,12 +200,10 @@ async def show(name: PathName, serving: ServingDep) -> JSONResponse:
 
 
 @router.delete("/{name}", responses={200: {"model": Deleted}, **refusals(404, 409, 422, 503)})
-async def delete(name: PathName, serving: ServingDep) -> JSONResponse:
+async def delete(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Delete `name` with all versions, or `name@version`. What runs on it finishes first; when
     the reply comes, nothing of it is left in slots or caches."""
-    gone = await asyncio.to_thread(serving.store.delete, name)
-    # Shielded: once the rows are gone, slots and blocks must follow, client or no client.
-    await asyncio.shield(asyncio.to_thread(_forget, gone, serving))
+    gone = await desk.slowly(_delete, name, serving)
     return JSONResponse({"deleted": [_version(one) for one in gone]})
 
 
@@ -235,10 +233,10 @@ async def drop_alias(name: PathName, alias: PathName, serving: ServingDep) -> JS
 
 
 @router.post("/{name}/load", responses={200: {"model": LoadView}, **refusals(404, 422, 500, 503)})
-async def load(name: PathName, serving: ServingDep) -> JSONResponse:
+async def load(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Bring an adapter to its slot now, so that no request has to wait for it."""
     manifest = await asyncio.to_thread(serving.store.resolve, name)
-    report = await asyncio.to_thread(serving.engine.load, _ref(manifest))
+    report = await desk.slowly(serving.engine.load, _ref(manifest))
     body = {
         "name": manifest.name,
         "version": manifest.version,
@@ -253,10 +251,10 @@ async def load(name: PathName, serving: ServingDep) -> JSONResponse:
 
 
 @router.post("/{name}/pin", responses={200: {"model": PinView}, **refusals(404, 422, 500, 503)})
-async def pin(name: PathName, serving: ServingDep) -> JSONResponse:
+async def pin(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Load an adapter and keep it in its slot, whatever else comes."""
     manifest = await asyncio.to_thread(serving.store.resolve, name)
-    await asyncio.to_thread(serving.engine.pin, _ref(manifest))
+    await desk.slowly(serving.engine.pin, _ref(manifest))
     return _reply(_pinned(manifest, True), 200, manifest)
 
 
@@ -290,8 +288,9 @@ def _one_of(arrived: Upload, name: str, allowed: Sequence[str], default: str) ->
     return value
 
 
-def _forget(gone: Sequence[AdapterManifest], serving: Serving) -> None:
-    """Free slots and blocks of every digest that no row names any more."""
+def _delete(name: str, serving: Serving) -> Sequence[AdapterManifest]:
+    """Delete the rows, then free slots and blocks of every digest that no row names any more."""
+    gone = serving.store.delete(name)
     for one in {_ref(manifest): manifest for manifest in gone}.values():
         try:
             other = serving.store.resolve(f"sha256:{one.digest}")
@@ -300,6 +299,7 @@ def _forget(gone: Sequence[AdapterManifest], serving: Serving) -> None:
         else:
             if other.placement != one.placement:
                 _unpin(one, serving)
+    return gone
 
 
 def _unpin(manifest: AdapterManifest, serving: Serving) -> None:

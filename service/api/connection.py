@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_BYTES = 16384  # of one request line and its headers
 
-_BODY = b'{"error":"too many connections are open","error_type":"overloaded","request_id":""}'
-_TOO_MANY = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\n"
-    b"connection: close\r\ncontent-length: " + str(len(_BODY)).encode() + b"\r\n\r\n" + _BODY
-)
+_TOO_MANY = "too many connections are open"
 
 
 class Connection(H11Protocol):
@@ -27,7 +24,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.max_open:
-            transport.write(_TOO_MANY)
+            transport.write(_envelope("503 Service Unavailable", _TOO_MANY, "overloaded"))
             transport.close()
             return
         self._expect_head()
@@ -44,6 +41,12 @@ class Connection(H11Protocol):
             self._expect_head()
         else:
             self._got_head()
+
+    def send_400_response(self, msg: str) -> None:
+        # In the middle of a reply there is no place for another one.
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.write(_envelope("400 Bad Request", msg, "validation"))
+        self.transport.close()
 
     def _expect_head(self) -> None:
         if self._deadline is None:
@@ -64,3 +67,13 @@ def connection_class(max_open: int) -> type[Connection]:
     """A Connection with its own bound: uvicorn makes the instances, so a class carries it."""
     bound: dict[str, Any] = {"max_open": max_open}
     return type("Connection", (Connection,), bound)
+
+
+def _envelope(status: str, message: str, error_type: str) -> bytes:
+    """A whole reply for what never became a request: it has no id."""
+    body = json.dumps({"error": message, "error_type": error_type, "request_id": ""})
+    head = (
+        f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\nretry-after: 5\r\n"
+        f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    return (head + body).encode()

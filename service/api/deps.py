@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, Protocol, TypeVar
 
 from fastapi import Depends, Request
 
@@ -25,6 +27,7 @@ from service.prompt.assembly import Assembly
 if TYPE_CHECKING:  # it brings torch, which is not here yet when the first request comes
     from service.residency.tiers import Resident
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -88,8 +91,16 @@ class Desk:
     metrics: Metrics
     uploads: asyncio.Semaphore
     upload_directory: Path
+    # What may take minutes (an upload's checks, a load, a delete that waits for what runs) has its
+    # own threads, so that it never stands before the look-ups of requests.
+    slow: ThreadPoolExecutor
     serving: Serving | None = None
     failure: str | None = None  # why the base could not be loaded
+
+    async def slowly(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Run something slow in a thread. Not undone when the client goes: it is shielded."""
+        call = partial(work, *arguments, **named)
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.slow, call))
 
 
 async def desk(request: Request) -> Desk:

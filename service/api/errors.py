@@ -143,7 +143,8 @@ _INTERNAL = Failure(500, "internal", "the server failed; its log has the cause u
 def failure(error: BaseException) -> Failure:
     """What to answer when `error` ends a request."""
     if isinstance(error, Refused):
-        return Failure(error.status, error.error_type, str(error), error.field)
+        headers = {"retry-after": "5"} if error.status in (429, 503) else {}
+        return Failure(error.status, error.error_type, str(error), error.field, headers)
     if isinstance(error, RequestValidationError):
         return _invalid_body(error)
     if isinstance(error, HTTPException):

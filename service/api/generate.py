@@ -250,7 +250,9 @@ async def _complete(body: GenerateBody, desk: Desk, serving: Serving) -> Respons
         collector = Collector(started.origin)
         async for event in started.stream:
             collector.add(event)
-        return JSONResponse(completion(collector), headers=dict(started.origin.headers))
+        # In a thread: a long prompt's tokens are decoded one by one when they are asked for.
+        body_of_reply = await asyncio.to_thread(completion, collector)
+        return JSONResponse(body_of_reply, headers=dict(started.origin.headers))
     finally:
         started.close()
 

@@ -117,7 +117,7 @@ def completion(collector: Collector) -> Json:
     first, *others = collector.ordered()
     body: Json = {"generated_text": origin.prefix + first.closed.text}
     if origin.details:
-        body["details"] = _sequence(origin, first) | {
+        body["details"] = _sequence(origin, first, origin.prefill(first.closed)) | {
             "adapter": origin.adapter,
             "prompt_tokens": first.closed.prompt_tokens,
             "cached_tokens": first.closed.cached_tokens,
@@ -125,7 +125,9 @@ def completion(collector: Collector) -> Json:
         }
         if others:
             body["details"]["best_of_sequences"] = [
-                {"generated_text": origin.prefix + other.closed.text} | _sequence(origin, other)
+                # The prompt is the same for all; its tokens are told once.
+                {"generated_text": origin.prefix + other.closed.text}
+                | _sequence(origin, other, prefill=[])
                 for other in others
             ]
     if others and not origin.best_of:
@@ -243,13 +245,13 @@ def _stream_details(origin: Origin, end: Finished) -> Json:
     return details
 
 
-def _sequence(origin: Origin, outcome: Outcome) -> Json:
+def _sequence(origin: Origin, outcome: Outcome, prefill: list[Json]) -> Json:
     end = outcome.closed
     details: Json = {
         "finish_reason": end.reason,
         "generated_tokens": end.generated_tokens,
         "seed": origin.seed(end),
-        "prefill": origin.prefill(end),
+        "prefill": prefill,
         "tokens": [_token(token) for token in outcome.tokens],
     }
     if origin.request.sampling.top_logprobs:

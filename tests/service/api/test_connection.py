@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 
@@ -82,3 +83,15 @@ def test_too_many_connections_are_told_so(running: Running) -> None:
     with dial(running) as connection:
         connection.sendall(REQUEST)
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "bad", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\r\n\r\n"]
+)
+def test_what_is_no_request_gets_the_envelope(running: Running, bad: bytes) -> None:
+    with dial(running) as connection:
+        connection.sendall(bad)
+        reply = b"".join(iter(lambda: connection.recv(4096), b""))
+    head, _, body = reply.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error_type"] == "validation"

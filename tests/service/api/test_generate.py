@@ -278,6 +278,24 @@ def test_a_client_that_goes_frees_everything(
     server.desk.serving.engine.check_integrity()  # type: ignore[attr-defined]
 
 
+def test_a_full_queue_says_when_to_come_back(
+    client: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.desk.admission, "max_queue", 0)
+    for path in ("/generate", "/generate_stream"):
+        reply = client.post(path, json={"inputs": PROMPT})
+        assert reply.status_code == 429
+        assert reply.json()["error_type"] == "overloaded"
+        assert int(reply.headers["retry-after"]) >= 1
+    monkeypatch.undo()
+    # The engine has a bound of its own, for sequences: 64 of them cannot all wait.
+    body = {"inputs": PROMPT, "parameters": {"n": 16, "max_new_tokens": 40, "ignore_eos": True}}
+    with ThreadPoolExecutor(24) as pool:
+        replies = list(pool.map(lambda _: client.post("/generate", json=body), range(24)))
+    assert {reply.status_code for reply in replies} == {200, 429}
+    assert server.desk.admission.inside == 0
+
+
 def test_lorax_client_body_is_understood(client: httpx.Client) -> None:
     """LoRAX's client sends every field it knows, most of them null."""
     parameters = {
