@@ -1,6 +1,9 @@
-"""Tensors in hostile places."""
+"""Tensors in hostile places, and a quiet place for oracles."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -32,3 +35,14 @@ class Guarded:
         size = self.inside.numel()
         assert (self._room[: GUARD + 1] == -12345.0).all()
         assert (self._room[GUARD + 1 + size :] == -12345.0).all()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For torch's part of a comparison: on a busy machine its threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

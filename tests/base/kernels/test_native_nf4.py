@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from base.kernels import NF4Weight, native, reference
-from tests.base.kernels.guarded import Guarded, unaligned
+from tests.base.kernels.guarded import Guarded, one_thread, unaligned
 
 relaxed = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 MODEL_SHAPES = [(896, 896), (128, 896), (896, 4864), (256, 768), (768, 256), (128, 256)]
 
@@ -25,10 +25,12 @@ def quantized(out: int, width: int, double_quant: bool, blocksize: int = 64) -> 
     return NF4Weight(packed.reshape(-1), state.absmax, (out, width), blocksize)
 
 
+@one_thread()
 def exact(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
     return reference.nf4_linear(x.double(), weight, None if bias is None else bias.double())
 
 
+@one_thread()
 def bound(x: Tensor, weight: NF4Weight) -> Tensor:
     """What rounding may do to a sum of products: 4e-7 of the sum of their sizes, by element."""
     return 4e-7 * (x.double().abs() @ weight.dequantize(torch.float64).abs().t()) + 1e-6

@@ -1,0 +1,16 @@
+#!/bin/sh
+# The kernels' tests once more, with AddressSanitizer and UndefinedBehaviorSanitizer in the library:
+# a read or write outside a tensor, or an undefined shift or overflow, ends the run.
+set -eu
+cd "$(dirname "$0")/../../.."
+PYTHON=${PYTHON:-python}
+CC=${CC:-cc}
+export CC
+export NIBBLE_CFLAGS="-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0
+# Before everything else in the process, so that torch's tensors get guard zones too.
+LD_PRELOAD="$("$CC" -print-file-name=libasan.so) $("$CC" -print-file-name=libubsan.so)" \
+    exec "$PYTHON" -m pytest -q -p no:cacheprovider -o timeout=900 \
+    tests/base/kernels/test_native_nf4.py \
+    tests/base/kernels/test_native_lowrank.py \
+    tests/base/kernels/test_native_attention.py "$@"
