@@ -9,12 +9,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from base import heap
 from base.checkpoint import Checkpoint
 from base.errors import UnservableBase
 from base.kernels import NF4Weight
 from base.nf4 import NF4Linear
 from base.prequantized import PrequantizedParts
 
+_TRIM_WEIGHTS = 1 << 26  # weights that are read between two trims: 256 MiB of them in float32
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,7 +47,12 @@ class Filling:
         self.renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
 
     def run(self) -> None:
+        since_trim = 0
         for key, name in self._names():
+            since_trim += self.expected[name].numel()
+            if since_trim > _TRIM_WEIGHTS:
+                heap.trim()
+                since_trim = 0
             if key in self.parts.weights:
                 self._place_prequantized(name, self.parts.read(key))
             else:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from base import heap
 from base.architecture import empty_model
 from base.checkpoint import Checkpoint, read_json
 from base.errors import UnservableBase
@@ -89,6 +90,7 @@ def load_base(
     Filling(model, checkpoint, where, compute, double_quant).run()
     model.to(where)
     attention = probe_attention(model, where)
+    heap.trim()
     tokenizer = _tokenizer(found.directory)
     layers = _Layers.of(model)
     digest = fingerprint(
