@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 TEMPLATE_FILE = "chat_template.jinja"
+CONFIG_SHA256 = "config_sha256"  # of the config as it was uploaded, before it became canonical
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 
@@ -126,7 +127,10 @@ class AdapterStore:
                 placement=placement,
                 merged_dtype=merged_dtype,
                 template=template,
-                provenance=provenance or {},
+                provenance={
+                    **(provenance or {}),
+                    CONFIG_SHA256: hashlib.sha256(config).hexdigest(),
+                },
             )
             with self._blobs.exclusive():
                 self._blobs.publish(staged)
@@ -255,7 +259,27 @@ class AdapterStore:
                 template = raw.decode()
             except UnicodeDecodeError as error:
                 raise InvalidAdapter("is not UTF-8", "template") from error
-        return self.add(name, config, directory / WEIGHTS_FILE, template, spec, limits)
+        weights = directory / WEIGHTS_FILE
+        known = self._unchanged(name, config, weights, template, spec)
+        return known or self.add(name, config, weights, template, spec, limits)
+
+    def _unchanged(
+        self, name: str, config: bytes, weights: Path, template: str | None, spec: BaseSpec
+    ) -> AdapterManifest | None:
+        """The newest version, where these very files made it: no need to check again."""
+        try:
+            newest = self._catalog.latest(name)
+            self._blobs.local_path(newest.weights_sha256)
+        except (AdapterNotFound, FileNotFoundError):
+            return None
+        made_of = (newest.base_fingerprint, newest.template, newest.placement)
+        if made_of != (spec.fingerprint, template, "unmerged"):
+            return None
+        if newest.provenance.get(CONFIG_SHA256) != hashlib.sha256(config).hexdigest():
+            return None
+        with open_regular(weights) as fd:
+            same = os.fstat(fd).st_size == newest.weights_bytes
+        return newest if same and _sha256(weights) == newest.weights_sha256 else None
 
 
 def read_small(path: Path, limit: int, where: str) -> bytes:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import errors
-from adapters.errors import InvalidAdapter
+from adapters.errors import InvalidAdapter, StoreUnavailable
 from adapters.limits import Limits
 from adapters.validate import Validated, validate
 from base.spec import BaseSpec, EmbeddingShape, LinearShape
@@ -52,7 +52,7 @@ def validate_in_child(
     """`validate`, and a trial of the template, in a child under `limits`.
 
     Raises InvalidAdapter, UnsupportedMedia or TooLarge; a child that crashes or runs out of time
-    or memory is an InvalidAdapter too.
+    or memory is an InvalidAdapter too. StoreUnavailable where no process can be started.
     """
     question = {
         "config": base64.b64encode(config).decode(),
@@ -73,6 +73,8 @@ def validate_in_child(
             env={"PATH": os.defpath, "LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"},
             check=False,
         )
+    except OSError as error:
+        raise StoreUnavailable(f"the checks could not be started: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
         raise InvalidAdapter(f"the checks did not end within {limits.child_seconds:g} s") from error
     return _verdict(done, limits)
@@ -124,16 +126,19 @@ def main() -> None:
 
 def _confine(limits: Limits) -> None:
     """Nothing of the upload has been looked at when this runs."""
-    cpu = limits.child_cpu_seconds
-    # One second between the two: at the hard limit comes SIGKILL, which says nothing.
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
-    for what, amount in (
-        (resource.RLIMIT_AS, limits.child_memory_bytes),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(what, (amount, amount))
+    _cap(resource.RLIMIT_AS, limits.child_memory_bytes)
+    # One second more at the hard limit: there comes SIGKILL, which says nothing.
+    _cap(resource.RLIMIT_CPU, limits.child_cpu_seconds, more=1)
+    _cap(resource.RLIMIT_FSIZE, 0)
+    _cap(resource.RLIMIT_NOFILE, 64)
+    _cap(resource.RLIMIT_CORE, 0)
+
+
+def _cap(what: int, amount: int, more: int = 0) -> None:
+    """Set a limit, never above the one that is there already."""
+    hard = resource.getrlimit(what)[1]
+    most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
+    resource.setrlimit(what, (min(amount, most), min(amount + more, most)))
 
 
 def _answer(question: dict[str, Any], limits: Limits) -> dict[str, Any]:

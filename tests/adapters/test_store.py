@@ -2,6 +2,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,9 @@ def test_what_is_added_is_there(
         3,
     )
     assert (manifest.placement, manifest.merged_dtype) == ("merged", "nf4")
-    assert (manifest.template, manifest.provenance) == (TEMPLATE, {"run": 7})
+    uploaded = hashlib.sha256(saved.config).hexdigest()
+    assert manifest.provenance == {"run": 7, "config_sha256": uploaded}
+    assert manifest.template == TEMPLATE
     assert manifest.base_fingerprint == spec.fingerprint
     assert (manifest.weights_sha256, manifest.weights_bytes) == (
         sha256,
@@ -266,6 +269,35 @@ def test_a_directory_of_adapters(
     assert isinstance(report.refused["broken"], UnsupportedMedia)
     again = store.load_directory(tmp_path / "all", spec, Limits())
     assert again.added == report.added
+
+
+def test_a_directory_that_did_not_change_is_not_checked_again(
+    store: AdapterStore, spec: BaseSpec, save: Saver, tmp_path: Path
+) -> None:
+    """A restart with many adapters starts no process for each; any change is seen."""
+    one, other = save(targets=["q_proj"], seed=1), save(targets=["q_proj"], seed=2)
+    copy(one, tmp_path)
+
+    def version(limits: Limits, base: BaseSpec = spec) -> int:
+        return store.add_directory("a", tmp_path, base, limits).version
+
+    blind = Limits(child_seconds=0.0)  # nothing gets through the checks
+    assert version(Limits()) == 1
+    assert version(blind) == 1
+    changes: list[Callable[[], object]] = [
+        lambda: write(tmp_path / "adapter_model.safetensors", other.weights.read_bytes()),
+        lambda: write(tmp_path / "adapter_config.json", other.with_fields(lora_alpha=3)),
+        lambda: write(tmp_path / "chat_template.jinja", TEMPLATE.encode()),
+        lambda: store.weights_path(store.resolve("a")).unlink(),
+    ]
+    for change in changes:
+        change()
+        with pytest.raises(InvalidAdapter, match="did not end"):
+            version(blind)
+        version(Limits())
+    assert version(blind) == 4
+    with pytest.raises(InvalidAdapter, match="did not end"):
+        version(blind, replace(spec, fingerprint="0" * 64))
 
 
 def copy(saved: Saved, directory: Path) -> None:
