@@ -27,9 +27,9 @@ Table = dict[str, dict[str, float]]
 class Size:
     """How many items to score: per number of facts, per task, texts per source."""
 
-    context: int = 200
-    tasks: int = 250
-    texts: int = 200
+    context: int = 100
+    tasks: int = 200
+    texts: int = 100
 
 
 def load(directory: Path) -> tuple[Qwen3ForCausalLM, Tokenizer]:

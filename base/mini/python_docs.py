@@ -48,6 +48,13 @@ def _worth(paragraph: str) -> bool:
 
 
 @cache
+def vocabulary(split: Split) -> tuple[str, ...]:
+    """The plain words of the documentation, each once."""
+    found = dict.fromkeys(word for p in paragraphs(split) for word in p.split() if word.isalpha())
+    return tuple(found)
+
+
+@cache
 def paragraphs(split: Split) -> tuple[str, ...]:
     """The documentation's paragraphs of one part of the split, each once, in a fixed order."""
     texts = [*(topics[key] for key in sorted(topics))]

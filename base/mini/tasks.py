@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from random import Random
 
-from base.mini import korean, words
+from base.mini import korean, python_docs, words
 from base.mini.dialogue import Document, Turn, chat, listing
 from base.mini.names import Names, Split
 
@@ -19,8 +19,10 @@ Task = Callable[[Random, Split, float], Turn]
 
 
 def _some(rng: Random, split: Split, low: int, high: int) -> list[str]:
-    """Distinct everyday words with now and then an invented name among them."""
-    found = rng.sample(words.EVERYDAY, rng.randint(low, high))
+    """Distinct everyday words, now and then rare ones, or an invented name among them."""
+    rare = rng.random() < 0.2
+    group = python_docs.vocabulary(split) if rare else words.EVERYDAY
+    found = rng.sample(group, rng.randint(low, high))
     if rng.random() < 0.3:
         found[rng.randrange(len(found))] = Names(rng, split).one("person")
     return found

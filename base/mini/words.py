@@ -53,6 +53,23 @@ VERBS = listed(
     "holds keeps leaves likes loses makes moves needs opens paints pulls pushes sees sells sends "
     "shows takes throws wants washes watches"
 )
+ACTIONS = listed(
+    "admire ask bring build buy call carry check clean close collect count cover cut describe draw "
+    "drop explain find fix follow guard help hide hold ignore invent keep lift like lose love make "
+    "mend miss move need offer open order own paint plan praise protect pull push read remember "
+    "repair rent sell send show steal study test throw trust use visit want warn wash watch write"
+)
+RESTS = listed("camp eat hide play read rest sing sit sleep stand study train wait walk work")
+NEAR = listed("at behind beside in near on under")
+
+
+def third(verb: str) -> str:
+    """The verb as it stands after a name: she carries, he watches."""
+    if verb.endswith("y") and verb[-2] not in "aeou":
+        return verb[:-1] + "ies"
+    return verb + ("es" if verb.endswith(("ch", "sh", "x", "ss")) else "s")
+
+
 NOUNS = listed(
     "air beach boy bridge brother child city cloud daughter day evening father field fire floor "
     "flower forest friend game girl grass hand hill house ice island lake leaf light man market "
