@@ -1,0 +1,42 @@
+"""Memory: what the kernel says this process holds (Linux), and what of it is the base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from base.load import Base
+from base.nf4 import NF4Linear
+
+SMAPS = Path("/proc/self/smaps_rollup")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes. `anonymous` is the process's own, the rest of `rss` is files mapped into it."""
+
+    rss: int
+    anonymous: int
+    peak_rss: int
+
+
+def resident() -> Memory:
+    """Of this process, now. Raises OSError where there is no /proc."""
+    rollup = _fields(SMAPS)
+    status = _fields(Path("/proc/self/status"))
+    return Memory(rss=rollup["Rss"], anonymous=rollup["Anonymous"], peak_rss=status["VmHWM"])
+
+
+def quantised_bytes(base: Base) -> int:
+    """Bytes of all NF4 weights of the base."""
+    return sum(m.weight.nbytes for m in base.model.modules() if isinstance(m, NF4Linear))
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The lines `Name:   123 kB` of one file of /proc, in bytes."""
+    found = {}
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if value.endswith(" kB"):
+            found[name] = int(value.split()[0]) * 1024
+    return found

@@ -1,0 +1,111 @@
+"""This server's engine, as `nibble serve` assembles it, without HTTP."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from adapters.delta import LoweredAdapter
+from adapters.limits import Limits
+from adapters.lowering import lower
+from adapters.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
+from base.kernels import native_status
+from base.load import load_base
+from base.spec import BaseSpec
+from service.bench.memory import quantised_bytes, resident
+from service.bench.peer import Setup
+from service.bench.scenario import Job, Round, round_of
+from service.engine.config import EngineConfig
+from service.engine.loop import Engine
+from service.engine.request import AdapterRef, Request, Sampling, Token
+from service.engine.stream import Stream
+
+ENGINE = "engine"
+
+
+class NibblePeer:
+    """Base, store and engine; every adapter is in its slot before the first round."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="nibble-bench-")
+        self._base = load_base(setup.model, device="cpu", dtype=setup.options.get("dtype", "auto"))
+        self._nf4_bytes = quantised_bytes(self._base)
+        where = Path(self._directory.name)
+        self._store = AdapterStore(str(where / "blobs"), str(where / "catalog.sqlite"))
+        self._refs = [self._add(directory) for directory in setup.adapters]
+        self._engine = Engine(self._base, self._fetch, EngineConfig())
+        self._engine.start()
+        self._loaded = [self._engine.load(ref) for ref in self._refs]
+        self._requests = 0
+
+    def run(self, job: Job, way: str) -> Round:
+        assert way == ENGINE, way
+        times: list[list[float]] = [[] for _ in job.prompts]
+        arrival = time.perf_counter()
+        streams = [
+            self._engine.submit(self._request(prompt, adapter, job.new_tokens))
+            for prompt, adapter in zip(job.prompts, job.scenario.adapters, strict=True)
+        ]
+        readers = [
+            threading.Thread(target=_read, args=pair) for pair in zip(streams, times, strict=True)
+        ]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        assert {len(each) for each in times} == {job.new_tokens}
+        return round_of(arrival, times)
+
+    def spec(self) -> BaseSpec:
+        return self._base.spec
+
+    def facts(self) -> dict[str, Any]:
+        memory = resident()
+        embeddings = {p.data_ptr(): p.nbytes for p in self._base.model.parameters() if p.dim() == 2}
+        return {
+            "dtype": str(self._base.dtype).removeprefix("torch."),
+            "kernels": native_status(),
+            "rss_bytes": memory.rss,
+            "anonymous_bytes": memory.anonymous,
+            "peak_rss_bytes": memory.peak_rss,
+            "nf4_bytes": self._nf4_bytes,
+            "embedding_bytes": sum(embeddings.values()),
+            "kv_cache_bytes": self._engine.kv_cache_bytes,
+            "adapter_bytes": sum(report.nbytes for report in self._loaded),
+        }
+
+    def close(self) -> None:
+        self._engine.stop()
+        self._store.close()
+        self._directory.cleanup()
+
+    def _add(self, directory: Path) -> AdapterRef:
+        manifest = self._store.add(
+            directory.name,
+            (directory / CONFIG_FILE).read_bytes(),
+            directory / WEIGHTS_FILE,
+            None,
+            self._base.spec,
+            Limits(),
+        )
+        return AdapterRef(manifest.digest, manifest.name)
+
+    def _fetch(self, ref: AdapterRef) -> LoweredAdapter:
+        manifest = self._store.resolve(f"sha256:{ref.digest}")
+        return lower(manifest, self._store.weights_path(manifest), self._base)
+
+    def _request(self, prompt: tuple[int, ...], adapter: int | None, new: int) -> Request:
+        self._requests += 1
+        return Request(
+            id=str(self._requests),
+            prompt=prompt,
+            sampling=Sampling(max_new_tokens=new, min_new_tokens=new, ignore_eos=True),
+            adapter=None if adapter is None else self._refs[adapter],
+        )
+
+
+def _read(stream: Stream, times: list[float]) -> None:
+    times += [time.perf_counter() for event in stream.iterate() if isinstance(event, Token)]

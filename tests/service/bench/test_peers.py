@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from base.load import load_base
+from base.nf4 import NF4Linear
+from service.bench.nibble_peer import ENGINE, NibblePeer
+from service.bench.peer import Setup
+from service.bench.peft_peer import MIXED, ONE_BATCH, ONE_BY_ONE, PeftPeer, _to_bitsandbytes
+from service.bench.scenario import BASE, DISTINCT, ONE, SAME, Round, Scenario, job
+
+NEW = 5
+
+
+def _check(result: Round, scenario: Scenario) -> None:
+    count = len(scenario.adapters)
+    assert result.tokens == count * NEW
+    assert len(result.first_token) == count
+    assert len(result.gaps) == count * (NEW - 1)
+    assert 0 < min(result.first_token) < result.seconds
+
+
+@pytest.fixture
+def peft(base_directory: Path, adapters: tuple[Path, ...]) -> PeftPeer:
+    return PeftPeer(Setup(base_directory, adapters, 1, {"dtype": "float32"}))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "way"),
+    [
+        (BASE, ONE_BY_ONE),
+        (ONE, ONE_BY_ONE),
+        (SAME, ONE_BATCH),
+        (DISTINCT, ONE_BY_ONE),
+        (DISTINCT, MIXED),
+    ],
+)
+def test_peft_times_every_token_of_every_request(
+    peft: PeftPeer, scenario: Scenario, way: str
+) -> None:
+    result = peft.run(job(scenario, 0, 512, 16, NEW), way)
+    _check(result, scenario)
+    waits = len(set(result.first_token))
+    assert waits == (len(scenario.adapters) if way == ONE_BY_ONE else 1)
+
+
+def test_peft_computes_on_the_same_nf4_bytes(base_directory: Path) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    base = load_base(base_directory, device="cpu", dtype="float32")
+    ours = [m for m in base.model.modules() if isinstance(m, NF4Linear)]
+    theirs = _to_bitsandbytes(base)
+    assert len(theirs) == len(ours) > 0
+    for mine, layer in zip(ours, theirs, strict=True):
+        got = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert torch.equal(got, mine.weight.dequantize(torch.float32))
+        assert layer.weight.data.data_ptr() == mine.weight.packed.data_ptr()
+
+
+def test_peft_applies_the_adapters_to_bitsandbytes_layers(
+    base_directory: Path, adapters: tuple[Path, ...]
+) -> None:
+    from peft.tuners.lora.bnb import Linear4bit
+
+    peer = PeftPeer(Setup(base_directory, adapters, 1, {"dtype": "float32"}))
+    layers = [m for m in peer._model.modules() if isinstance(m, Linear4bit)]
+    assert len(layers) == 14
+    assert all(len(layer.lora_A) == len(adapters) for layer in layers)
+
+
+@pytest.mark.parametrize("scenario", [BASE, ONE, SAME, DISTINCT])
+def test_nibble_times_every_token_of_every_request(
+    base_directory: Path, adapters: tuple[Path, ...], scenario: Scenario
+) -> None:
+    peer = NibblePeer(Setup(base_directory, adapters, 1, {}))
+    try:
+        _check(peer.run(job(scenario, 0, 512, 16, NEW), ENGINE), scenario)
+        facts = peer.facts()
+        assert facts["nf4_bytes"] > 0
+        assert facts["rss_bytes"] > facts["nf4_bytes"] + facts["embedding_bytes"]
+        assert facts["adapter_bytes"] > 8 * 4 * 4 * (64 + 64)
+    finally:
+        peer.close()
