@@ -51,11 +51,11 @@ class PrivateLinear:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingDelta:
-    """rows(ids) = g[ids] ⊙ (E[ids] + (A[:, ids]ᵀ Bᵀ)); the scale is folded into B."""
+    """rows(ids) = g ⊙ (E[ids] + A[:, ids]ᵀ Bᵀ); the scale is folded into B."""
 
     A: torch.Tensor  # [r, vocabulary]
     B: torch.Tensor  # [width, r]
-    g: torch.Tensor | None = None  # [vocabulary]
+    g: torch.Tensor | None = None  # [width]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,8 @@ class Specimen:
     manifest: AdapterManifest
 
     def ref(self) -> AdapterRef:
-        return AdapterRef(self.manifest.digest, self.manifest.name, self.manifest.placement)
+        found = self.manifest
+        return AdapterRef(found.digest, found.name, found.placement, found.merged_dtype)
 
 
 def specimen(directory: Path, base: Base, **fields: Any) -> Specimen:

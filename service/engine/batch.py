@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from service.engine.request import AdapterKey
 from service.engine.scheduler import Chunk
 
 
@@ -71,9 +70,9 @@ def build_batch(chunks: Seq[Chunk], block_size: int, device: torch.device) -> Ba
     )
 
 
-def _by_adapter(chunk: Chunk) -> AdapterKey:
+def _by_adapter(chunk: Chunk) -> tuple[str, ...]:
     ref = chunk.sequence.adapter
-    return ref.key if ref else ("", "")
+    return ref.key if ref else ()
 
 
 def _logit_rows(chunk: Chunk, first: int) -> list[int]:

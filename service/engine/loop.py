@@ -185,7 +185,7 @@ class Engine:
                 "unpin or unload another one"
             ) from None
         seconds = time.monotonic() - started
-        return LoadReport(*ref.key, adapter.nbytes, seconds, dict(adapter.notes))
+        return LoadReport(ref.digest, ref.placement, adapter.nbytes, seconds, dict(adapter.notes))
 
     def pin(self, ref: AdapterRef) -> None:
         """Load the adapter and keep it in its slot."""
@@ -374,7 +374,10 @@ class Engine:
             text += live.detokenizer.finish()
         self._clock(live)
         top = tuple((t, self.base.tokenizer.decode([t]), p) for t, p in choice.top)
-        live.stream.push(Token(sequence.index, choice.token, text, choice.logprob, hidden, top))
+        last = reason is not None
+        live.stream.push(
+            Token(sequence.index, choice.token, text, choice.logprob, hidden, top, last)
+        )
         if reason is not None:
             self._end(sequence, reason)
 
@@ -500,8 +503,8 @@ class Engine:
     def _namespace(self, request: Request) -> bytes:
         """What the prefix cache is keyed by beside the tokens, so that no block is ever shared
         between tenants, adapters or placements."""
-        digest, placement = request.adapter.key if request.adapter else ("", "")
-        parts = (request.tenant, self.base.spec.fingerprint, digest, placement)
+        key = request.adapter.key if request.adapter else ()
+        parts = (request.tenant, self.base.spec.fingerprint, *key)
         return b"".join(len(p.encode()).to_bytes(4, "little") + p.encode() for p in parts)
 
     def _cancel(self, ids: Iterable[int]) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-AdapterKey = tuple[str, str]  # (digest, placement)
 FinishReason = Literal["eos_token", "length", "stop_sequence", "cancelled", "error"]
 
 
@@ -30,6 +29,18 @@ class Sampling:
     top_logprobs: int = 0  # how many alternatives to report beside the chosen token
 
 
+class AdapterKey(NamedTuple):
+    """What an adapter is for the engine: one slot, and one namespace of the prefix cache.
+
+    Two names of one digest share it; two placements, or two dtypes of merged weights, do not,
+    since each gives other logits.
+    """
+
+    digest: str
+    placement: str
+    merged_dtype: str  # "" when unmerged
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
     """The adapter that a request is pinned to: a digest, never a name."""
@@ -37,11 +48,12 @@ class AdapterRef:
     digest: str
     name: str
     placement: Literal["unmerged", "merged"] = "unmerged"
+    merged_dtype: Literal["bfloat16", "float32", "nf4"] = "bfloat16"  # read when merged
 
     @property
     def key(self) -> AdapterKey:
-        """What it is for the engine: two names of one digest share a slot."""
-        return (self.digest, self.placement)
+        merged = self.merged_dtype if self.placement == "merged" else ""
+        return AdapterKey(self.digest, self.placement, merged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +80,7 @@ class Token:
     logprob: float
     special: bool = False
     top: tuple[tuple[int, str, float], ...] = ()  # (id, text, logprob), best first
+    last: bool = False  # its sequence's `Finished` follows at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ class Resident:
 
     digest: str
     placement: str
+    merged_dtype: str  # "" when unmerged
     tier: str  # "slot" | "host"
     nbytes: int
     pinned: bool = False
@@ -98,14 +99,14 @@ class Tiers:
     def forget(self, digest: str) -> None:
         """Drop the adapter from both tiers; the caller has drained its sequences."""
         for key, _ in self.slots.items():
-            if key[0] == digest:
+            if key.digest == digest:
                 self.slots.deallocate(key)
                 self._lost_slot(digest)
         for key, _ in self.host.items():
-            if key[0] == digest:
+            if key.digest == digest:
                 self.host.drop(key)
                 self._observer.adapter_evicted(digest, "host")
-        for key in [key for key in self._loads if key[0] == digest]:
+        for key in [key for key in self._loads if key.digest == digest]:
             self._loads.pop(key).future.cancel()
 
     def residents(self) -> list[Resident]:
@@ -141,8 +142,8 @@ class Tiers:
             return False
         if not self.slots.can_allocate(adapter.nbytes):
             return False
-        for digest, _ in self.slots.allocate(ref.key, adapter.to(self._device)):
-            self._lost_slot(digest)
+        for evicted in self.slots.allocate(ref.key, adapter.to(self._device)):
+            self._lost_slot(evicted.digest)
         return True
 
     def _lost_slot(self, digest: str) -> None:
@@ -166,8 +167,8 @@ class Tiers:
             self._failures[ref.key] = f"adapter {ref.name!r} could not be loaded: {error}"
             return
         adapter = future.result()
-        for digest, _ in self.host.put(ref.key, adapter.to(torch.device("cpu"))):
-            self._observer.adapter_evicted(digest, "host")
+        for evicted in self.host.put(ref.key, adapter.to(torch.device("cpu"))):
+            self._observer.adapter_evicted(evicted.digest, "host")
         seconds = time.perf_counter() - load.started
         self._observer.adapter_loaded(ref.name, seconds, adapter.nbytes)
         if ref.key not in self.slots:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from adapters.delta import LinearDelta, LoweredAdapter, LowRank
+from service.engine.request import AdapterKey
 from service.residency.host_cache import HostCache
 from service.residency.slots import Slots
 
@@ -16,8 +17,8 @@ def adapter(name: str, floats: int = 8) -> LoweredAdapter:
     return LoweredAdapter(name, "lora", "unmerged", {"x": LinearDelta((term,))})
 
 
-def key(name: str) -> tuple[str, str]:
-    return (name, "unmerged")
+def key(name: str) -> AdapterKey:
+    return AdapterKey(name, "unmerged", "")
 
 
 def test_the_least_recently_used_slot_is_given_away() -> None:
