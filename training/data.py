@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapters.errors import InvalidChat
+from adapters.template import ROLES, render_chat
 from training.errors import DataError
 
 Row = Mapping[str, Any]
 Message = Mapping[str, str]
 IGNORED = -100  # the label that cross-entropy leaves out
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +55,9 @@ class TrainBatch:
         return int((self.labels != IGNORED).sum())
 
 
-def chat_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """The prompt that asks for the next assistant turn, as serving renders it."""
-    rendered = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-    )
-    return encode(tokenizer, rendered)
-
-
 def encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    """Token ids of what the model is to say."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
 
 
@@ -109,7 +103,12 @@ def _examples(place: str, row: Row, tokenizer: Any) -> Iterator[Example]:
     for prompt, answer in turns:
         if not answer:
             raise DataError(f"{place}: an empty answer, so no token but the stop token bears loss")
-        tokens = (*prompt, *encode(tokenizer, answer), tokenizer.eos_token_id)
+        said = encode(tokenizer, answer)
+        control = set(said) & set(tokenizer.all_special_ids)
+        if control:
+            spelt = tokenizer.convert_ids_to_tokens(sorted(control))
+            raise DataError(f"{place}: the answer spells {spelt}, which would be control tokens")
+        tokens = (*prompt, *said, tokenizer.eos_token_id)
         yield Example(tokens=tokens, answer_start=len(prompt))
 
 
@@ -120,15 +119,22 @@ def _turns(place: str, row: Row, tokenizer: Any) -> Iterator[tuple[list[int], st
         messages = _messages(place, row["messages"])
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                yield chat_tokens(tokenizer, messages[:index]), message["content"]
+                yield _chat(place, messages[:index], tokenizer), message["content"]
     elif keys == {"prompt", "completion"}:
         if not all(isinstance(value, str) for value in row.values()):
             raise DataError(f"{place}: prompt and completion must be strings")
-        yield encode(tokenizer, row["prompt"]), row["completion"]
+        yield tokenizer.encode(row["prompt"]), row["completion"]
     else:
         raise DataError(
             f"{place}: fields {sorted(keys)}; either messages or prompt and completion are needed"
         )
+
+
+def _chat(place: str, messages: Sequence[Message], tokenizer: Any) -> list[int]:
+    try:
+        return render_chat(tokenizer, messages)
+    except InvalidChat as error:
+        raise DataError(f"{place}: {error}") from None
 
 
 def _messages(place: str, messages: Any) -> list[Message]:

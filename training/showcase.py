@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from adapters.template import render_chat
 from base.load import Base
 from training import checkpoint
 from training.attach import attach, detach
 from training.config import DataConfig, MethodConfig, OptimConfig, TrainConfig
-from training.data import Example, chat_tokens, examples
+from training.data import Example, examples
 from training.evaluate import ExactMatch, exact_match
 from training.recipe import Step, Trained, train
 from training.tasks import TASKS, Item, Task
@@ -129,7 +130,7 @@ def measure(
 ) -> Arm:
     """Exact match on `items`, with the answered examples `shown` before each question."""
     lead = [message for item in shown for message in item.messages]
-    prompts = [chat_tokens(base.tokenizer, [*lead, item.messages[0]]) for item in items]
+    prompts = [render_chat(base.tokenizer, [*lead, item.messages[0]]) for item in items]
     score = exact_match(
         base,
         prompts,

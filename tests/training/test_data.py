@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from adapters.template import render_chat
 from base.load import Base
 from training.data import (
     IGNORED,
     Example,
     batches,
-    chat_tokens,
     collate,
     encode,
     examples,
@@ -36,7 +36,7 @@ def test_each_answer_bears_loss_after_the_prompt_that_serving_renders(base: Base
     first, second = _examples(base, {"messages": CHAT})
     stop = base.tokenizer.eos_token_id
     for example, prompt, answer in ((first, CHAT[:1], "two"), (second, CHAT[:3], "four")):
-        assert list(example.tokens[: example.answer_start]) == chat_tokens(base.tokenizer, prompt)
+        assert list(example.tokens[: example.answer_start]) == render_chat(base.tokenizer, prompt)
         said = [*encode(base.tokenizer, answer), stop]
         assert list(example.tokens[example.answer_start :]) == said
 
@@ -58,6 +58,8 @@ def test_a_completion_bears_loss_and_its_prompt_does_not(base: Base) -> None:
         ({"messages": [{"role": "bot", "content": "a"}]}, "role is 'bot'"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\]"),
         ({"messages": "hello"}, "must be a list"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "no messages"),
+        ({"prompt": "a", "completion": "b</s>c"}, "</s>"),
     ],
 )
 def test_a_row_without_loss_is_refused_by_its_place(
