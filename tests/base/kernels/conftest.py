@@ -38,12 +38,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> native.Native:
 
 
 @pytest.fixture(scope="module", params=["portable", "avx2", "avx512"])
-def kernels(library: native.Native, request: pytest.FixtureRequest) -> native.Native:
+def kernels(library: native.Native, request: pytest.FixtureRequest) -> Iterator[native.Native]:
     try:
         library.select(request.param)
     except ValueError as error:
         pytest.skip(str(error))
-    return library
+    yield library
+    library.select()
 
 
 @pytest.fixture(autouse=True)
