@@ -32,7 +32,7 @@ from base.mini.scoring import score
 STEPS = 16_000
 RATE = 3e-3
 WARM_UP = 50
-DECAY_FROM = 0.6
+DECAY_FROM = 0.42
 WATCH_EVERY = 250
 
 

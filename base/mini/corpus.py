@@ -10,7 +10,7 @@ from base.mini.dialogue import Document, running_text
 from base.mini.names import Split
 
 SOURCES = ("facts", "tasks", "stories", "python")
-EASY, HARD = (0.54, 0.36, 0.05, 0.05), (0.36, 0.56, 0.04, 0.04)
+EASY, HARD = (0.54, 0.36, 0.05, 0.05), (0.22, 0.72, 0.03, 0.03)
 
 
 def shares(difficulty: float) -> list[float]:
