@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -41,6 +41,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_SHA256 = "config_sha256"  # of the config as it was uploaded, before it became canonical
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+
+Probe = Callable[[AdapterManifest, Path], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +101,13 @@ class AdapterStore:
         placement: Placement = "unmerged",
         merged_dtype: MergedDtype = "bfloat16",
         provenance: Mapping[str, Any] | None = None,
+        probe: Probe | None = None,
     ) -> AdapterManifest:
         """Check an upload and keep it as the next version of `name`; durable when this returns.
 
         `weights` is read once and stays where it is. The same content again, as the newest
-        version's, returns that version.
+        version's, returns that version. `probe` is the last check, on the staged file of an upload
+        that passed all others; what it raises refuses the upload.
 
         Raises InvalidAdapter, UnsupportedMedia, TooLarge, StoreUnavailable, StoreFull.
         """
@@ -132,6 +137,8 @@ class AdapterStore:
                     CONFIG_SHA256: hashlib.sha256(config).hexdigest(),
                 },
             )
+            if probe is not None:
+                probe(draft, staged.path)
             with self._blobs.exclusive():
                 self._blobs.publish(staged)
                 manifest = self._catalog.add(draft)
@@ -232,7 +239,9 @@ class AdapterStore:
         ]
         return SweepReport(tuple(temporary), tuple(orphans), tuple(missing))
 
-    def load_directory(self, path: Path, spec: BaseSpec, limits: Limits) -> DirectoryReport:
+    def load_directory(
+        self, path: Path, spec: BaseSpec, limits: Limits, probe: Probe | None = None
+    ) -> DirectoryReport:
         """Add every subdirectory that PEFT's `save_pretrained` wrote, under its own name.
 
         Doing it again adds nothing new. A bad one is reported and does not stop the others.
@@ -241,14 +250,19 @@ class AdapterStore:
         refused: dict[str, AdapterError] = {}
         for directory in sorted(p for p in path.iterdir() if (p / CONFIG_FILE).exists()):
             try:
-                added.append(self.add_directory(directory.name, directory, spec, limits))
+                added.append(self.add_directory(directory.name, directory, spec, limits, probe))
             except AdapterError as error:
                 log.warning("adapter %s was refused: %s", directory.name, error)
                 refused[directory.name] = error
         return DirectoryReport(tuple(added), refused)
 
     def add_directory(
-        self, name: str, directory: Path, spec: BaseSpec, limits: Limits
+        self,
+        name: str,
+        directory: Path,
+        spec: BaseSpec,
+        limits: Limits,
+        probe: Probe | None = None,
     ) -> AdapterManifest:
         """`add` for a directory as PEFT's `save_pretrained` writes it. Raises as `add` does."""
         config = read_small(directory / CONFIG_FILE, limits.max_config_bytes, "config")
@@ -261,7 +275,7 @@ class AdapterStore:
                 raise InvalidAdapter("is not UTF-8", "template") from error
         weights = directory / WEIGHTS_FILE
         known = self._unchanged(name, config, weights, template, spec)
-        return known or self.add(name, config, weights, template, spec, limits)
+        return known or self.add(name, config, weights, template, spec, limits, probe=probe)
 
     def _unchanged(
         self, name: str, config: bytes, weights: Path, template: str | None, spec: BaseSpec

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from adapters.delta import LoweredAdapter
-from adapters.errors import AdapterNotFound
+from adapters.errors import AdapterNotFound, InvalidAdapter
 from base.load import Base
 from service.engine.batch import Batch, build_batch
 from service.engine.config import EngineConfig
@@ -202,6 +202,15 @@ class Engine:
             done = self._forgotten.setdefault(digest, Future())
         self._commands.put(lambda: None)  # wake up
         self._wait(done)
+
+    def probe(self, adapter: LoweredAdapter) -> None:
+        """Run an adapter that is not served yet over two tokens, between two steps.
+
+        Raises InvalidAdapter when it cannot be computed or its logits are not finite.
+        """
+        adapter = adapter.to(self.base.device)
+        while not self._ask(lambda: self._probe(adapter)):
+            time.sleep(0.01)  # all blocks are in use
 
     def residents(self) -> list[Resident]:
         return self._ask(self._tiers.residents)
@@ -512,6 +521,28 @@ class Engine:
             live = self._live.get(sequence_id)
             if live is not None:
                 self._end(live.sequence, "cancelled")
+
+    def _probe(self, adapter: LoweredAdapter) -> bool:
+        """False when there is no block to run it in."""
+        if not self._pool.can_allocate(1):
+            return False
+        tokens = [0, self.base.spec.vocab_size - 1]
+        ref = AdapterRef(adapter.digest, "probe")
+        request = Request("probe", tuple(tokens), adapter=ref)
+        sequence = Sequence(0, request, 0, 0, tokens, len(tokens), b"")
+        sequence.blocks = self._pool.allocate(1)
+        try:
+            chunk = Chunk(sequence, 0, len(tokens))
+            batch = build_batch([chunk], self.config.block_size, self.base.device)
+            finite = bool(self._runner.run(batch, {ref.key: adapter}).isfinite().all())
+        except Exception as error:
+            raise InvalidAdapter(f"a trial run failed: {error}") from error
+        finally:
+            self._pool.deallocate(sequence.blocks)
+            self._runner.forget(adapter.digest)
+        if not finite:
+            raise InvalidAdapter("its logits are not finite in a trial run of two tokens")
+        return True
 
     def _forget_drained(self) -> None:
         if not self._forgotten:

@@ -354,3 +354,24 @@ def test_deleting_while_uploading_the_same_content(
         for future in added:
             assert store.weights_path(future.result()).is_file()
     assert store.sweep().missing == ()
+
+
+def test_a_probe_has_the_last_word(
+    store: AdapterStore, spec: BaseSpec, save: Saver, root: Path
+) -> None:
+    saved = save(targets=["q_proj"])
+    seen: list[tuple[AdapterManifest, bytes]] = []
+
+    def probe(draft: AdapterManifest, weights: Path) -> None:
+        seen.append((draft, weights.read_bytes()))
+        if len(seen) == 1:
+            raise InvalidAdapter("its logits are not finite")
+
+    with pytest.raises(InvalidAdapter, match="not finite"):
+        store.add("a", saved.config, saved.weights, None, spec, Limits(), probe=probe)
+    assert store.list() == []
+    assert files(root) == []
+    kept = store.add("a", saved.config, saved.weights, None, spec, Limits(), probe=probe)
+    assert store.resolve("a") == kept
+    assert seen[1][0].digest == kept.digest
+    assert seen[1][1] == saved.weights.read_bytes()

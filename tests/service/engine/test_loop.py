@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from adapters.delta import LinearDelta, LoweredAdapter, LowRank
-from adapters.errors import AdapterNotFound
+from adapters.errors import AdapterNotFound, InvalidAdapter
 from base.load import Base, load_base
 from service.engine.loop import Engine
 from service.engine.request import AdapterRef, Finished, Request, Sampling, Token
@@ -347,6 +347,19 @@ def test_a_bad_adapter_ends_its_own_requests_only(zoo: Zoo, value: float, extra:
     assert engine.alive
     engine.check_integrity()
     engine.stop()
+
+
+@pytest.mark.parametrize(("value", "extra"), [(float("nan"), 0), (1.0, 3)])
+def test_a_trial_run_finds_a_bad_adapter_before_it_serves(
+    engine: Engine, zoo: Zoo, value: float, extra: int
+) -> None:
+    rows = zoo.base.spec.linears["model.layers.0.self_attn.q_proj"].out_features
+    beside = engine.submit(greedy("beside", prompt(5), zoo.specimens[0].ref(), 40))
+    with pytest.raises(InvalidAdapter, match="trial run"):
+        engine.probe(broken(zoo.base, value, rows + extra))
+    engine.probe(zoo.fetch(zoo.specimens[1].ref()))
+    assert collect(beside)[1][0].reason == "length"
+    engine.check_integrity()
 
 
 def test_a_fault_of_the_engine_ends_every_request_with_its_reason(zoo: Zoo) -> None:
