@@ -27,6 +27,8 @@ def through(bounds: Bounds, app: Any, messages: list[dict[str, Any]], **scope: A
         message = next(coming, None)
         if message is None:
             await asyncio.sleep(3600)
+        else:
+            await asyncio.sleep(message.get("delay", 0))
         return message  # type: ignore[return-value]
 
     async def send(message: Any) -> None:
@@ -70,15 +72,10 @@ def test_a_slow_body_is_not_waited_for() -> None:
 
 def test_a_large_body_may_take_its_time() -> None:
     """The deadline grows with what has arrived."""
-
-    async def slow(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
-        await asyncio.sleep(0.1)
-        await reading(scope, receive, send)
-
     bounds = Bounds(1000, grace_seconds=0.05, bytes_per_second=10)
-    sent = through(bounds, slow, [piece(b"x" * 100), piece(b"b", more=False)])
-    assert sent[0]["status"] == 200
+    late = {**piece(b"b", more=False), "delay": 0.2}
+    assert through(bounds, reading, [piece(b"x" * 100), late])[0]["status"] == 200
+    assert through(bounds, reading, [piece(b""), late])[0]["status"] == 408
 
 
 @pytest.mark.parametrize("swallow", [True, False])
