@@ -56,19 +56,19 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
 
 
 def _forward(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    vectors = (x,) if bias is None else (x, bias)
-    if _native is not None and weight.device.type == "cpu" and _native_takes(*vectors):
-        return _native.nf4_linear(
-            x.contiguous(), weight, None if bias is None else bias.contiguous()
-        )
+    if _native is not None and weight.on_cpu and _native_takes(x):
+        if bias is None:
+            return _native.nf4_linear(x.contiguous(), weight, None)
+        if _native_takes(bias):
+            return _native.nf4_linear(x.contiguous(), weight, bias.contiguous())
     if x.is_cuda:
         return cuda.nf4_linear(x, weight, bias)
     return reference.nf4_linear(x, weight, bias)
 
 
-def _native_takes(*tensors: Tensor) -> bool:
-    """Are these what the C library reads: float32 on the CPU?"""
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+def _native_takes(tensor: Tensor) -> bool:
+    """Is this what the C library reads: float32 on the CPU?"""
+    return tensor.dtype is torch.float32 and tensor.is_cpu
 
 
 class _NF4Product(torch.autograd.Function):
@@ -92,7 +92,13 @@ def lowrank_add(y: Tensor, x: Tensor, terms: LowRankPlan | Sequence[Segment]) ->
     """
     plan = terms if isinstance(terms, LowRankPlan) else LowRankPlan(terms)
     plan.check(y, x)
-    if _native is not None and plan.on_cpu and _native_takes(y, x) and y.is_contiguous():
+    if (
+        _native is not None
+        and plan.on_cpu
+        and _native_takes(y)
+        and _native_takes(x)
+        and y.is_contiguous()
+    ):
         return _native.lowrank_add(y, x.contiguous(), plan)
     return reference.lowrank_add(y, x, plan)
 

@@ -101,6 +101,10 @@ class NF4Weight:
     def device(self) -> torch.device:
         return self.packed.device
 
+    @cached_property
+    def on_cpu(self) -> bool:
+        return self.packed.is_cpu
+
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor of this weight."""

@@ -1,9 +1,10 @@
 /* y[t, o] = sum over k of x[t, k] W[o, k], + bias[o]; W in NF4, all arithmetic in float32.
  *
- * A block of 64 codes is 8 words of 32 bits. Shifting all words right by 4 j and keeping four bits
- * gives the codes of the 8 weights 8 i + (j ^ 1), i = 0..7. So x is laid out once per call the same
- * way, block by block: place 8 j + i of a block holds x[8 i + (j ^ 1)]; and the packed weights are
- * read as bitsandbytes wrote them, with a shift and a table look-up for each vector.
+ * The packed weights are read as bitsandbytes wrote them, block of 64 after block, and come out of
+ * the look-up in an order of their own: `place(m)` is where weight m of a block lands. So x is laid
+ * out once per call in the same order. With AVX-512 a block is 8 words of 32 bits; shifting them
+ * right by 4 j leaves the codes of the weights 8 i + (j ^ 1), i = 0..7, ready for a permute of 16
+ * floats. With AVX2 a byte shuffle looks up the four bytes of each float, even weights then odd.
  *
  * Order of additions. k is cut in stretches of CHUNK. Within one, lane l of VL adds up the places
  * l, l + VL, l + 2 VL, ...; `sum_each` joins the lanes; the stretches are added in order; the bias
@@ -45,16 +46,23 @@ INLINE float nf4_scale(const nf4_weight *w, int64_t block) {
     return w->nested_code[w->absmax_codes[block]] * w->nested_absmax[block >> 8] + *w->nested_offset;
 }
 
-#define BLOCK_VECTORS (64 / VL)
+/* A block is looked up in PARTS: a part's vectors are added to one sum each before the next weight
+ * row has its turn, and short chains of additions overlap better. */
+#if defined(ISA_AVX2)
+#define PARTS 2
+#else
+#define PARTS 1
+#endif
+#define PART_VECTORS (64 / VL / PARTS)
 
-/* 64 weights of one scale, in the places described above. The scale goes into the table: what
- * comes out is rounded exactly as level * scale. */
+/* Part of a block of 64 weights of one scale, in its places: level * scale, rounded once. */
 #if defined(ISA_AVX512)
-INLINE void nf4_block(const uint8_t *packed, float scale, vf to[BLOCK_VECTORS]) {
+INLINE void nf4_block(const uint8_t *packed, float scale, const int part, vf to[PART_VECTORS]) {
     const __m512i shifts = _mm512_set_epi32(4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0);
     const __m512 table = _mm512_mul_ps(_mm512_load_ps(LEVELS), _mm512_set1_ps(scale));
     __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)packed));
     words = _mm512_srlv_epi32(words, shifts);
+    (void)part;
     /* vpermps reads the low four bits of each word: no mask is needed */
     to[0] = _mm512_permutexvar_ps(words, table);
     to[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 8), table);
@@ -62,23 +70,42 @@ INLINE void nf4_block(const uint8_t *packed, float scale, vf to[BLOCK_VECTORS]) 
     to[3] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 24), table);
 }
 #elif defined(ISA_AVX2)
-INLINE void nf4_block(const uint8_t *packed, float scale, vf to[BLOCK_VECTORS]) {
-    const __m256i words = _mm256_loadu_si256((const __m256i *)packed);
+/* LEVEL_BYTES[k][c] is byte k of LEVELS[c]: a table of 16 floats as four tables of 16 bytes, which
+ * is what one shuffle can look up. Cheaper than two permutes of 8 floats and a blend. */
+static const uint8_t LEVEL_BYTES[4][16] __attribute__((aligned(16))) = {
+    {0, 177, 48, 160, 77, 63, 113, 0, 255, 227, 221, 58, 184, 171, 179, 0},
+    {0, 57, 107, 50, 162, 53, 120, 0, 250, 202, 4, 3, 164, 7, 19, 0},
+    {128, 50, 6, 202, 145, 61, 186, 0, 162, 36, 124, 173, 225, 16, 57, 128},
+    {191, 191, 191, 190, 190, 190, 189, 0, 61, 62, 62, 62, 62, 63, 63, 63},
+};
+
+INLINE __m256i nf4_bytes(int k, __m256i codes) {
+    const __m128i table = _mm_load_si128((const __m128i *)LEVEL_BYTES[k]);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
+}
+
+INLINE void nf4_block(const uint8_t *packed, float scale, const int part, vf to[PART_VECTORS]) {
+    const __m256i pairs = _mm256_loadu_si256((const __m256i *)packed);
+    const __m256i mask = _mm256_set1_epi8(15);
     const __m256 factor = _mm256_set1_ps(scale);
-    const __m256 low = _mm256_mul_ps(_mm256_load_ps(LEVELS), factor);
-    const __m256 high = _mm256_mul_ps(_mm256_load_ps(LEVELS + 8), factor);
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) {
-        /* permutevar8x32 reads three bits; the fourth, moved to the sign, picks the half */
-        __m256i code = _mm256_srli_epi32(words, 4 * j);
-        __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * j));
-        to[j] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code),
-                                 _mm256_permutevar8x32_ps(high, code), pick);
-    }
+    const __m256i codes = _mm256_and_si256(part ? pairs : _mm256_srli_epi16(pairs, 4), mask);
+    const __m256i b0 = nf4_bytes(0, codes), b1 = nf4_bytes(1, codes);
+    const __m256i b2 = nf4_bytes(2, codes), b3 = nf4_bytes(3, codes);
+    const __m256i low_left = _mm256_unpacklo_epi8(b0, b1);
+    const __m256i low_right = _mm256_unpackhi_epi8(b0, b1);
+    const __m256i high_left = _mm256_unpacklo_epi8(b2, b3);
+    const __m256i high_right = _mm256_unpackhi_epi8(b2, b3);
+#define LEVELS_OF(words) _mm256_mul_ps(_mm256_castsi256_ps(words), factor)
+    to[0] = LEVELS_OF(_mm256_unpacklo_epi16(low_left, high_left));
+    to[1] = LEVELS_OF(_mm256_unpackhi_epi16(low_left, high_left));
+    to[2] = LEVELS_OF(_mm256_unpacklo_epi16(low_right, high_right));
+    to[3] = LEVELS_OF(_mm256_unpackhi_epi16(low_right, high_right));
+#undef LEVELS_OF
 }
 #else
-INLINE void nf4_block(const uint8_t *packed, float scale, vf to[BLOCK_VECTORS]) {
+INLINE void nf4_block(const uint8_t *packed, float scale, const int part, vf to[PART_VECTORS]) {
     float table[16], value[64];
+    (void)part;
     for (int c = 0; c < 16; c++) table[c] = LEVELS[c] * scale;
     for (int i = 0; i < 8; i++)
         for (int h = 0; h < 4; h++) {
@@ -86,7 +113,7 @@ INLINE void nf4_block(const uint8_t *packed, float scale, vf to[BLOCK_VECTORS]) 
             value[8 * (2 * h) + i] = table[pair & 15];
             value[8 * (2 * h + 1) + i] = table[pair >> 4];
         }
-    for (int v = 0; v < BLOCK_VECTORS; v++) to[v] = load(value + v * VL);
+    for (int v = 0; v < PART_VECTORS; v++) to[v] = load(value + v * VL);
 }
 #endif
 
@@ -102,7 +129,33 @@ INLINE void nf4_scales(const nf4_weight *w, int64_t first, int64_t blocks, float
 }
 
 /* The place of weight m of a block, m < 64. */
-INLINE int place(int m) { return 8 * ((m & 7) ^ 1) + (m >> 3); }
+INLINE int place(int m) {
+#if defined(ISA_AVX2)
+    return 32 * (m & 1) + 8 * (m % 32 / 8) + 4 * (m / 32) + m % 8 / 2;
+#else
+    return 8 * ((m & 7) ^ 1) + (m >> 3);
+#endif
+}
+
+/* A block of 64 values of x to the places of their weights. */
+INLINE void nf4_place_block(const float *x, float *to) {
+#if defined(ISA_AVX2)
+    for (int q = 0; q < 4; q++) {
+        const float *from = x + 8 * q;
+        __m256 left = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)),
+                                           _mm_loadu_ps(from + 32), 1);
+        __m256 right = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + 4)),
+                                            _mm_loadu_ps(from + 36), 1);
+        _mm256_storeu_ps(to + 8 * q, _mm256_shuffle_ps(left, right, 0x88));
+        _mm256_storeu_ps(to + 8 * q + 32, _mm256_shuffle_ps(left, right, 0xDD));
+    }
+#else
+    static const int swapped[8] = {1, 0, 3, 2, 5, 4, 7, 6};
+    float turned[64];
+    transpose8(x, 8, turned, 8);
+    for (int j = 0; j < 8; j++) memcpy(to + 8 * j, turned + 8 * swapped[j], 32);
+#endif
+}
 
 /* `blocks` blocks of 64 weights of row `o` from column k0 on; columns beyond `in` become 0. */
 INLINE void nf4_row(const nf4_weight *w, int64_t o, int64_t k0, int64_t blocks, float *to) {
@@ -111,10 +164,14 @@ INLINE void nf4_row(const nf4_weight *w, int64_t o, int64_t k0, int64_t blocks, 
         float scales[CHUNK / 64];
         nf4_scales(w, first, blocks, scales);
         for (int64_t i = 0; i < blocks; i++) {
-            vf weights[BLOCK_VECTORS];
-            nf4_block(w->packed + first / 2 + 32 * i, scales[i], weights);
+#pragma GCC unroll 2
+            for (int part = 0; part < PARTS; part++) {
+                vf weights[PART_VECTORS];
+                nf4_block(w->packed + first / 2 + 32 * i, scales[i], part, weights);
 #pragma GCC unroll 16
-            for (int v = 0; v < BLOCK_VECTORS; v++) store(to + 64 * i + v * VL, weights[v]);
+                for (int v = 0; v < PART_VECTORS; v++)
+                    store(to + 64 * i + (part * PART_VECTORS + v) * VL, weights[v]);
+            }
         }
         return;
     }
@@ -132,17 +189,12 @@ INLINE void nf4_row(const nf4_weight *w, int64_t o, int64_t k0, int64_t blocks, 
 
 /* x [in] in the places of the weights, zeros beyond `in`. */
 INLINE void nf4_place_x(const float *x, int64_t in, float *to) {
-    static const int swapped[8] = {1, 0, 3, 2, 5, 4, 7, 6};
     const int64_t whole = in / 64 * 64;
-    float block[64], turned[64];
-    for (int64_t k = 0; k < whole; k += 64) {
-        transpose8(x + k, 8, turned, 8);
-        for (int j = 0; j < 8; j++) memcpy(to + k + 8 * j, turned + 8 * swapped[j], 32);
-    }
+    float rest[64] = {0};
+    for (int64_t k = 0; k < whole; k += 64) nf4_place_block(x + k, to + k);
     if (whole == in) return;
-    memset(block, 0, sizeof block);
-    memcpy(block, x + whole, (size_t)(in - whole) * sizeof *x);
-    for (int m = 0; m < 64; m++) to[whole + place(m)] = block[m];
+    memcpy(rest, x + whole, (size_t)(in - whole) * sizeof *x);
+    nf4_place_block(rest, to + whole);
 }
 
 /* out[t][r] = the dot product of weight row r < 4 and x row t < tile, over `length` floats. */
@@ -190,6 +242,9 @@ static void dot_rows(const float *w, int64_t w_stride, const float *x, int64_t x
     }
 }
 
+/* Rows of x in the next tile of `rows` that are left: 8 make 4 + 4, not 6 + 2. */
+INLINE int64_t even_tile(int64_t rows) { return ceil_div(rows, ceil_div(rows, TILE)); }
+
 /* y[t][o0 + r] (+)= sums[t][r]: one stretch more of the dot products. */
 INLINE void nf4_gather(const nf4_weight *w, float sums[][4], int tile, int64_t o0, int64_t count,
                        const float *bias, int first, int last, float *y) {
@@ -213,12 +268,13 @@ static void nf4_panel(const nf4_weight *w, int64_t o0, int64_t count, const floa
             nf4_row(w, o0 + r, k0, length / 64, panel + r * length);
         for (int64_t r = count; r % 4; r++)
             memset(panel + r * length, 0, (size_t)length * sizeof *panel);
-        for (int64_t t0 = 0; t0 < rows; t0 += TILE) {
-            const int tile = (int)min_(TILE, rows - t0);
+        for (int64_t t0 = 0, tile; t0 < rows; t0 += tile) {
+            tile = even_tile(rows - t0);
             for (int64_t r0 = 0; r0 < count; r0 += 4) {
-                dot_rows(panel + r0 * length, length, placed + t0 * width + k0, width, length, tile,
+                dot_rows(panel + r0 * length, length, placed + t0 * width + k0, width, length,
+                         (int)tile,
                          sums);
-                nf4_gather(w, sums, tile, o0 + r0, min_(4, count - r0), bias, k0 == 0,
+                nf4_gather(w, sums, (int)tile, o0 + r0, min_(4, count - r0), bias, k0 == 0,
                            k0 + length == width, y + t0 * w->out);
             }
         }
@@ -244,16 +300,19 @@ INLINE void nf4_direct_tile(const nf4_weight *w, int64_t o0, int64_t count, cons
 #pragma GCC unroll 8
             for (int t = 0; t < tile; t++) sum[r][t] = splat(0.0f);
         for (int64_t i = 0; i < length / 64; i++) {
-            const float *x = placed + k0 + 64 * i;
+#pragma GCC unroll 2
+            for (int part = 0; part < PARTS; part++) {
+                const float *x = placed + k0 + 64 * i + part * PART_VECTORS * VL;
 #pragma GCC unroll 8
-            for (int r = 0; r < 4; r++) {
-                vf weights[BLOCK_VECTORS];
-                nf4_block(packed[r] + 32 * i, scales[r][i], weights);
+                for (int r = 0; r < 4; r++) {
+                    vf weights[PART_VECTORS];
+                    nf4_block(packed[r] + 32 * i, scales[r][i], part, weights);
 #pragma GCC unroll 16
-                for (int v = 0; v < BLOCK_VECTORS; v++)
+                    for (int v = 0; v < PART_VECTORS; v++)
 #pragma GCC unroll 8
-                    for (int t = 0; t < tile; t++)
-                        sum[r][t] = fma_(weights[v], load(x + t * w->in + v * VL), sum[r][t]);
+                        for (int t = 0; t < tile; t++)
+                            sum[r][t] = fma_(weights[v], load(x + t * w->in + v * VL), sum[r][t]);
+                }
             }
         }
 #pragma GCC unroll 8
