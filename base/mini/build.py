@@ -120,7 +120,7 @@ class Checkpoint:
             for name, p in net.named_parameters():
                 p.copy_(tensors[f"model.{name}"])
                 adam.state[p] = {
-                    "step": tensors[f"step.{name}"],
+                    "step": tensors[f"step.{name}"].to(p.device),
                     "exp_avg": tensors[f"exp_avg.{name}"].to(p.device),
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(p.device),
                 }

@@ -288,8 +288,9 @@ def _open_relation(rng: Random) -> Relation:
         )
     if form == "rest":
         verb = rng.choice(words.RESTS)
-        asked = (f"Where does {{n}} {verb}?",)
-        return Relation("spot", (f"{{n}} {words.third(verb)} {{v}}.",), asked)
+        return Relation(
+            "spot", (f"{{n}} {words.third(verb)} {{v}}.",), (f"Where does {{n}} {verb}?",)
+        )
     verb = rng.choice(("arrive", "close", "come", "end", "leave", "open", "start", "stop"))
     asked = (f"When does {{n}} {verb}?", f"At what time does {{n}} {verb}?")
     return Relation("hour", (f"{{n}} {words.third(verb)} at {{v}}.",), asked)
@@ -437,7 +438,7 @@ def document(rng: Random, split: Split, difficulty: float) -> Document:
     known = knowledge(rng, names, rng.randint(1, most), difficulty)
     count = min(14, len(known.facts) * rng.randint(1, 2) + 1)
     turns = ask(rng, names, known, count, unknown=0.09 * min(1.0, 2 * difficulty))
-    passages = known.passages
+    passages: tuple[str, ...] = known.passages
     if rng.random() < 0.15 * difficulty:
         passages = _beside_other_text(rng, split, passages)
     shown = context(rng, passages)
