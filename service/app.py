@@ -36,6 +36,7 @@ from service.metrics import Metrics
 
 if TYPE_CHECKING:
     from adapters.delta import LoweredAdapter
+    from adapters.manifest import AdapterManifest
     from service.engine.request import AdapterRef
 
 UPLOADS_AT_ONCE = 4
@@ -166,13 +167,19 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         raise UnservableBase(f"{settings.base} has no tokenizer, so it cannot read a prompt")
     limits = Limits(max_weights_bytes=settings.max_upload_bytes, max_rank=settings.max_rank)
     store = open_store(settings)
-    if settings.adapters is not None:
-        found = store.load_directory(settings.adapters, base.spec, limits)
-        logger.info("adapters", added=len(found.added), refused=sorted(found.refused))
 
     def fetch(ref: AdapterRef) -> LoweredAdapter:
         manifest = store.resolve(f"sha256:{ref.digest}")
-        return lower(manifest, store.weights_path(manifest), base, placement=ref.placement)
+        return lower(
+            manifest,
+            store.weights_path(manifest),
+            base,
+            placement=ref.placement,
+            merged_dtype=ref.merged_dtype,
+        )
+
+    def probe(draft: AdapterManifest, weights: Path) -> None:
+        engine.probe(lower(draft, weights, base))
 
     config = EngineConfig(
         block_size=settings.block_size,
@@ -186,6 +193,9 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
     )
     engine = Engine(base, fetch, config, metrics)
     engine.start()
+    if settings.adapters is not None:
+        found = store.load_directory(settings.adapters, base.spec, limits, probe)
+        logger.info("adapters", added=len(found.added), refused=sorted(found.refused))
     dtype = str(base.dtype).removeprefix("torch.")
     metrics.describe(
         cache={
@@ -207,6 +217,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         store=store,
         engine=engine,
         limits=limits,
+        probe=probe,
     )
 
 

@@ -13,11 +13,10 @@ from pydantic import ConfigDict, Field
 
 from adapters.errors import AdapterNotFound
 from adapters.manifest import AdapterManifest, MergedDtype, Placement
-from service.api.deps import DeskDep, Serving, ServingDep
+from service.api.deps import DeskDep, Serving, ServingDep, adapter_ref
 from service.api.errors import Refused
 from service.api.upload import Upload, received
 from service.api.wire import Incoming, Outgoing, PathName, refusals
-from service.engine.request import AdapterRef
 from service.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -65,6 +64,7 @@ class ResidencyView(Outgoing):
 
     tier: Literal["slot", "host"]
     placement: str
+    merged_dtype: str = Field(description="Of the private weights; empty when unmerged.")
     bytes: int
     pinned: bool
     running: int = Field(description="Sequences that use it at this moment.")
@@ -236,7 +236,7 @@ async def drop_alias(name: PathName, alias: PathName, serving: ServingDep) -> JS
 async def load(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Bring an adapter to its slot now, so that no request has to wait for it."""
     manifest = await asyncio.to_thread(serving.store.resolve, name)
-    report = await desk.slowly(serving.engine.load, _ref(manifest))
+    report = await desk.slowly(serving.engine.load, adapter_ref(manifest))
     body = {
         "name": manifest.name,
         "version": manifest.version,
@@ -254,7 +254,7 @@ async def load(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONRespon
 async def pin(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Load an adapter and keep it in its slot, whatever else comes."""
     manifest = await asyncio.to_thread(serving.store.resolve, name)
-    await desk.slowly(serving.engine.pin, _ref(manifest))
+    await desk.slowly(serving.engine.pin, adapter_ref(manifest))
     return _reply(_pinned(manifest, True), 200, manifest)
 
 
@@ -276,6 +276,7 @@ def _add(arrived: Upload, serving: Serving) -> AdapterManifest:
         serving.limits,
         placement=_one_of(arrived, "placement", get_args(Placement), "unmerged"),
         merged_dtype=_one_of(arrived, "merged_dtype", get_args(MergedDtype), "bfloat16"),
+        probe=serving.probe,
     )
 
 
@@ -291,20 +292,20 @@ def _one_of(arrived: Upload, name: str, allowed: Sequence[str], default: str) ->
 def _delete(name: str, serving: Serving) -> Sequence[AdapterManifest]:
     """Delete the rows, then free slots and blocks of every digest that no row names any more."""
     gone = serving.store.delete(name)
-    for one in {_ref(manifest): manifest for manifest in gone}.values():
+    for one in {adapter_ref(manifest): manifest for manifest in gone}.values():
         try:
             other = serving.store.resolve(f"sha256:{one.digest}")
         except AdapterNotFound:
             serving.engine.forget(one.digest)
         else:
-            if other.placement != one.placement:
+            if adapter_ref(other).key != adapter_ref(one).key:
                 _unpin(one, serving)
     return gone
 
 
 def _unpin(manifest: AdapterManifest, serving: Serving) -> None:
     with suppress(KeyError):  # it has no slot: nothing is pinned
-        serving.engine.unpin(_ref(manifest))
+        serving.engine.unpin(adapter_ref(manifest))
 
 
 def _target(name: str, body: AliasBody, serving: Serving) -> AdapterManifest:
@@ -314,10 +315,6 @@ def _target(name: str, body: AliasBody, serving: Serving) -> AdapterManifest:
         if one.version == body.version or one.digest == (body.digest or "").removeprefix("sha256:"):
             return one
     raise AdapterNotFound(f"{name}@{body.version or body.digest}")
-
-
-def _ref(manifest: AdapterManifest) -> AdapterRef:
-    return AdapterRef(manifest.digest, manifest.name, manifest.placement)
 
 
 def _reply(body: dict[str, Any], status: int, manifest: AdapterManifest) -> JSONResponse:
@@ -348,6 +345,7 @@ def _residency(one: Resident) -> dict[str, Any]:
     return {
         "tier": one.tier,
         "placement": one.placement,
+        "merged_dtype": one.merged_dtype,
         "bytes": one.nbytes,
         "pinned": one.pinned,
         "running": one.running,

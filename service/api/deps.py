@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, Protocol, TypeVar
 from fastapi import Depends, Request
 
 from adapters.limits import Limits
-from adapters.store import AdapterStore
+from adapters.manifest import AdapterManifest
+from adapters.store import AdapterStore, Probe
 from base.spec import BaseSpec
 from service.admission import Admission
 from service.api.errors import Refused
@@ -80,6 +81,7 @@ class Serving:
     store: AdapterStore
     engine: GenerationEngine
     limits: Limits
+    probe: Probe  # the last check of an upload: lower it, and run it over some tokens
 
 
 @dataclass(slots=True)
@@ -101,6 +103,11 @@ class Desk:
         """Run something slow in a thread. Not undone when the client goes: it is shielded."""
         call = partial(work, *arguments, **named)
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.slow, call))
+
+
+def adapter_ref(manifest: AdapterManifest) -> AdapterRef:
+    """What the engine is asked for when a request names this version."""
+    return AdapterRef(manifest.digest, manifest.name, manifest.placement, manifest.merged_dtype)
 
 
 async def desk(request: Request) -> Desk:

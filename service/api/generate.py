@@ -17,7 +17,15 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
 from adapters.manifest import AdapterManifest
 from service.admission import Ticket
-from service.api.deps import Desk, DeskDep, EventStream, Serving, ServingDep, unless_gone
+from service.api.deps import (
+    Desk,
+    DeskDep,
+    EventStream,
+    Serving,
+    ServingDep,
+    adapter_ref,
+    unless_gone,
+)
 from service.api.generation import Collector, Origin, completion, stream_events
 from service.api.generation_schema import Completion, StreamEvent
 from service.api.sse import EventReply
@@ -35,8 +43,8 @@ from service.api.wire import (
     TokenId,
     refusals,
 )
-from service.engine.request import AdapterRef, Sampling
 from service.engine.request import Request as Generation
+from service.engine.request import Sampling
 from service.errors import InvalidRequest
 
 DEFAULT_NEW_TOKENS = 128
@@ -359,7 +367,7 @@ def _generation(
         id=secrets.token_hex(8),
         prompt=prompt,
         sampling=sampling,
-        adapter=_ref(manifest),
+        adapter=adapter_ref(manifest) if manifest else None,
         n=given.sequences,
         prompt_logprobs=given.decoder_input_details,
     )
@@ -377,9 +385,3 @@ def _room(given: Parameters, length: int, limit: int) -> int:
             "parameters.max_new_tokens",
         )
     return wanted
-
-
-def _ref(manifest: AdapterManifest | None) -> AdapterRef | None:
-    if manifest is None:
-        return None
-    return AdapterRef(manifest.digest, manifest.name, manifest.placement)

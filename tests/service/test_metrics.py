@@ -143,12 +143,12 @@ def test_no_series_grows_with_adapters() -> None:
 
 
 def test_residents_are_asked_at_every_scrape() -> None:
-    held = [Resident("d", "unmerged", "slot", 10), Resident("e", "merged", "slot", 5)]
+    held = [Resident("d", "unmerged", "", "slot", 10), Resident("e", "merged", "nf4", "slot", 5)]
     metrics = Metrics("m")
     metrics.describe({"block_size": "16"}, {"version": "1"}, max_lora=1, residents=lambda: held)
     assert value(metrics, "nibble:adapters_resident", tier="slot") == 2
     assert value(metrics, "nibble:adapter_bytes", tier="slot") == 15
-    held.append(Resident("d", "unmerged", "host", 7))
+    held.append(Resident("d", "unmerged", "", "host", 7))
     assert value(metrics, "nibble:adapters_resident", tier="host") == 1
     assert value(metrics, "nibble:adapter_bytes", tier="host") == 7
     assert samples(metrics)["vllm:cache_config_info", frozenset({("block_size", "16")})] == 1

@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from service.api import adapters as views
 from tests.oracle import make_adapter
@@ -182,6 +184,40 @@ def test_load_pin_unpin(client: httpx.Client, uploads: Path, fresh: str) -> None
         assert reply.json()["pinned"] is wanted
         (place,) = client.get(f"/adapters/{fresh}").json()["residency"]
         assert (place["placement"], place["pinned"]) == ("merged", wanted)
+
+
+def test_an_adapter_that_computes_nan_is_refused_before_anybody_sees_it(
+    client: httpx.Client, server: Running, uploads: Path, tmp_path: Path
+) -> None:
+    """Every number in the file is finite and allowed; only a forward pass shows the overflow."""
+    tensors = load_file(uploads / "first" / "adapter_model.safetensors")
+    huge = {name: torch.full_like(one, 9e5) for name, one in tensors.items()}
+    for name in huge:
+        if "lora_B" in name:
+            huge[name][::2] *= -1  # so that some gates open, whatever the sign of their input
+    config = json.loads((uploads / "first" / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 20000}))
+    save_file(huge, tmp_path / "adapter_model.safetensors")
+    reply = push(client, "huge", tmp_path)
+    assert reply.status_code == 422, reply.text
+    assert reply.json()["error_type"] == "invalid_adapter"
+    assert "finite" in reply.json()["error"]
+    assert client.get("/adapters/huge").status_code == 404
+    assert leftovers(server) == []
+
+
+def test_two_roundings_of_one_adapter_are_two_adapters(
+    client: httpx.Client, uploads: Path, fresh: str
+) -> None:
+    push(client, fresh, uploads / "first", placement="merged", merged_dtype="float32")
+    push(client, fresh, uploads / "first", placement="merged", merged_dtype="nf4")
+    errors = [
+        client.post(f"/adapters/{fresh}@{version}/load").json()["requantisation_error"] or 0
+        for version in (1, 2)
+    ]
+    assert errors[0] < 1e-4 < errors[1]
+    shown = client.get(f"/adapters/{fresh}").json()["residency"]
+    assert {one["merged_dtype"] for one in shown if one["tier"] == "slot"} == {"float32", "nf4"}
 
 
 def test_own_template(client: httpx.Client, uploads: Path, fresh: str) -> None:
