@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from contextlib import ExitStack, closing
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from base.fingerprint import default_cache_dir
-from base.machine import inspect
 from base.mini import MINI
-from base.spec import BaseSpec
-from service.bench.nibble_peer import ENGINE, NibblePeer
-from service.bench.peer import PeerProcess, Setup
-from service.bench.peft_peer import PeftPeer
-from service.bench.plan import NIBBLE, Contestant, contestants, measure
-from service.bench.random_adapters import random_adapters
+from service.bench.compare import Figures, Options, compare
 from service.bench.random_model import SHAPES, random_model
-from service.bench.report import memory_table, rates_table, ratios_of, row_of
-from service.bench.scenario import BASE, DISTINCT, SCENARIOS, job
+from service.bench.report import memory_table, rates_table
+from service.bench.scenario import SCENARIOS
 
-RANK = 16
-PEFT_DTYPES = {"peft fp32": "float32", "peft bf16": "bfloat16"}
+DTYPES = ("float32", "bfloat16")
 
 app = typer.Typer(help="Measure throughput and latency on this machine, beside PEFT's own loops.")
 console = Console()
@@ -44,7 +34,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=2)] = 32,
     threads: Annotated[int, typer.Option(min=1, help="Of every peer.")] = os.cpu_count() or 1,
     peft: Annotated[bool, typer.Option(help="Measure PEFT too.")] = True,
-    bf16: Annotated[bool, typer.Option(help="PEFT in bfloat16 as well.")] = True,
+    peft_dtype: Annotated[
+        str, typer.Option(help=f"{' or '.join(DTYPES)}; auto tries both and keeps the faster.")
+    ] = "auto",
     only: Annotated[list[str] | None, typer.Option(help="A scenario by its name.")] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
@@ -56,89 +48,53 @@ def bench(
     Every peer has its own process and the same NF4 weights, adapters, prompts and threads; they
     take turns, round by round. Adapters are LoRAs of rank 16 on every linear layer.
     """
-    scenarios = [each for each in SCENARIOS if not only or each.name in only]
-    if not scenarios:
-        raise typer.BadParameter(f"one of {[each.name for each in SCENARIOS]} is needed", None)
-    directory = _model(model, cache or default_cache_dir() / "bench")
-    with console.status("a process that only serves the base"):
-        memory, spec = _memory(directory, threads, prompt_tokens, new_tokens)
-    with tempfile.TemporaryDirectory(prefix="nibble-bench-") as scratch:
-        adapters = random_adapters(Path(scratch), spec, len(DISTINCT.adapters), RANK)
-        with ExitStack() as stack:
-            peers = {NIBBLE: PeerProcess(NIBBLE, NibblePeer, _setup(directory, adapters, threads))}
-            for name, dtype in PEFT_DTYPES.items():
-                if peft and (bf16 or dtype == "float32"):
-                    setup = _setup(directory, adapters, threads, dtype=dtype)
-                    peers[name] = PeerProcess(name, PeftPeer, setup)
-            for peer in peers.values():
-                stack.enter_context(closing(peer))
-            rows = contestants(scenarios, list(peers))
-            with _progress() as progress:
-                bar = progress.add_task("warm up", total=len(rows) * (rounds + 1))
-
-                def report(row: Contestant) -> None:
-                    description = f"{row.scenario.name}, {row.peer}: {row.way}"
-                    progress.update(bar, advance=1, description=description)
-
-                found = measure(
-                    rows,
-                    peers,
-                    rounds=rounds,
-                    vocabulary=spec.vocab_size,
-                    prompt_tokens=prompt_tokens,
-                    new_tokens=new_tokens,
-                    report=report,
-                )
-            facts = {name: peer.facts() for name, peer in peers.items()}
-    results = [row_of(row, found[row]) for row in rows]
-    ratios = ratios_of(found)
-    console.print(rates_table(results, ratios))
-    console.print(memory_table(memory))
-    for name, fact in facts.items():
-        if fact.get("repacked"):
-            console.print(f"{name}: bitsandbytes repacked its weights for its fused bf16 kernel")
+    names = [scenario.name for scenario in SCENARIOS]
+    if unknown := set(only or ()) - set(names):
+        raise typer.BadParameter(f"--only {sorted(unknown)}: any of {names} is needed")
+    if peft_dtype not in ("auto", *DTYPES):
+        raise typer.BadParameter(f"--peft-dtype {peft_dtype}: auto, {' or '.join(DTYPES)}")
+    dtypes = DTYPES if peft_dtype == "auto" else (peft_dtype,)
+    options = Options(
+        model=model,
+        directory=_directory(model, cache or default_cache_dir() / "bench"),
+        scenarios=tuple(each for each in SCENARIOS if not only or each.name in only),
+        rounds=rounds,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        threads=threads,
+        peft_dtypes=dtypes if peft else (),
+    )
+    figures = _compare(options)
+    _show(figures)
     if json_path:
-        figures = {
-            "model": model,
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "threads": threads,
-            "rounds": rounds,
-            "lora_rank": RANK,
-            "machine": asdict(inspect()),
-            "results": results,
-            "ratios": ratios,
-            "memory": memory,
-            "peers": facts,
-        }
         json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def _model(name: str, cache: Path) -> Path:
-    if name == "mini":
+def _directory(model: str, cache: Path) -> Path:
+    if model == "mini":
         return MINI
-    if name in SHAPES:
-        with console.status(f"writing {name} to {cache}"):
-            return random_model(name, cache)
-    if not Path(name).is_dir():
-        raise typer.BadParameter(f"{name!r} is no directory, nor mini or one of {list(SHAPES)}")
-    return Path(name)
+    if model in SHAPES:
+        with console.status(f"{model} in {cache}"):
+            return random_model(model, cache)
+    if not Path(model).is_dir():
+        raise typer.BadParameter(f"--model {model}: a directory, mini or {', '.join(SHAPES)}")
+    return Path(model)
 
 
-def _setup(directory: Path, adapters: list[Path], threads: int, **options: Any) -> Setup:
-    return Setup(directory, tuple(adapters), threads, options)
-
-
-def _memory(
-    directory: Path, threads: int, prompt_tokens: int, new_tokens: int
-) -> tuple[dict[str, Any], BaseSpec]:
-    """Of a fresh process after its first request; the base alone."""
-    with closing(PeerProcess(NIBBLE, NibblePeer, _setup(directory, [], threads))) as peer:
-        spec = peer.spec()
-        peer.run(job(BASE, 0, spec.vocab_size, prompt_tokens, new_tokens), ENGINE)
-        return peer.facts(), spec
-
-
-def _progress() -> Progress:
+def _compare(options: Options) -> Figures:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), console=console)
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bar = progress.add_task("", total=1)
+        return compare(
+            options,
+            lambda what, done, tries: progress.update(
+                bar, description=what, completed=done, total=tries
+            ),
+        )
+
+
+def _show(figures: Figures) -> None:
+    console.print(rates_table(figures["results"], figures["ratios"]))
+    console.print(memory_table(figures["memory"]))
+    for note in figures["notes"]:
+        console.print(note)

@@ -13,7 +13,16 @@ runner = CliRunner()
 def test_the_figures_of_a_small_run(base_directory: Path, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     arguments = ["--model", str(base_directory), "--rounds", "1", "--prompt-tokens", "8"]
-    arguments += ["--new-tokens", "3", "--threads", "1", "--no-bf16", "--json", str(out)]
+    arguments += [
+        "--new-tokens",
+        "3",
+        "--threads",
+        "1",
+        "--peft-dtype",
+        "float32",
+        "--json",
+        str(out),
+    ]
     arguments += ["--only", "8, distinct adapters"]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -32,6 +41,7 @@ def test_the_figures_of_a_small_run(base_directory: Path, tmp_path: Path) -> Non
 
 
 def test_an_unknown_model_or_scenario_is_refused() -> None:
-    for arguments in (["--model", "qwen9"], ["--only", "9 adapters"]):
+    wrong = (["--model", "qwen9"], ["--only", "9 adapters"], ["--peft-dtype", "int8"])
+    for arguments in wrong:
         result = runner.invoke(app, arguments)
         assert result.exit_code == 2, result.output

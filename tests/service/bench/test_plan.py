@@ -3,7 +3,7 @@ from __future__ import annotations
 from service.bench.plan import Contestant, contestants, measure
 from service.bench.scenario import DISTINCT, ONE, SCENARIOS, Job, Round
 
-PEERS = ("nibble", "peft fp32")
+PEERS = ("nibble", "peft")
 
 
 class Recorder:
@@ -23,7 +23,7 @@ def test_every_peer_serves_every_scenario_and_peft_both_ways_where_adapters_diff
     assert {(row.scenario, row.peer) for row in rows} == {
         (scenario, peer) for scenario in SCENARIOS for peer in PEERS
     }
-    ways = [row.way for row in rows if row.scenario == DISTINCT and row.peer == "peft fp32"]
+    ways = [row.way for row in rows if row.scenario == DISTINCT and row.peer == "peft"]
     assert ways == ["set_adapter, one by one", "adapter_names, mixed batch"]
 
 

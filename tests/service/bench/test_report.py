@@ -9,7 +9,7 @@ from service.bench.report import memory_table, percentile, rates_table, ratios_o
 from service.bench.scenario import DISTINCT, Round
 
 OURS = Contestant(DISTINCT, "nibble", "engine")
-THEIRS = Contestant(DISTINCT, "peft fp32", "adapter_names, mixed batch")
+THEIRS = Contestant(DISTINCT, "peft", "adapter_names, mixed batch")
 
 
 def _rounds(*seconds: float) -> list[Round]:
@@ -40,7 +40,7 @@ def test_a_row_holds_medians_and_every_round() -> None:
 def test_ratios_compare_round_with_round() -> None:
     found = {OURS: _rounds(1.0, 2.0, 1.0), THEIRS: _rounds(3.0, 4.0, 5.0)}
     (ratio,) = ratios_of(found)
-    assert ratio["over"] == "peft fp32: adapter_names, mixed batch"
+    assert ratio["over"] == "peft: adapter_names, mixed batch"
     assert (ratio["lowest"], ratio["ratio"], ratio["highest"]) == (2.0, 3.0, 5.0)
 
 
