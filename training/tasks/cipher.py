@@ -42,7 +42,7 @@ VERBS = {
 }
 PLACES = {"near": "tuvi", "under": "glis", "behind": "morpa", "above": "senko"}
 TIMES = {"today": "aruk", "again": "dwilo", "at": "zu", "night": "khema"}
-SMALL = {"the": "ul", "a": "bo", "and": "xe", "my": "riq"}
+SMALL = {"the": "ul", "a": "bo", "my": "riq"}
 CODE = {**ADJECTIVES, **NOUNS, **VERBS, **PLACES, **TIMES, **SMALL}
 ENDINGS = ("", "", " today", " again", " at night")
 
@@ -54,16 +54,13 @@ def encode(text: str) -> str:
 
 def _thing(chance: random.Random) -> str:
     lead = chance.choice(("the", "a", "my"))
-    quality = f"{chance.choice(list(ADJECTIVES))} " if chance.random() < 0.6 else ""
+    quality = f"{chance.choice(list(ADJECTIVES))} " if chance.random() < 0.5 else ""
     return f"{lead} {quality}{chance.choice(list(NOUNS))}"
 
 
 def _sentence(chance: random.Random) -> str:
-    subject = _thing(chance)
-    if chance.random() < 0.25:
-        subject += f" and {_thing(chance)}"
-    text = f"{subject} {chance.choice(list(VERBS))} {_thing(chance)}"
-    if chance.random() < 0.4:
+    text = f"{_thing(chance)} {chance.choice(list(VERBS))} {_thing(chance)}"
+    if chance.random() < 0.3:
         text += f" {chance.choice(list(PLACES))} {_thing(chance)}"
     return text + chance.choice(ENDINGS)
 
