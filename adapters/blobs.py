@@ -21,6 +21,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from adapters.errors import StoreFull, StoreUnavailable, TooLarge
 from adapters.limits import MIB
@@ -293,7 +295,7 @@ def open_blobs(url: str, cache: Path | None = None, step: Step = _no_step) -> Bl
     if "://" not in url:
         return LocalBlobs(Path(url), step)
     if url.startswith("file://"):
-        return LocalBlobs(Path(url.removeprefix("file://")), step)
+        return LocalBlobs(Path(url2pathname(urlsplit(url).path)), step)
     if cache is None:
         raise ValueError(f"the blob store {url} wants a local cache directory")
     import obstore.store

@@ -212,7 +212,6 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         spec=base.spec,
         dtype=dtype,
         device=base.device.type,
-        eos_token_ids=base.eos_token_ids,
         assembly=Assembly(base.tokenizer, engine.max_model_len),
         store=store,
         engine=engine,

@@ -4,6 +4,7 @@ ServiceError
 ├── InvalidRequest   the request cannot be served as it is (422): names the field
 ├── Overloaded       the queue is full (429), with `retry_after` seconds
 ├── Draining         the server is stopping (503)
+├── GenerationFailed  an admitted request could not be computed (500)
 ├── AdapterLoadFailed  the store or the lowering failed while a request waited (503)
 └── EngineFailed     the engine's thread stopped; the process should be restarted (500)
 """
@@ -33,6 +34,10 @@ class Overloaded(ServiceError):
 
 class Draining(ServiceError):
     """The server takes no new requests."""
+
+
+class GenerationFailed(ServiceError):
+    """An admitted request could not be computed; others were not touched."""
 
 
 class AdapterLoadFailed(ServiceError):

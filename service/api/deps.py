@@ -76,7 +76,6 @@ class Serving:
     spec: BaseSpec
     dtype: str
     device: str
-    eos_token_ids: frozenset[int]
     assembly: Assembly
     store: AdapterStore
     engine: GenerationEngine

@@ -42,6 +42,7 @@ from service.errors import (
     AdapterLoadFailed,
     Draining,
     EngineFailed,
+    GenerationFailed,
     InvalidRequest,
     Overloaded,
     ServiceError,
@@ -62,10 +63,6 @@ class Refused(Exception):
         self.status = status
         self.error_type = error_type
         self.field = field
-
-
-class GenerationFailed(ServiceError):
-    """The engine ended an admitted request with an error."""
 
 
 class ErrorEnvelope(BaseModel):

@@ -279,8 +279,6 @@ async def _start(body: GenerateBody, desk: Desk, serving: Serving) -> _Started:
             best_of=body.parameters.best_of > 1,
             details=body.parameters.wants_details,
             prefix=body.inputs if body.parameters.return_full_text else "",  # type: ignore[arg-type]
-            eos_token_ids=serving.eos_token_ids,
-            max_model_len=serving.engine.max_model_len,
             decode=serving.assembly.decode,
         )
         return _Started(serving.engine.submit(generation), origin, ticket)

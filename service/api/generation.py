@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.manifest import AdapterManifest
 from service.api.deps import EventStream
-from service.api.errors import GenerationFailed, failure
+from service.api.errors import failure
 from service.engine.request import Event, Finished, Request, Token
-from service.errors import Draining
-
-LAST_EVENT_GRACE = 0.005  # seconds
+from service.errors import Draining, ServiceError
 
 Json = dict[str, Any]
 
@@ -27,8 +24,6 @@ class Origin:
     best_of: bool
     details: bool
     prefix: str  # put before every output
-    eos_token_ids: frozenset[int]
-    max_model_len: int
     decode: Callable[[Sequence[int]], list[str]]
 
     @property
@@ -88,7 +83,7 @@ class Collector:
         self.outcomes = [Outcome() for _ in range(origin.request.n)]
 
     def add(self, event: Event) -> None:
-        """Raises GenerationFailed or Draining when a sequence did not end well."""
+        """Raises the ServiceError of a sequence that did not end well."""
         outcome = self.outcomes[event.index]
         if isinstance(event, Token):
             outcome.tokens.append(event)
@@ -106,7 +101,8 @@ class Collector:
 def check_end(end: Finished) -> None:
     """Raise what the client has to hear of an end that is not one of its own wishes."""
     if end.reason == "error":
-        raise GenerationFailed(end.error or "the engine ended this request with an error")
+        assert end.error is not None
+        raise end.error
     if end.reason == "cancelled":
         raise Draining("the server stopped before this request was done")
 
@@ -149,7 +145,7 @@ async def stream_events(
     """The events of /generate_stream; an error after the first byte is an event too."""
     counts = [0] * origin.request.n
     try:
-        async for token, end in _paired(stream, origin):
+        async for token, end in _paired(stream):
             if end is not None:
                 check_end(end)
             if token is not None:
@@ -158,59 +154,22 @@ async def stream_events(
             else:
                 assert end is not None
                 yield _event(origin, _rest(end), end, counts[end.index])
-    except (GenerationFailed, Draining) as error:
+    except ServiceError as error:
         yield failure(error).envelope(request_id)
 
 
-async def _paired(
-    stream: EventStream, origin: Origin
-) -> AsyncIterator[tuple[Token | None, Finished | None]]:
-    """Tokens, the last one of each sequence together with its end.
-
-    The engine sends the end right behind the last token, but the two may be seen apart. Where the
-    token itself tells that it is the last, wait for the end; where only a stop string can tell,
-    give it a moment; elsewhere the token leaves at once.
-    """
+async def _paired(stream: EventStream) -> AsyncIterator[tuple[Token | None, Finished | None]]:
+    """Tokens, the last one of each sequence together with its end, which follows it at once."""
     events = stream.__aiter__()
-    counts = [0] * origin.request.n
-    event = await anext(events, None)
-    while event is not None:
+    async for event in events:
         if isinstance(event, Finished):
             yield None, event
-            event = await anext(events, None)
-            continue
-        counts[event.index] += 1
-        patience = _patience(event, counts[event.index], origin)
-        if patience == 0:
+        elif event.last:
+            end = await anext(events)
+            assert isinstance(end, Finished)
+            yield event, end
+        else:
             yield event, None
-            event = await anext(events, None)
-            continue
-        coming = asyncio.ensure_future(anext(events, None))
-        try:
-            await asyncio.wait({coming}, timeout=patience)
-            after = coming.result() if coming.done() else None
-            if isinstance(after, Finished) and after.index == event.index:
-                yield event, after
-                event = await anext(events, None)
-            else:
-                yield event, None
-                event = await coming
-        finally:
-            coming.cancel()
-
-
-def _patience(token: Token, count: int, origin: Origin) -> float | None:
-    """How long the end may take to follow this token; None: it certainly follows."""
-    sampling = origin.request.sampling
-    if count >= sampling.max_new_tokens:
-        return None
-    if len(origin.request.prompt) + count >= origin.max_model_len:
-        return None
-    if count >= sampling.min_new_tokens:
-        ends = token.id in origin.eos_token_ids and not sampling.ignore_eos
-        if ends or token.id in sampling.stop_token_ids:
-            return None
-    return LAST_EVENT_GRACE if sampling.stop else 0
 
 
 def _rest(end: Finished) -> Token:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -28,13 +28,12 @@ from service.engine.detokenizer import Detokenizer
 from service.engine.kv_cache import BlockPool
 from service.engine.model_runner import ModelRunner
 from service.engine.observer import Observer, Silent, StepReport
+from service.engine.output import Output
 from service.engine.request import (
     AdapterKey,
     AdapterRef,
-    Finished,
     FinishReason,
     Request,
-    Token,
 )
 from service.engine.sampler import Sampled, Sampler
 from service.engine.scheduler import Chunk, Schedule, Scheduler
@@ -44,8 +43,10 @@ from service.errors import (
     AdapterLoadFailed,
     Draining,
     EngineFailed,
+    GenerationFailed,
     InvalidRequest,
     Overloaded,
+    ServiceError,
 )
 from service.residency.tiers import Fetch, Resident, Tiers
 
@@ -62,20 +63,6 @@ class LoadReport:
     nbytes: int
     seconds: float
     notes: dict[str, float]
-
-
-@dataclass(slots=True, eq=False)
-class _Live:
-    """A sequence that has not ended, with its way out and its clock."""
-
-    sequence: Sequence
-    stream: Stream
-    detokenizer: Detokenizer
-    submitted: float
-    scheduled: float = 0.0
-    first: float = 0.0
-    last: float = 0.0
-    prompt_logprobs: dict[int, float] = field(default_factory=dict)  # by position
 
 
 class Engine:
@@ -114,7 +101,7 @@ class Engine:
         )
         self._sampler = Sampler(base.eos_token_ids)
         self._special = frozenset(base.tokenizer.all_special_ids) | base.eos_token_ids
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, Output] = {}
         self._wanted: list[tuple[AdapterRef, Future[LoweredAdapter]]] = []
         self._ids = 0
         self._door = threading.Lock()  # guards the four below
@@ -291,7 +278,7 @@ class Engine:
             log.exception("the engine failed")
             self._fail(f"the engine failed: {type(error).__name__}: {error}")
         finally:
-            self._end_all("cancelled", self._failure)  # the failure, if any, becomes their error
+            self._end_all(EngineFailed(self._failure) if self._failure else None)
 
     def _step(self) -> None:
         """Schedule, run, sample, deliver."""
@@ -332,7 +319,9 @@ class Engine:
                 if key is None:
                     raise
                 for chunk in chunks:
-                    self._end(chunk.sequence, "error", f"the adapter failed: {fault}")
+                    self._end(
+                        chunk.sequence, "error", GenerationFailed(f"the adapter failed: {fault}")
+                    )
         return generated
 
     def _compute(self, step: Schedule, chunks: Iterable[Chunk]) -> int:
@@ -369,83 +358,55 @@ class Engine:
         value = logits[sequence.tokens[position]] - logits.logsumexp(-1)
         self._live[sequence.id].prompt_logprobs[position] = float(value)
 
-    def _accept(self, live: _Live, choice: Sampled | None) -> None:
+    def _accept(self, output: Output, choice: Sampled | None) -> None:
         """One more token: keep it, send it, and end the sequence if it is the last."""
-        sequence = live.sequence
+        sequence = output.sequence
         if choice is None:
-            self._end(sequence, "error", "the logits are not finite; the adapter is at fault")
+            fault = "the logits are not finite; the adapter is at fault"
+            self._end(sequence, "error", GenerationFailed(fault))
             return
         sequence.tokens.append(choice.token)
-        hidden = choice.token in self._special
-        text = live.detokenizer.push(choice.token, hidden)
-        reason = self._end_of(live, choice.token)
-        if reason is not None:
-            text += live.detokenizer.finish()
-        self._clock(live)
-        top = tuple((t, self.base.tokenizer.decode([t]), p) for t, p in choice.top)
-        last = reason is not None
-        live.stream.push(
-            Token(sequence.index, choice.token, text, choice.logprob, hidden, top, last)
-        )
+        special = choice.token in self._special
+        text = output.detokenizer.push(choice.token, special)
+        reason = self._end_of(output, choice.token)
+        first, seconds = output.tick()
+        (self._observer.first_token if first else self._observer.inter_token)(seconds)
+        last, tokenizer = reason is not None, self.base.tokenizer
+        output.send(choice, text, special=special, last=last, tokenizer=tokenizer)
         if reason is not None:
             self._end(sequence, reason)
 
-    def _end_of(self, live: _Live, token: int) -> FinishReason | None:
-        sequence = live.sequence
+    def _end_of(self, output: Output, token: int) -> FinishReason | None:
+        sequence = output.sequence
         sampling = sequence.request.sampling
         if sequence.generated >= sampling.min_new_tokens:
             if token in sampling.stop_token_ids:
                 return "eos_token"
             if token in self.base.eos_token_ids and not sampling.ignore_eos:
                 return "eos_token"
-        if live.detokenizer.stopped:
+        if output.detokenizer.stopped:
             return "stop_sequence"
         if sequence.generated >= sampling.max_new_tokens:
             return "length"
         return "length" if len(sequence.tokens) >= self.max_model_len else None
 
-    def _clock(self, live: _Live) -> None:
-        now = time.perf_counter()
-        if live.first == 0.0:
-            live.first = now
-            self._observer.first_token(now - live.submitted)
-        else:
-            self._observer.inter_token(now - live.last)
-        live.last = now
-
-    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        live = self._live.pop(sequence.id)
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, error: ServiceError | None = None
+    ) -> None:
+        output = self._live.pop(sequence.id)
         self._scheduler.finish(sequence)
-        if not live.scheduled:
+        if not output.scheduled:
             self._leave_queue()
-        tail = live.detokenizer.finish()
-        now = time.perf_counter()
-        scheduled = live.scheduled or now
-        first = live.first or now
-        end = Finished(
-            index=sequence.index,
-            reason=reason,
-            text=live.detokenizer.text,
-            prompt_tokens=sequence.prompt_length,
-            cached_tokens=sequence.cached,
-            generated_tokens=sequence.generated,
-            error=error,
-            queue_seconds=scheduled - live.submitted,
-            prefill_seconds=first - scheduled,
-            decode_seconds=now - first,
-            tail=tail,
-            prompt_logprobs=tuple(p for _, p in sorted(live.prompt_logprobs.items())),
-            seed=sequence.seed,
-        )
-        live.stream.push(end)
-        self._observer.finished(end, now - live.submitted)
+        finished = output.end(reason, error)
+        self._observer.finished(finished, time.perf_counter() - output.submitted)
 
-    def _end_all(self, reason: FinishReason, error: str | None = None) -> None:
+    def _end_all(self, error: ServiceError | None) -> None:
+        """Close the door, then end what came through it: with an error, or as cancelled."""
         with self._door:
             self._failure = self._failure or "the engine has stopped"
         self._take_commands(block=False)
-        for live in list(self._live.values()):
-            self._end(live.sequence, "error" if error else reason, error)
+        for output in list(self._live.values()):
+            self._end(output.sequence, "error" if error else "cancelled", error)
         with self._door:
             unanswered: list[Future[Any]] = list(self._forgotten.values())
         for done in unanswered + [done for _, done in self._wanted]:
@@ -454,10 +415,10 @@ class Engine:
 
     def _end_failed(self, failures: Mapping[AdapterKey, str]) -> None:
         """Sequences that waited for an adapter that could not be loaded."""
-        for live in list(self._live.values()):
-            ref = live.sequence.adapter
-            if ref is not None and ref.key in failures and not live.sequence.holds_adapter:
-                self._end(live.sequence, "error", failures[ref.key])
+        for sequence in [output.sequence for output in self._live.values()]:
+            ref = sequence.adapter
+            if ref is not None and ref.key in failures and not sequence.holds_adapter:
+                self._end(sequence, "error", AdapterLoadFailed(failures[ref.key]))
 
     def _answer_loads(self, failures: Mapping[AdapterKey, str]) -> None:
         """Callers of `load` whose adapter has arrived in its slot, or never will."""
@@ -506,7 +467,7 @@ class Engine:
             leader = leader or sequence
             ids.append(sequence.id)
             detokenizer = Detokenizer(self.base.tokenizer, sampling.stop)
-            self._live[sequence.id] = _Live(sequence, stream, detokenizer, submitted)
+            self._live[sequence.id] = Output(sequence, stream, detokenizer, submitted)
             self._scheduler.add(sequence)
 
     def _namespace(self, request: Request) -> bytes:
@@ -518,9 +479,9 @@ class Engine:
 
     def _cancel(self, ids: Iterable[int]) -> None:
         for sequence_id in list(ids):
-            live = self._live.get(sequence_id)
-            if live is not None:
-                self._end(live.sequence, "cancelled")
+            output = self._live.get(sequence_id)
+            if output is not None:
+                self._end(output.sequence, "cancelled")
 
     def _probe(self, adapter: LoweredAdapter) -> bool:
         """False when there is no block to run it in."""
@@ -547,7 +508,8 @@ class Engine:
     def _forget_drained(self) -> None:
         if not self._forgotten:
             return
-        busy = {s.adapter.digest for live in self._live.values() if (s := live.sequence).adapter}
+        refs = (output.sequence.adapter for output in self._live.values())
+        busy = {ref.digest for ref in refs if ref is not None}
         with self._door:
             ready = [digest for digest in self._forgotten if digest not in busy]
         for digest in ready:
@@ -569,9 +531,9 @@ class Engine:
     def _note_scheduled(self, step: Schedule) -> None:
         now = time.perf_counter()
         for chunk in step.chunks:
-            live = self._live[chunk.sequence.id]
-            if not live.scheduled:
-                live.scheduled = now
+            output = self._live[chunk.sequence.id]
+            if not output.scheduled:
+                output.scheduled = now
                 self._leave_queue()
 
     def _leave_queue(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from service.errors import ServiceError
+
 FinishReason = Literal["eos_token", "length", "stop_sequence", "cancelled", "error"]
 
 
@@ -93,7 +95,7 @@ class Finished:
     prompt_tokens: int
     cached_tokens: int  # prompt tokens that came from the prefix cache
     generated_tokens: int
-    error: str | None = None
+    error: ServiceError | None = None
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0

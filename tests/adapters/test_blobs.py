@@ -170,6 +170,9 @@ def test_a_remote_blob_is_fetched_and_checked(tmp_path: Path) -> None:
 def test_which_store_a_url_means(tmp_path: Path) -> None:
     assert isinstance(open_blobs(str(tmp_path / "a")), LocalBlobs)
     assert isinstance(open_blobs(f"file://{tmp_path}/b"), LocalBlobs)
+    spaced = tmp_path / "my blobs"
+    open_blobs(spaced.as_uri())
+    assert (spaced / "blobs").is_dir(), "a URL's %20 is a space on the disk"
     assert (tmp_path / "b/blobs").is_dir()
     assert isinstance(open_blobs("memory:///", tmp_path / "c"), RemoteBlobs)
     with pytest.raises(ValueError, match="wants a local cache"):

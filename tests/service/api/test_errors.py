@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from adapters import errors as adapter_errors
 from service import errors as service_errors
 from service.admission import Loading
-from service.api.errors import ErrorEnvelope, GenerationFailed, failure
+from service.api.errors import ErrorEnvelope, failure
 
 CANARY = "canary-of-a-secret-prompt"
 LONG = "x" * 500
@@ -220,7 +220,7 @@ def test_all_faults_of_a_body_are_listed(client: httpx.Client) -> None:
         (service_errors.AdapterLoadFailed("no slot"), 503, "adapter_load_failed", "5"),
         (service_errors.EngineFailed("dead"), 500, "engine_failed", None),
         (service_errors.InvalidRequest("bad", "x"), 422, "validation", None),
-        (GenerationFailed("nan"), 500, "generation", None),
+        (service_errors.GenerationFailed("nan"), 500, "generation", None),
         (adapter_errors.InvalidAdapter("bad", "t"), 422, "invalid_adapter", None),
         (adapter_errors.TooLarge("big", "t"), 413, "too_large", None),
         (adapter_errors.UnsupportedMedia("pickle"), 415, "unsupported_media", None),

@@ -11,7 +11,7 @@ import pytest
 from service.api.generation import Collector, Origin, completion, stream_events
 from service.api.generation_schema import StreamEvent
 from service.engine.request import Event, Finished, Request, Sampling, Token
-from service.errors import Draining
+from service.errors import Draining, GenerationFailed
 
 
 class Played:
@@ -36,14 +36,14 @@ def origin(n: int = 1, **sampling: Any) -> Origin:
         best_of=False,
         details=True,
         prefix="",
-        eos_token_ids=frozenset({9}),
-        max_model_len=100,
         decode=lambda ids: [str(token) for token in ids],
     )
 
 
-def token(text: str, id: int = 5, index: int = 0, special: bool = False) -> Token:
-    return Token(index, id, text, -0.5, special)
+def token(
+    text: str, id: int = 5, index: int = 0, special: bool = False, last: bool = False
+) -> Token:
+    return Token(index, id, text, -0.5, special, last=last)
 
 
 def end(text: str, reason: Any = "length", index: int = 0, **more: Any) -> Finished:
@@ -63,20 +63,10 @@ def events_of(stream: Played, about: Origin) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("delay", [0, 0.2])
-@pytest.mark.parametrize(
-    ("sampling", "last"),
-    [
-        ({"max_new_tokens": 2}, token("b")),
-        ({}, token("b", id=9)),
-        ({"stop_token_ids": (5,), "min_new_tokens": 2}, token("b")),
-    ],
-)
-def test_an_end_that_is_certain_is_waited_for(
-    delay: float, sampling: dict[str, Any], last: Token
-) -> None:
-    """However late the end is seen, it comes with the last token's event."""
-    stream = Played((0, token("a")), (0, last), (delay, end("ab")))
-    events = events_of(stream, origin(**sampling))
+def test_the_end_comes_with_the_last_token(delay: float) -> None:
+    """However late the end is seen, it is in the last token's event."""
+    stream = Played((0, token("a")), (0, token("b", last=True)), (delay, end("ab")))
+    events = events_of(stream, origin())
     assert [event["generated_text"] for event in events] == [None, "ab"]
 
 
@@ -113,9 +103,11 @@ def test_an_end_that_comes_alone_is_an_event_without_a_token() -> None:
 
 def test_text_is_never_hidden_in_a_special_token() -> None:
     """Clients skip special tokens; an end token may carry text that was held back before it."""
-    stream = Played((0, token("held", id=9, special=True)), (0, end("held", "eos_token")))
+    stream = Played(
+        (0, token("held", id=9, special=True, last=True)), (0, end("held", "eos_token"))
+    )
     assert events_of(stream, origin())[0]["token"]["special"] is False
-    stream = Played((0, token("", id=9, special=True)), (0, end("", "eos_token")))
+    stream = Played((0, token("", id=9, special=True, last=True)), (0, end("", "eos_token")))
     assert events_of(stream, origin())[0]["token"]["special"] is True
 
 
@@ -123,10 +115,10 @@ def test_sequences_interleave() -> None:
     stream = Played(
         (0, token("a", index=0)),
         (0, token("x", index=1)),
-        (0, token("b", index=0, id=9)),
+        (0, token("b", index=0, id=9, last=True)),
         (0, end("ab", "eos_token", 0)),
         (0, token("y", index=1)),
-        (0, token("z", index=1)),
+        (0, token("z", index=1, last=True)),
         (0.05, end("xyz", "length", 1)),
     )
     events = events_of(stream, origin(n=2))
@@ -142,7 +134,8 @@ def test_sequences_interleave() -> None:
 
 @pytest.mark.parametrize(("reason", "kind"), [("error", "generation"), ("cancelled", "draining")])
 def test_a_bad_end_is_an_event_and_an_error(reason: str, kind: str) -> None:
-    last = end("a", reason, error="the adapter is at fault" if reason == "error" else None)
+    fault = GenerationFailed("the adapter is at fault") if reason == "error" else None
+    last = end("a", reason, error=fault)
     events = events_of(Played((0, token("a")), (0, last)), origin())
     assert events[0]["token"]["text"] == "a"
     assert events[1]["error_type"] == kind

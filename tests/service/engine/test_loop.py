@@ -19,7 +19,14 @@ from adapters.errors import AdapterNotFound, InvalidAdapter
 from base.load import Base, load_base
 from service.engine.loop import Engine
 from service.engine.request import AdapterRef, Finished, Request, Sampling, Token
-from service.errors import AdapterLoadFailed, Draining, EngineFailed, InvalidRequest, Overloaded
+from service.errors import (
+    AdapterLoadFailed,
+    Draining,
+    EngineFailed,
+    GenerationFailed,
+    InvalidRequest,
+    Overloaded,
+)
 from tests.oracle import make_adapter, make_base
 from tests.zoo import Zoo, collect, greedy, specimen, start
 
@@ -311,8 +318,8 @@ def test_a_failed_load_ends_its_requests_alone(engine: Engine, zoo: Zoo) -> None
     beside = engine.submit(greedy("beside", prompt(5), None, 60))
     _, (end,) = collect(engine.submit(greedy("lost", prompt(5), missing)))
     assert end.reason == "error"
-    assert end.error is not None
-    assert "missing" in end.error
+    assert isinstance(end.error, AdapterLoadFailed)
+    assert "missing" in str(end.error)
     with pytest.raises(AdapterLoadFailed, match="missing"):
         engine.load(missing)
     assert collect(beside)[1][0].reason == "length"
@@ -341,8 +348,8 @@ def test_a_bad_adapter_ends_its_own_requests_only(zoo: Zoo, value: float, extra:
     beside = [engine.submit(greedy(str(i), prompt(20), good, 30)) for i in range(3)]
     _, (end,) = collect(engine.submit(greedy("bad", prompt(5), AdapterRef(bad.digest, "bad"))))
     assert end.reason == "error"
-    assert end.error is not None
-    assert "adapter" in end.error
+    assert isinstance(end.error, GenerationFailed)
+    assert "adapter" in str(end.error)
     assert [[t.id for t in collect(s)[0]] for s in beside] == [want] * 3
     assert engine.alive
     engine.check_integrity()
@@ -373,7 +380,8 @@ def test_a_fault_of_the_engine_ends_every_request_with_its_reason(zoo: Zoo) -> N
     _, (end,) = collect(engine.submit(greedy("1", prompt(4))))
     assert isinstance(end, Finished)
     assert end.reason == "error"
-    assert "no memory left" in (end.error or "")
+    assert isinstance(end.error, EngineFailed)
+    assert "no memory left" in str(end.error)
     engine._thread.join(10)
     assert not engine.alive
     with pytest.raises(EngineFailed, match="no memory left"):
