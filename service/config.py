@@ -46,7 +46,8 @@ OTHER_VARIABLES = frozenset(
 
 Source = Literal["flag", "env", "file", "default"]
 
-_PACKAGES = Path(__file__).resolve().parents[1]
+# By path: the serving wing imports nothing of the training wing.
+SAMPLES = Path(__file__).resolve().parents[1] / "training" / "samples"
 _BYTE_SIZE = TypeAdapter(ByteSize)
 
 
@@ -64,7 +65,7 @@ Bytes = Annotated[int, BeforeValidator(_bytes)]
 
 def _default_adapters(data: dict[str, Any]) -> Path | None:
     """The shipped samples belong to the embedded base; any other base starts without adapters."""
-    return _PACKAGES / "training" / "samples" if data.get("base") == "mini" else None
+    return SAMPLES if data.get("base") == "mini" and SAMPLES.is_dir() else None
 
 
 def _setting(description: str, panel: str, default: Any = ..., **rest: Any) -> Any:
@@ -190,6 +191,13 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
+
+    @field_validator("adapters")
+    @classmethod
+    def _exists(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_dir():
+            raise ValueError("is not a directory; give one that holds adapters, or none")
+        return path
 
     @field_validator("block_size")
     @classmethod

@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from base.mini import MINI
-from service.config import GIB, MASK, MIB, ConfigError, Settings, configure
+from service import config
+from service.config import GIB, MASK, MIB, SAMPLES, ConfigError, Settings, configure
 
 
 @pytest.fixture(autouse=True)
@@ -126,12 +127,23 @@ def test_store_follows_home(tmp_path: Path) -> None:
     assert Settings(home=tmp_path, blobs="s3://bucket").blobs == "s3://bucket"
 
 
-def test_samples_start_with_the_embedded_base_only() -> None:
+def test_samples_start_with_the_embedded_base_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert MINI.parents[2] / "training" / "samples" == SAMPLES
     assert Settings().base_source == str(MINI)
-    assert Settings().adapters == MINI.parents[2] / "training" / "samples"
+    monkeypatch.setattr(config, "SAMPLES", tmp_path)
+    assert Settings().adapters == tmp_path
     assert Settings(base="some/model").adapters is None
     assert Settings(base="some/model").base_source == "some/model"
     assert Settings.model_validate({"adapters": "none"}).adapters is None
+    monkeypatch.setattr(config, "SAMPLES", tmp_path / "removed")
+    assert Settings().adapters is None
+
+
+def test_a_directory_of_adapters_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--adapters: is not a directory"):
+        configure({"adapters": tmp_path / "absent"})
 
 
 def test_settings_are_frozen_and_read_nothing_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
