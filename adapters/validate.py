@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapters.checked import Checked, Checker, Validated, numbers
+from adapters.checks.adalora import check_adalora
+from adapters.checks.ia3 import check_ia3
+from adapters.checks.ln_tuning import check_ln_tuning
+from adapters.checks.loha import check_loha
 from adapters.config_schema import check_fingerprint, lora_fields, read_config
 from adapters.errors import InvalidAdapter, TooLarge
 from adapters.limits import Limits
 from adapters.lora_layout import canonical_config, match_lora
+from adapters.methods import REFUSED_METHODS
 from adapters.safetensors_header import Header, open_regular, read_header
 from adapters.tensor_values import check_values
 from base.spec import BaseSpec
 
-
-@dataclass(frozen=True, slots=True)
-class Validated:
-    """What the checks found out about an upload."""
-
-    kind: str  # "lora" | "rslora" | "dora"
-    rank: int  # the largest of any target
-    targets: tuple[str, ...]  # module paths that it touches, sorted
-    config: Mapping[str, Any] = field(hash=False)  # canonical: patterns resolved
-    parameters: int  # numbers that the adapter adds
-    memory_bytes: int  # the same in fp32
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """What a kind's own checks say: `Validated`, and which tensors must hold only numbers > 0."""
-
-    validated: Validated
-    positive: frozenset[str] = frozenset()
-
-
-Checker = Callable[[Mapping[str, Any], Header, BaseSpec, Limits], Checked]
+__all__ = ["CHECKERS", "Validated", "checker", "validate"]
 
 
 def validate(config: bytes, weights: Path, spec: BaseSpec, limits: Limits) -> Validated:
@@ -64,7 +48,9 @@ def checker(peft_type: object) -> Checker:
     """The checks of one PEFT method. Raises InvalidAdapter for a method that is not served."""
     if not isinstance(peft_type, str) or peft_type not in CHECKERS:
         found = "is missing" if peft_type is None else f"{str(peft_type)[:40]!r} is not served"
-        raise InvalidAdapter(f"{found}, expected one of {', '.join(CHECKERS)}", "peft_type")
+        why = REFUSED_METHODS.get(peft_type) if isinstance(peft_type, str) else None
+        found += f": {why}" if why else ""
+        raise InvalidAdapter(f"{found}; expected one of {', '.join(CHECKERS)}", "peft_type")
     return CHECKERS[peft_type]
 
 
@@ -73,8 +59,7 @@ def _check_lora(
 ) -> Checked:
     fields = lora_fields(config, limits)
     layout = match_lora(fields, header.tensors, spec, limits)
-    shapes = (e.shape for e in layout.tensors.values() if e.role != "copy")
-    parameters = sum(_count(shape) for shape in shapes)
+    parameters = numbers(layout.tensors)
     validated = Validated(
         kind=fields.kind,
         rank=max(layout.ranks.values()),
@@ -87,12 +72,11 @@ def _check_lora(
     return Checked(validated, frozenset(magnitudes))
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-# The other methods of PEFT join here, one checker each.
-CHECKERS: Mapping[str, Checker] = {"LORA": _check_lora}
+# One row per method; what no row serves, and why, is in adapters/methods.py.
+CHECKERS: Mapping[str, Checker] = {
+    "LORA": _check_lora,
+    "ADALORA": check_adalora,
+    "IA3": check_ia3,
+    "LN_TUNING": check_ln_tuning,
+    "LOHA": check_loha,
+}

@@ -167,7 +167,7 @@ def _model_of(base: Any) -> Any:
 
 def _with_adapter(model: nn.Module, adapter: Path, merged: str | None) -> Any:
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -177,7 +177,7 @@ def _with_adapter(model: nn.Module, adapter: Path, merged: str | None) -> Any:
         touched = [
             name.removeprefix("base_model.model.")
             for name, module in peft_model.named_modules()
-            if isinstance(module, LoraLayer)
+            if isinstance(module, BaseTunerLayer)
         ]
         plain = peft_model.merge_and_unload(safe_merge=True)
     head = plain.get_output_embeddings()
@@ -305,31 +305,30 @@ def make_adapter(
 ) -> Path:
     """Save a random adapter by PEFT itself, for the base in the directory `base`.
 
-    kind      "lora" | "rslora" | "dora"
+    kind      "lora" | "rslora" | "dora", or another method of PEFT in lower case: "ia3", ...
     targets   module names as PEFT takes them, "lm_head" and "embed_tokens" among them
     alpha     2 * rank by default
     zero      keep PEFT's initialisation, which changes nothing
     strength  standard deviation of the random B; magnitudes and saved modules move with it, and
               embedding factors too
-    config    any other LoraConfig field: rank_pattern, alpha_pattern, lora_bias, bias,
+    config    any other field of the method's config: rank_pattern, alpha_pattern, lora_bias, bias,
               modules_to_save, layers_to_transform, exclude_modules, ...
 
     Writes adapter_config.json and adapter_model.safetensors; returns the directory.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     directory = Path(directory)
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
-    fields: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": 2 * rank if alpha is None else alpha,
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "use_rslora": kind == "rslora",
-        "use_dora": kind == "dora",
-    }
-    settings = LoraConfig(**{**fields, **config})
+    settings = _config_class(kind)(
+        **{
+            "task_type": "CAUSAL_LM",
+            "target_modules": targets if isinstance(targets, str) else list(targets),
+            **_own_fields(kind, rank, 2 * rank if alpha is None else alpha, targets),
+            **config,
+        }
+    )
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
@@ -338,6 +337,33 @@ def make_adapter(
             _randomise(adapted, strength)
         adapted.save_pretrained(str(directory), safe_serialization=True)
     return directory
+
+
+def _config_class(kind: str) -> Any:
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    name = "LORA" if kind in ("rslora", "dora") else kind.upper()
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)]
+
+
+def _own_fields(kind: str, rank: int, alpha: float, targets: Sequence[str] | str) -> dict[str, Any]:
+    """The fields of one method's config that the arguments of `make_adapter` stand for."""
+    own: dict[str, dict[str, Any]] = {
+        "ia3": {"feedforward_modules": [name for name in targets if name in FEED_FORWARD]},
+        "loha": {"r": rank, "alpha": alpha},
+        "adalora": {"init_r": rank, "lora_alpha": alpha, "total_step": 10},
+        "vera": {"r": rank},
+        "vblora": {"r": rank, "num_vectors": 12, "vector_length": 16},
+        "ln_tuning": {},
+    }
+    lora = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": kind == "rslora",
+        "use_dora": kind == "dora",
+    }
+    return own.get(kind, lora)
 
 
 def _randomise(adapted: nn.Module, strength: float) -> None:
@@ -351,7 +377,15 @@ def _randomise(adapted: nn.Module, strength: float) -> None:
         noise = strength * torch.randn_like(parameter)
         if "lora_magnitude_vector" in name:
             parameter.data *= 1 + noise
-        elif "lora_embedding" in name or "lora_B" in name:
+        elif "ia3_l" in name:
+            parameter.data *= 1 + 3 * noise
+        elif "hada_" in name:
+            parameter.data.copy_(3 * noise)
+        elif "lora_E" in name or "vblora_logits" in name or "vera_lambda" in name:
+            parameter.data.copy_(noise / strength)
+        elif "ln_tuning" in name:
+            parameter.data += noise
+        elif any(part in name for part in ("lora_embedding", "lora_B", "vblora_vector_bank")):
             parameter.data.copy_(noise)
         elif "modules_to_save" in name or name.endswith("bias"):
             parameter.data += noise

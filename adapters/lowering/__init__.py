@@ -15,7 +15,11 @@ from adapters.errors import InvalidAdapter
 from adapters.manifest import AdapterManifest, MergedDtype, Placement
 from base.load import Base
 
+from .adalora import lower_adalora
 from .checkpoint import AdapterCheckpoint
+from .ia3 import lower_ia3
+from .ln_tuning import lower_ln_tuning
+from .loha import lower_loha
 from .lora import lower_lora
 from .merged import merge
 
@@ -27,6 +31,10 @@ FAMILIES: Mapping[str, Family] = {
     "lora": lower_lora,
     "rslora": lower_lora,
     "dora": lower_lora,
+    "adalora": lower_adalora,
+    "ia3": lower_ia3,
+    "ln_tuning": lower_ln_tuning,
+    "loha": lower_loha,
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from adapters.errors import InvalidAdapter, UnsupportedMedia
 
 _PREFIX = "base_model.model."  # PEFT saves the paths below its own two wrappers
+_SHARED = "base_model."  # and what all layers share beside the inner one
 
 
 class AdapterCheckpoint:
@@ -52,7 +53,30 @@ class AdapterCheckpoint:
 
         Raises InvalidAdapter where it is missing or has another shape.
         """
-        full = _PREFIX + name
+        return self._take(_PREFIX + name, shape)
+
+    def take_shared(self, name: str, *shape: int) -> Tensor:
+        """`take` for a tensor that belongs to no module: a projection or bank of all layers."""
+        return self._take(_SHARED + name, shape)
+
+    def take_base_copy(self, path: str, own: Any) -> None:
+        """PEFT saves the base's own table beside an adapter on it: it must be this base's.
+
+        `own` is the base's weight. Raises InvalidAdapter where the file's differs.
+        """
+        name = f"{path}.base_layer.weight"
+        if not self.has(name) or not isinstance(own, Tensor):
+            return  # a copy of a quantised weight stays, and is refused as left over
+        copy = self.take(name, *own.shape)
+        # Training and serving in half precision may each have rounded it once.
+        if not torch.allclose(copy, own.detach().float(), rtol=2**-7, atol=1e-6):
+            raise InvalidAdapter(
+                "differs from the base's own: a table that was resized or trained as well "
+                "belongs in modules_to_save",
+                name,
+            )
+
+    def _take(self, full: str, shape: tuple[int, ...]) -> Tensor:
         if full not in self._left:
             raise InvalidAdapter(f"this tensor is missing, shape {list(shape)}", full)
         tensor: Tensor = self._file.get_tensor(full)

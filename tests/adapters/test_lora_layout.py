@@ -12,7 +12,8 @@ import pytest
 from adapters.config_schema import lora_fields
 from adapters.errors import InvalidAdapter, TooLarge
 from adapters.limits import Limits
-from adapters.lora_layout import PREFIX, LoraLayout, canonical_config, match_lora
+from adapters.lora_layout import LoraLayout, canonical_config, match_lora
+from adapters.promises import PREFIX
 from adapters.safetensors_header import TensorEntry, open_regular, read_header
 from base.spec import BaseSpec
 from tests.adapters.conftest import Saved, Saver, TinyBase

@@ -1,0 +1,25 @@
+"""Low-rank factors in the dtype and the memory order that the kernels read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adapters.delta import LowRank
+from base.load import Base
+
+
+def low_rank(A: Tensor, B: Tensor, base: Base, d: Tensor | None = None) -> LowRank:
+    """The term B (d ⊙ (A x)) of A [r, in], B [out, r] and d [r]; the scale is in B already."""
+    dtype = factor_dtype(base)
+    return LowRank(A.to(dtype), by_columns(B.to(dtype)), d)
+
+
+def factor_dtype(base: Base) -> torch.dtype:
+    """The kernels read factors in float32 and bfloat16."""
+    return base.dtype if base.dtype == torch.bfloat16 else torch.float32
+
+
+def by_columns(matrix: Tensor) -> Tensor:
+    """The same matrix with its columns contiguous, in its own memory: what the kernels stream."""
+    return matrix.t().contiguous().t()

@@ -1,0 +1,203 @@
+"""The checks of every method but LoRA: each tensor by name, each field of PEFT's config class."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file, save_file
+
+from adapters.checks import adalora, ia3, ln_tuning, loha
+from adapters.errors import InvalidAdapter, TooLarge
+from adapters.limits import Limits
+from adapters.validate import CHECKERS, validate
+from base.spec import BaseSpec
+from tests.adapters.conftest import Saved, Saver
+
+RULES = {
+    "ia3": ia3.RULES,
+    "loha": loha.RULES,
+    "adalora": adalora.RULES,
+    "ln_tuning": ln_tuning.RULES,
+}
+TARGETS: dict[str, list[str]] = {"ln_tuning": ["input_layernorm"]}
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
+
+
+def saved_by(save: Saver, kind: str, **options: Any) -> Saved:
+    return save(kind, **{"targets": TARGETS.get(kind, ["q_proj", "down_proj"]), **options})
+
+
+def refusal(config: bytes, weights: Path, spec: BaseSpec) -> InvalidAdapter:
+    with pytest.raises(InvalidAdapter) as caught:
+        validate(config, weights, spec, Limits())
+    return caught.value
+
+
+def test_each_method_is_here() -> None:
+    assert {kind.upper() for kind in RULES} | {"LORA"} == set(CHECKERS)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_every_field_of_peft_s_config_has_a_rule(kind: str) -> None:
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.upper())]
+    assert {field.name for field in dataclasses.fields(config)} <= RULES[kind].keys()
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_an_unknown_field_is_refused(kind: str, save: Saver, spec: BaseSpec) -> None:
+    saved = saved_by(save, kind)
+    assert refusal(saved.with_fields(twist=1), saved.weights, spec).where == "twist"
+    validate(saved.with_fields(twist=None), saved.weights, spec, Limits())
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_each_missing_tensor_is_named(
+    kind: str, save: Saver, spec: BaseSpec, tmp_path: Path
+) -> None:
+    saved = saved_by(save, kind, modules_to_save=["lm_head"])
+    tensors = load_file(str(saved.weights))
+    for name in tensors:
+        save_file({k: v for k, v in tensors.items() if k != name}, str(tmp_path / "w"))
+        assert refusal(saved.config, tmp_path / "w", spec).where == name
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_each_wrong_shape_is_named(kind: str, save: Saver, spec: BaseSpec, tmp_path: Path) -> None:
+    saved = saved_by(save, kind, modules_to_save=["lm_head"])
+    tensors = load_file(str(saved.weights))
+    for name, tensor in tensors.items():
+        longer = torch.cat([tensor, tensor[:1]])
+        save_file(tensors | {name: longer}, str(tmp_path / "w"))
+        error = refusal(saved.config, tmp_path / "w", spec)
+        assert error.where == name
+        assert f"shape {list(longer.shape)}, expected {list(tensor.shape)}" in error.reason
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_left_over_tensor_is_named(
+    kind: str, save: Saver, spec: BaseSpec, tmp_path: Path
+) -> None:
+    saved = saved_by(save, kind)
+    name = f"{Q0}lora_magnitude_vector"
+    save_file(load_file(str(saved.weights)) | {name: torch.ones(64)}, str(tmp_path / "w"))
+    error = refusal(saved.config, tmp_path / "w", spec)
+    assert (error.where, "left over" in error.reason) == (name, True)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_numbers_are_finite(kind: str, save: Saver, spec: BaseSpec, tmp_path: Path) -> None:
+    saved = saved_by(save, kind)
+    tensors = load_file(str(saved.weights))
+    for name, tensor in tensors.items():
+        bad = tensor.clone()
+        bad.view(-1)[-1] = float("nan")
+        save_file(tensors | {name: bad}, str(tmp_path / "w"))
+        assert refusal(saved.config, tmp_path / "w", spec).where == name
+
+
+# kind, options of the adapter, fields overwritten, the field that is named
+REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    (kind, {}, {"task_type": "SEQ_CLS"}, "task_type") for kind in RULES
+]
+REFUSED += [(kind, {}, {"target_modules": None}, "target_modules") for kind in RULES]
+REFUSED += [(kind, {}, {"target_modules": ["nothing"]}, "target_modules") for kind in RULES]
+REFUSED += [(kind, {}, {"target_modules": ["embed_tokens"]}, "target_modules") for kind in RULES]
+REFUSED += [("ln_tuning", {}, {"target_modules": ["q_proj"]}, "target_modules")]
+REFUSED += [
+    (kind, {}, {"target_modules": ["input_layernorm"]}, "target_modules")
+    for kind in RULES
+    if kind != "ln_tuning"
+]
+REFUSED += [
+    ("ia3", {}, {"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ("ia3", {}, {"feedforward_modules": None}, "feedforward_modules"),
+    ("ia3", {}, {"feedforward_modules": ["up_proj"]}, "feedforward_modules"),
+    ("ia3", {}, {"feedforward_modules": "("}, "feedforward_modules"),
+    ("ia3", {}, {"layers_to_transform": [0]}, "layers_to_transform"),
+    ("loha", {}, {"r": 0}, "r"),
+    ("loha", {}, {"r": None}, "r"),
+    ("loha", {}, {"alpha": 0}, "alpha"),
+    ("loha", {}, {"alpha": 1e9}, "alpha"),
+    ("loha", {}, {"use_effective_conv2d": "yes"}, "use_effective_conv2d"),
+    ("loha", {}, {"layers_pattern": ["layers"]}, "layers_pattern"),
+    ("loha", {}, {"alpha_pattern": {"q_proj": 1, "proj": 2, ".*q_proj": 3}}, "alpha_pattern"),
+    ("adalora", {}, {"init_r": None}, "init_r"),
+    ("adalora", {}, {"lora_alpha": 0}, "lora_alpha"),
+    ("adalora", {}, {"lora_alpha": -1}, "lora_alpha"),
+    ("adalora", {}, {"lora_alpha": 1e9}, "lora_alpha"),
+    ("adalora", {}, {"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+    ("adalora", {}, {"bias": "all"}, "bias"),
+    ("adalora", {}, {"use_rslora": True}, "use_rslora"),
+    ("adalora", {}, {"use_dora": True}, "use_dora"),
+    ("adalora", {}, {"lora_bias": True}, "lora_bias"),
+    ("adalora", {}, {"init_lora_weights": "pissa"}, "init_lora_weights"),
+    ("adalora", {}, {"rank_pattern": {"q_proj": 2}}, "rank_pattern['q_proj']"),
+    ("adalora", {}, {"rank_pattern": {"q_proj": [True] * 4}}, "rank_pattern"),
+    (
+        "adalora",
+        {},
+        {"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True] * 3}},
+        "rank_pattern",
+    ),
+    (
+        "adalora",
+        {},
+        {"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [False] * 4}},
+        "rank_pattern",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "fields", "where"), REFUSED)
+def test_a_field_that_cannot_be_honoured_is_named(
+    kind: str,
+    options: dict[str, Any],
+    fields: dict[str, Any],
+    where: str,
+    save: Saver,
+    spec: BaseSpec,
+) -> None:
+    saved = saved_by(save, kind, **options)
+    assert refusal(saved.with_fields(**fields), saved.weights, spec).where == where
+
+
+def test_the_rank_limit_is_on_what_is_served(save: Saver, spec: BaseSpec) -> None:
+    """A LoHa of rank 17 takes a LoRA of rank 289."""
+    saved = saved_by(save, "loha", rank=17)
+    with pytest.raises(TooLarge, match=r"r: rank 289 \(17², as LoRA\) .* limit 256"):
+        validate(saved.config, saved.weights, spec, Limits())
+    saved = saved_by(save, "loha", rank=16)
+    assert validate(saved.config, saved.weights, spec, Limits()).rank == 256
+
+
+def test_the_rank_before_pruning_is_limited_too(save: Saver, spec: BaseSpec) -> None:
+    saved = saved_by(save, "adalora")
+    with pytest.raises(TooLarge, match="limit 256"):
+        validate(saved.with_fields(init_r=1000), saved.weights, spec, Limits())
+
+
+def test_canonical_configs_hold_plain_paths(save: Saver, spec: BaseSpec) -> None:
+    named = saved_by(save, "ia3")
+    regex = named.with_fields(
+        target_modules=r".*\.(q|down)_proj", feedforward_modules=".*down_proj"
+    )
+    one = validate(named.config, named.weights, spec, Limits())
+    two = validate(regex, named.weights, spec, Limits())
+    assert one.config == two.config
+    assert one.config["feedforward_modules"] == [f"model.layers.{n}.mlp.down_proj" for n in (0, 1)]
+
+
+def test_masks_of_one_rank_mean_the_same(save: Saver, spec: BaseSpec) -> None:
+    """Pruning has taken its rows out of the file: which they were no longer matters."""
+    name = "model.layers.1.self_attn.q_proj.lora_E"
+    saved = saved_by(save, "adalora", rank_pattern={name: [False, True, False, True]})
+    one = validate(saved.config, saved.weights, spec, Limits())
+    other = saved.with_fields(rank_pattern={name: [True, True, False, False]})
+    assert one.config == validate(other, saved.weights, spec, Limits()).config
+    assert (one.rank, one.config["rank_pattern"]) == (4, {name: [True, True, False, False]})

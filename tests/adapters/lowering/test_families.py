@@ -1,0 +1,197 @@
+"""Each family but LoRA, through validation, lowering and a whole model, against PEFT alone.
+
+PEFT's own mixed batch applies the active adapter to every row for these methods, without a word:
+so the oracle is always one adapter at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adapters.delta import LinearDelta, PrivateNorm
+from adapters.errors import InvalidAdapter
+from adapters.limits import Limits
+from adapters.lowering import lower
+from adapters.store import AdapterStore
+from tests.adapters.lowering.mixed_batch import Server
+from tests.oracle import (
+    ATTENTION,
+    FEED_FORWARD,
+    PeftOracle,
+    edit_adapter,
+    make_adapter,
+    random_tokens,
+    read_manifest,
+    relative_error,
+)
+
+Servers = Callable[..., Server]
+BOUND = 1e-5  # of logits, relative; measured 3e-7 to 2e-6
+Q0 = "model.layers.0.self_attn.q_proj"
+PRUNED = {
+    f"{Q0}.lora_E": [True, False, True, False],
+    f"{Q0[:-6]}v_proj.lora_E": [False] * 3 + [True],
+}
+NORMS = ["input_layernorm", "model.norm"]
+
+# kind -> variants of make_adapter's options
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "ia3": {
+        "every linear": {},
+        "attention alone": {"targets": ATTENTION},
+        "feed-forward alone": {"targets": FEED_FORWARD},
+        "feed-forward on the output": {"feedforward_modules": []},
+        "feed-forward as regex": {"feedforward_modules": r".*\.(up|o)_proj"},
+        "attention on the input": {"targets": ATTENTION, "feedforward_modules": list(ATTENTION)},
+        "lm_head": {"targets": ["lm_head", "q_proj"]},
+        "all-linear": {"targets": "all-linear", "feedforward_modules": ".*down_proj"},
+        "exclude_modules": {"exclude_modules": ["layers.1.mlp.up_proj"]},
+        "modules_to_save": {"targets": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+    },
+    "loha": {
+        "every linear": {},
+        "rank of one": {"rank": 1, "alpha": 3},
+        "patterns": {
+            "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 5},
+            "alpha_pattern": {"down_proj": 9, r"layers\.\d+\.self_attn\.k_proj": 1},
+        },
+        "layers_to_transform": {"layers_to_transform": [1]},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+        "modules_to_save": {"targets": ["v_proj"], "modules_to_save": ["embed_tokens"]},
+    },
+    "adalora": {
+        "every linear": {},
+        "alpha other than rank": {"rank": 6, "alpha": 5},
+        "pruned": {"rank_pattern": PRUNED},
+        "layers_to_transform": {"layers_to_transform": 0, "targets": ATTENTION},
+        "modules_to_save": {"targets": ["v_proj"], "modules_to_save": ["model.norm"]},
+    },
+    "ln_tuning": {
+        "some norms": {"targets": NORMS},
+        "norms as regex": {"targets": r".*layernorm"},
+        "modules_to_save": {"targets": NORMS, "modules_to_save": ["lm_head"]},
+    },
+}
+CASES = [(kind, name) for kind, variants in VARIANTS.items() for name in variants]
+KINDS = {kind: next(iter(variants.values())) for kind, variants in VARIANTS.items()}
+
+
+def made(served: Server, path: Path, kind: str, **options: Any) -> Path:
+    return make_adapter(path, served.directory, kind, **{**KINDS[kind], **options})
+
+
+@pytest.mark.parametrize(("kind", "variant"), CASES)
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])  # qwen3 has biases, llama has none
+def test_equals_peft_alone_in_a_mixed_batch(
+    architecture: str, kind: str, variant: str, server: Servers, tmp_path: Path
+) -> None:
+    served = server(architecture)
+    adapter = make_adapter(tmp_path / "a", served.directory, kind, **VARIANTS[kind][variant])
+    lora = make_adapter(tmp_path / "lora", served.directory, "lora", seed=1)
+    dora = make_adapter(tmp_path / "dora", served.directory, "dora", seed=2)
+    directories = [lora, adapter, None, dora, adapter]
+    lowered = {d: served.lower(d) for d in (lora, adapter, dora)}
+    prompts = [random_tokens(n, seed=n) for n in (5, 17, 9, 3, 11)]
+    got = served.run(
+        [(p, lowered[d] if d else None) for p, d in zip(prompts, directories, strict=True)]
+    )
+    oracles = {d: PeftOracle(served.directory, d) for d in (lora, adapter, dora, None)}
+    for logits, prompt, directory in zip(got, prompts, directories, strict=True):
+        assert relative_error(logits, oracles[directory].logits(prompt)) < BOUND
+    base = PeftOracle(served.directory).logits(prompts[1])
+    assert relative_error(got[1], base) > 1e-2  # the adapter says something
+
+
+@pytest.mark.parametrize(("kind", "variant"), CASES)
+def test_memory_is_what_the_lowered_adapter_holds(
+    kind: str, variant: str, server: Servers, tmp_path: Path
+) -> None:
+    served = server("qwen3")
+    adapter = make_adapter(tmp_path / "a", served.directory, kind, **VARIANTS[kind][variant])
+    lowered = served.lower(adapter)
+    manifest = read_manifest(adapter, served.base.spec)
+    assert manifest.memory_bytes == lowered.nbytes
+    assert (manifest.kind, manifest.rank) == (kind, lowered.rank)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "vblora"])
+def test_as_initialised_it_equals_the_base(kind: str, server: Servers, tmp_path: Path) -> None:
+    served, tokens = server("qwen3"), random_tokens(20)
+    adapter = made(served, tmp_path / "a", kind, zero=True)
+    got = served.run([(tokens, served.lower(adapter)), (tokens, None)])
+    assert relative_error(got[0], got[1]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_merged_in_float32_equals_unmerged(
+    architecture: str, kind: str, server: Servers, tmp_path: Path
+) -> None:
+    served, tokens = server(architecture), random_tokens(20)
+    adapter = made(served, tmp_path / "a", kind)
+    merged = served.lower(adapter, placement="merged", merged_dtype="float32")
+    assert not any(isinstance(d, LinearDelta) and d.low_rank for d in merged.deltas.values())
+    got = served.run([(tokens, served.lower(adapter)), (tokens, merged)])
+    assert relative_error(got[0], got[1]) < BOUND
+    want = PeftOracle(served.directory, adapter, merged="float32").logits(tokens)
+    assert relative_error(got[1], want) < BOUND
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_through_the_store(kind: str, server: Servers, tmp_path: Path) -> None:
+    """PEFT saves, the store checks and keeps, lowering reads what the store gives."""
+    served, tokens = server("qwen3"), random_tokens(12)
+    adapter = made(served, tmp_path / "a", kind)
+    store = AdapterStore(str(tmp_path / "blobs"), f"sqlite:///{tmp_path / 'catalog.db'}")
+    store.add(
+        "mine",
+        (adapter / "adapter_config.json").read_bytes(),
+        adapter / "adapter_model.safetensors",
+        None,
+        served.base.spec,
+        Limits(),
+    )
+    manifest = store.resolve("mine")
+    lowered = lower(manifest, store.weights_path(manifest), served.base)
+    got = served.run([(tokens, lowered)])[0]
+    assert relative_error(got, PeftOracle(served.directory, adapter).logits(tokens)) < BOUND
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_is_consumed(kind: str, server: Servers, tmp_path: Path) -> None:
+    """By lowering too, which reads files that it did not check itself."""
+    served = server("qwen3")
+    adapter = made(served, tmp_path / "a", kind)
+    weights = adapter / "adapter_model.safetensors"
+    manifest = read_manifest(adapter, served.base.spec)
+    name, tensor = next(iter(load_file(str(weights)).items()))
+    edit_adapter(adapter, tensors={f"{name}.more": torch.ones(3)})
+    with pytest.raises(InvalidAdapter, match="left over") as caught:
+        lower(manifest, weights, served.base)
+    assert caught.value.where == f"{name}.more"
+    edit_adapter(adapter, tensors={f"{name}.more": None, name: torch.cat([tensor, tensor])})
+    with pytest.raises(InvalidAdapter, match="shape") as caught:
+        lower(manifest, weights, served.base)
+    assert caught.value.where == name
+
+
+def test_ln_tuning_is_the_norms_alone(server: Servers, tmp_path: Path) -> None:
+    lowered = server("qwen3").lower(made(server("qwen3"), tmp_path / "a", "ln_tuning"))
+    assert all(isinstance(delta, PrivateNorm) for delta in lowered.deltas.values())
+    assert len(lowered.deltas) == 3
+
+
+def test_a_table_that_is_not_the_base_s_is_refused(server: Servers, tmp_path: Path) -> None:
+    served = server("qwen3")
+    adapter = make_adapter(tmp_path / "a", served.directory, "ia3", targets=["lm_head"])
+    name = "base_model.model.lm_head.base_layer.weight"
+    copy = load_file(str(adapter / "adapter_model.safetensors"))[name]
+    edit_adapter(adapter, tensors={name: copy + 1})
+    with pytest.raises(InvalidAdapter, match=r"lm_head\.base_layer\.weight: differs"):
+        served.lower(adapter)
