@@ -89,6 +89,8 @@ def render(evaluation: dict[str, Any], training: dict[str, Any], config: dict[st
         if timed
         else "The schedule followed the steps: on one machine the run is a function of its seed."
     )
+    if remark := training.get("remark"):
+        schedule = f"{schedule} {remark}"
     head = _HEAD.format(
         parameters=evaluation["parameters"],
         positions=config["max_position_embeddings"],
