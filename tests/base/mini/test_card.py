@@ -18,8 +18,14 @@ def _evaluation() -> dict[str, object]:
 
 def test_the_card_shows_what_was_measured_side_by_side(tmp_path: Path) -> None:
     training = {
-        **{"seed": 3, "steps": 1200, "tokens": 2_500_000, "seconds": 600, "minutes": None},
-        **{"rate": 0.003, "dtype": "float32", "environment": {"processor": "another"}},
+        "seed": 3,
+        "steps": 1200,
+        "tokens": 2_500_000,
+        "seconds": 600,
+        "minutes": None,
+        "rate": 0.003,
+        "dtype": "float32",
+        "environment": {"processor": "another"},
     }
     (tmp_path / "evaluation.json").write_text(json.dumps(_evaluation()), encoding="utf-8")
     (tmp_path / "training.json").write_text(json.dumps(training), encoding="utf-8")
