@@ -2,7 +2,7 @@
 
 For token t with adapter k, at a linear layer with frozen weight W (NF4) and bias b:
 
-    y  =  g ⊙ ( W (p ⊙ x)  +  Σ_j  B_j ( d_j ⊙ (A_j x) ) )  +  b_eff
+    y  =  g ⊙ ( W (p ⊙ x)  +  Σ_j  s_j ⊙ ( B_j ( d_j ⊙ (A_j x) ) ) )  +  b_eff
 
 Every field that an adapter does not need is None and costs nothing.
 """
@@ -20,11 +20,12 @@ from base.kernels import NF4Weight
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """One term B (d ⊙ (A x)); the adapter's scale is folded into B."""
+    """One term s ⊙ (B (d ⊙ (A x))); the scale is folded into B, or s for a shared B."""
 
     A: torch.Tensor  # [r, in]
     B: torch.Tensor  # [out, r]
     d: torch.Tensor | None = None  # [r]
+    s: torch.Tensor | None = None  # [out], scales this term alone (VeRA)
 
     @property
     def rank(self) -> int:
@@ -106,7 +107,7 @@ class LoweredAdapter:
 def _tensors(delta: Delta) -> Iterator[torch.Tensor]:
     if isinstance(delta, LinearDelta):
         for term in delta.low_rank:
-            yield from (t for t in (term.A, term.B, term.d) if t is not None)
+            yield from (t for t in (term.A, term.B, term.d, term.s) if t is not None)
         yield from (t for t in (delta.g, delta.p, delta.bias) if t is not None)
     elif isinstance(delta, PrivateLinear):
         weight = delta.weight

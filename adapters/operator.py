@@ -2,7 +2,7 @@
 
 At a linear layer with frozen weight W (NF4) and bias b, for a token of adapter k:
 
-    y  =  g[k] ⊙ ( W (p[k] ⊙ x)  +  Σ_j  B_j ( d_j ⊙ (A_j x) ) )  +  b_eff[k]
+    y  =  g[k] ⊙ ( W (p[k] ⊙ x)  +  Σ_j  s_j ⊙ ( B_j ( d_j ⊙ (A_j x) ) ) )  +  b_eff[k]
 
 `install` swaps the layers of a model for wrappers. Before each forward pass the engine says which
 rows belong to whom (`OperatorContext.segments`); a wrapper looks up its path, and where no adapter
@@ -220,6 +220,7 @@ class _Terms:
 
     low_rank: tuple[kernels.LowRank, ...]
     p: Tensor | None
+    alone: tuple[kernels.LowRank, ...] = ()  # with an s of their own, so apart from y and its g
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -229,6 +230,7 @@ class LinearPlan:
     rows: int
     low_rank: LowRankPlan | None
     scaled: tuple[tuple[int, int, Tensor], ...]  # rows whose x is multiplied by p first
+    alone: tuple[tuple[int, int, LowRankPlan], ...]  # terms with a scale of their own
     private: tuple[tuple[int, int, PrivateLinear], ...]
     shared: tuple[tuple[int, int], ...]  # rows that need the base product
 
@@ -255,6 +257,10 @@ class AdaptedLinear(AdaptedLayer):
         flat = x.reshape(-1, x.shape[-1])
         assert flat.shape[0] == plan.rows, f"{self.path}: {flat.shape[0]} rows, plan {plan.rows}"
         y = self._product(flat, plan)
+        for start, stop, term in plan.alone:
+            own = y.new_zeros(stop - start, y.shape[1])
+            kernels.lowrank_add(own, flat[start:stop], term)
+            y[start:stop] += own
         if plan.low_rank is not None:
             kernels.lowrank_add(y, flat, plan.low_rank)
         return y.view(*x.shape[:-1], -1)
@@ -284,12 +290,17 @@ class AdaptedLinear(AdaptedLayer):
             return delta
         if not isinstance(delta, LinearDelta):
             raise self.wrong(delta)
-        terms = [kernels.LowRank(term.A, term.B, _float(term.d)) for term in delta.low_rank]
+        terms: list[kernels.LowRank] = []
+        alone: list[kernels.LowRank] = []
+        for term in delta.low_rank:
+            # On zeros a gain scales the term: with it in B, no two layers could share a B.
+            own = kernels.LowRank(term.A, term.B, _float(term.d), _float(term.s))
+            (terms if term.s is None else alone).append(own)
         bias = self._bias_beyond(delta)
         if delta.g is not None or bias is not None:
             last = terms.pop() if terms else kernels.LowRank()
             terms.append(kernels.LowRank(last.a, last.b, last.d, _float(delta.g), bias))
-        return _Terms(tuple(terms), delta.p)
+        return _Terms(tuple(terms), delta.p, tuple(alone))
 
     def _bias_beyond(self, delta: LinearDelta) -> Tensor | None:
         """What is left to add once the base's b is in y: b_eff - g ⊙ b.
@@ -315,6 +326,11 @@ class AdaptedLinear(AdaptedLayer):
             rows,
             LowRankPlan(low_rank) if low_rank else None,
             tuple((start, stop, t.p) for start, stop, t in terms if t.p is not None),
+            tuple(
+                (start, stop, LowRankPlan([kernels.Segment(0, stop - start, term)]))
+                for start, stop, t in terms
+                for term in t.alone
+            ),
             private,
             _complement([(start, stop) for start, stop, _ in private], rows) if private else (),
         )

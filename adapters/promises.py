@@ -11,6 +11,7 @@ from adapters.targets import module_paths, with_ancestors
 from base.spec import BaseSpec
 
 PREFIX = "base_model.model."
+SHARED = "base_model."  # before the names of what all layers share
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from adapters.checks.adalora import check_adalora
 from adapters.checks.ia3 import check_ia3
 from adapters.checks.ln_tuning import check_ln_tuning
 from adapters.checks.loha import check_loha
+from adapters.checks.vblora import check_vblora
+from adapters.checks.vera import check_vera
 from adapters.config_schema import check_fingerprint, lora_fields, read_config
 from adapters.errors import InvalidAdapter, TooLarge
 from adapters.limits import Limits
@@ -79,4 +81,6 @@ CHECKERS: Mapping[str, Checker] = {
     "IA3": check_ia3,
     "LN_TUNING": check_ln_tuning,
     "LOHA": check_loha,
+    "VBLORA": check_vblora,
+    "VERA": check_vera,
 }

@@ -321,16 +321,16 @@ def make_adapter(
 
     directory = Path(directory)
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
-    settings = _config_class(kind)(
-        **{
-            "task_type": "CAUSAL_LM",
-            "target_modules": targets if isinstance(targets, str) else list(targets),
-            **_own_fields(kind, rank, 2 * rank if alpha is None else alpha, targets),
-            **config,
-        }
-    )
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
+        settings = _config_class(kind)(
+            **{
+                "task_type": "CAUSAL_LM",
+                "target_modules": targets if isinstance(targets, str) else list(targets),
+                **_own_fields(kind, rank, 2 * rank if alpha is None else alpha, targets),
+                **config,
+            }
+        )
         torch.manual_seed(seed)
         adapted = get_peft_model(model, settings)
         if not zero:
@@ -379,9 +379,9 @@ def _randomise(adapted: nn.Module, strength: float) -> None:
             parameter.data *= 1 + noise
         elif "ia3_l" in name:
             parameter.data *= 1 + 3 * noise
-        elif "hada_" in name:
+        elif "hada_" in name or "vera_lambda" in name:
             parameter.data.copy_(3 * noise)
-        elif "lora_E" in name or "vblora_logits" in name or "vera_lambda" in name:
+        elif "lora_E" in name or "vblora_logits" in name:
             parameter.data.copy_(noise / strength)
         elif "ln_tuning" in name:
             parameter.data += noise

@@ -22,6 +22,8 @@ from .ln_tuning import lower_ln_tuning
 from .loha import lower_loha
 from .lora import lower_lora
 from .merged import merge
+from .vblora import lower_vblora
+from .vera import lower_vera
 
 __all__ = ["FAMILIES", "lower"]
 
@@ -35,6 +37,8 @@ FAMILIES: Mapping[str, Family] = {
     "ia3": lower_ia3,
     "ln_tuning": lower_ln_tuning,
     "loha": lower_loha,
+    "vblora": lower_vblora,
+    "vera": lower_vera,
 }
 
 

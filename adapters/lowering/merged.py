@@ -82,7 +82,8 @@ def _linear_tiles(delta: LinearDelta, linear: NF4Linear | nn.Linear) -> Iterator
             tile = tile * delta.p.float()
         for term in delta.low_rank:
             B = term.B[start:stop].float()
-            tile = tile + (B if term.d is None else B * term.d.float()) @ term.A.float()
+            own = (B if term.d is None else B * term.d.float()) @ term.A.float()
+            tile = tile + (own if term.s is None else own * term.s[start:stop, None].float())
         yield tile if delta.g is None else tile * delta.g[start:stop, None].float()
 
 

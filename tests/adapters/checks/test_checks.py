@@ -12,7 +12,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
-from adapters.checks import adalora, ia3, ln_tuning, loha
+from adapters.checks import adalora, ia3, ln_tuning, loha, vblora, vera
 from adapters.errors import InvalidAdapter, TooLarge
 from adapters.limits import Limits
 from adapters.validate import CHECKERS, validate
@@ -24,6 +24,8 @@ RULES = {
     "loha": loha.RULES,
     "adalora": adalora.RULES,
     "ln_tuning": ln_tuning.RULES,
+    "vblora": vblora.RULES,
+    "vera": vera.RULES,
 }
 TARGETS: dict[str, list[str]] = {"ln_tuning": ["input_layernorm"]}
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
@@ -127,6 +129,26 @@ REFUSED += [
     ("loha", {}, {"use_effective_conv2d": "yes"}, "use_effective_conv2d"),
     ("loha", {}, {"layers_pattern": ["layers"]}, "layers_pattern"),
     ("loha", {}, {"alpha_pattern": {"q_proj": 1, "proj": 2, ".*q_proj": 3}}, "alpha_pattern"),
+    ("vera", {}, {"r": None}, "r"),
+    ("vera", {}, {"r": 1000}, "r"),
+    ("vera", {}, {"save_projection": None}, "save_projection"),
+    ("vera", {}, {"save_projection": 1}, "save_projection"),
+    ("vera", {"save_projection": False}, {"projection_prng_key": None}, "projection_prng_key"),
+    ("vera", {"save_projection": False}, {"projection_prng_key": -1}, "projection_prng_key"),
+    ("vera", {"save_projection": False}, {"projection_prng_key": 1.5}, "projection_prng_key"),
+    # The file holds projections, and the config says that they are drawn anew: which are meant?
+    ("vera", {}, {"save_projection": False}, "base_model.vera_A"),
+    ("vera", {"save_projection": False}, {"save_projection": True}, "base_model.vera_A"),
+    ("vera", {}, {"bias": "all"}, "bias"),
+    ("vera", {}, {"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ("vblora", {}, {"r": 1000}, "r"),
+    ("vblora", {}, {"topk": 0}, "topk"),
+    ("vblora", {}, {"topk": 13}, "topk"),
+    ("vblora", {}, {"topk": None}, "topk"),
+    ("vblora", {}, {"vector_length": 24}, "vector_length"),
+    ("vblora", {}, {"vector_length": True}, "vector_length"),
+    ("vblora", {}, {"save_only_topk_weights": True}, "save_only_topk_weights"),
+    ("vblora", {}, {"bias": "vblora_only"}, "bias"),
     ("adalora", {}, {"init_r": None}, "init_r"),
     ("adalora", {}, {"lora_alpha": 0}, "lora_alpha"),
     ("adalora", {}, {"lora_alpha": -1}, "lora_alpha"),

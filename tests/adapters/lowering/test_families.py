@@ -72,6 +72,22 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "layers_to_transform": {"layers_to_transform": 0, "targets": ATTENTION},
         "modules_to_save": {"targets": ["v_proj"], "modules_to_save": ["model.norm"]},
     },
+    "vera": {
+        "every linear": {},
+        "saved without its projections": {"save_projection": False, "projection_prng_key": 7},
+        "one size": {"targets": ["o_proj"], "rank": 3},
+        "layers_to_transform": {"layers_to_transform": [0], "targets": FEED_FORWARD},
+        "lm_head": {"targets": ["lm_head", "q_proj"]},
+        "modules_to_save": {"targets": ["v_proj"], "modules_to_save": ["norm"]},
+    },
+    "vblora": {
+        "every linear": {},
+        "best of one": {"topk": 1, "rank": 2},
+        "the whole bank": {"topk": 12, "vector_length": 32},
+        "layers_to_transform": {"layers_to_transform": [1], "targets": ATTENTION},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+        "modules_to_save": {"targets": ["v_proj"], "modules_to_save": ["embed_tokens"]},
+    },
     "ln_tuning": {
         "some norms": {"targets": NORMS},
         "norms as regex": {"targets": r".*layernorm"},
@@ -179,6 +195,45 @@ def test_every_tensor_is_consumed(kind: str, server: Servers, tmp_path: Path) ->
     with pytest.raises(InvalidAdapter, match="shape") as caught:
         lower(manifest, weights, served.base)
     assert caught.value.where == name
+
+
+def test_vera_shares_its_matrices(server: Servers, tmp_path: Path) -> None:
+    """Between layers of one size, between adapters of one seed, saved with the file or not."""
+    served = server("qwen3")
+    terms = []
+    for name, options in (
+        ("a", {"seed": 1}),
+        ("b", {"seed": 2}),
+        ("c", {"seed": 3, "save_projection": False}),
+        ("d", {"seed": 4, "projection_prng_key": 5}),
+    ):
+        adapter = make_adapter(tmp_path / name, served.directory, "vera", **options)
+        lowered = served.lower(adapter)
+        for delta in (lowered.deltas[Q0], lowered.deltas[Q0.replace("layers.0", "layers.1")]):
+            assert isinstance(delta, LinearDelta)
+            terms.append(delta.low_rank[0])
+    kept = {(term.A.data_ptr(), term.B.data_ptr()) for term in terms[:6]}
+    assert len(kept) == 1
+    assert {(term.A.data_ptr(), term.B.data_ptr()) for term in terms[6:]}.isdisjoint(kept)
+    # What the kernels hold is the very same memory.
+    layer = served.context.layers[Q0]
+    prepared = layer.prepare(LinearDelta((terms[0],)))
+    assert prepared.alone[0].b.data_ptr() == terms[0].B.data_ptr()
+    assert prepared.alone[0].a.data_ptr() == terms[0].A.data_ptr()
+
+
+def test_shared_matrices_leave_with_their_last_adapter(server: Servers, tmp_path: Path) -> None:
+    from adapters.lowering import vera
+
+    served = server("qwen3")
+    options = {"projection_prng_key": 99, "targets": ["q_proj"]}
+    lowered = served.lower(make_adapter(tmp_path / "a", served.directory, "vera", **options))
+    delta = lowered.deltas[Q0]
+    assert isinstance(delta, LinearDelta)
+    pointer = delta.low_rank[0].A.data_ptr()
+    assert pointer in {tensor.data_ptr() for tensor in vera._corners.values()}
+    del delta, lowered
+    assert pointer not in {tensor.data_ptr() for tensor in vera._corners.values()}
 
 
 def test_ln_tuning_is_the_norms_alone(server: Servers, tmp_path: Path) -> None:
