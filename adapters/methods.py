@@ -34,8 +34,6 @@ REFUSED_METHODS: Mapping[str, str] = {
     "SHIRA": _DENSE,
     "GRALORA": _DENSE,
     "HIRA": _DENSE,
-    "BEFT": _UNCHECKED,
-    "MISS": _UNCHECKED,
     "RANDLORA": _UNCHECKED,
     "DELORA": _UNCHECKED,
     "TINYLORA": _FROM_BASE,

@@ -8,9 +8,11 @@ from typing import Any
 
 from adapters.checked import Checked, Checker, Validated, numbers
 from adapters.checks.adalora import check_adalora
+from adapters.checks.beft import check_beft
 from adapters.checks.ia3 import check_ia3
 from adapters.checks.ln_tuning import check_ln_tuning
 from adapters.checks.loha import check_loha
+from adapters.checks.miss import check_miss
 from adapters.checks.vblora import check_vblora
 from adapters.checks.vera import check_vera
 from adapters.config_schema import check_fingerprint, lora_fields, read_config
@@ -78,9 +80,11 @@ def _check_lora(
 CHECKERS: Mapping[str, Checker] = {
     "LORA": _check_lora,
     "ADALORA": check_adalora,
+    "BEFT": check_beft,
     "IA3": check_ia3,
     "LN_TUNING": check_ln_tuning,
     "LOHA": check_loha,
+    "MISS": check_miss,
     "VBLORA": check_vblora,
     "VERA": check_vera,
 }

@@ -355,7 +355,9 @@ def _own_fields(kind: str, rank: int, alpha: float, targets: Sequence[str] | str
         "adalora": {"init_r": rank, "lora_alpha": alpha, "total_step": 10},
         "vera": {"r": rank},
         "vblora": {"r": rank, "num_vectors": 12, "vector_length": 16},
+        "miss": {"r": rank},
         "ln_tuning": {},
+        "beft": {},
     }
     lora = {
         "r": rank,
@@ -383,7 +385,7 @@ def _randomise(adapted: nn.Module, strength: float) -> None:
             parameter.data.copy_(3 * noise)
         elif "lora_E" in name or "vblora_logits" in name:
             parameter.data.copy_(noise / strength)
-        elif "ln_tuning" in name:
+        elif "ln_tuning" in name or "miss_block" in name or "beft_bias" in name:
             parameter.data += noise
         elif any(part in name for part in ("lora_embedding", "lora_B", "vblora_vector_bank")):
             parameter.data.copy_(noise)

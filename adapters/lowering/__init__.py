@@ -16,12 +16,14 @@ from adapters.manifest import AdapterManifest, MergedDtype, Placement
 from base.load import Base
 
 from .adalora import lower_adalora
+from .beft import lower_beft
 from .checkpoint import AdapterCheckpoint
 from .ia3 import lower_ia3
 from .ln_tuning import lower_ln_tuning
 from .loha import lower_loha
 from .lora import lower_lora
 from .merged import merge
+from .miss import lower_miss
 from .vblora import lower_vblora
 from .vera import lower_vera
 
@@ -34,9 +36,11 @@ FAMILIES: Mapping[str, Family] = {
     "rslora": lower_lora,
     "dora": lower_lora,
     "adalora": lower_adalora,
+    "beft": lower_beft,
     "ia3": lower_ia3,
     "ln_tuning": lower_ln_tuning,
     "loha": lower_loha,
+    "miss": lower_miss,
     "vblora": lower_vblora,
     "vera": lower_vera,
 }

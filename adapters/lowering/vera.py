@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from hashlib import sha256
-from threading import Lock
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -20,10 +18,8 @@ from base.load import Base
 
 from .checkpoint import AdapterCheckpoint
 from .factors import by_columns, factor_dtype
+from .shared import shared
 from .whole import lower_saved
-
-_corners: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
-_corners_lock = Lock()  # several threads lower at a time
 
 
 def lower_vera(
@@ -83,12 +79,9 @@ class _Corners:
         return self._kept("B", height, self.B[:height])
 
     def _kept(self, which: str, size: int, corner: Tensor) -> Tensor:
-        key = (self.digest, which, size, self.dtype, str(self.device))
-        with _corners_lock:
-            tensor = _corners.get(key)
-            if tensor is None:
-                placed = corner.to(self.device, self.dtype)
-                # In its own memory: a view would keep the whole matrix alive.
-                tensor = placed.contiguous().clone() if which == "A" else by_columns(placed).clone()
-                _corners[key] = tensor
-            return tensor
+        def make() -> Tensor:
+            placed = corner.to(self.device, self.dtype)
+            # In its own memory: a view would keep the whole matrix alive.
+            return (placed.contiguous() if which == "A" else by_columns(placed)).clone()
+
+        return shared(("vera", self.digest, which, size, self.dtype, str(self.device)), make)

@@ -12,7 +12,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
-from adapters.checks import adalora, ia3, ln_tuning, loha, vblora, vera
+from adapters.checks import adalora, beft, ia3, ln_tuning, loha, miss, vblora, vera
 from adapters.errors import InvalidAdapter, TooLarge
 from adapters.limits import Limits
 from adapters.validate import CHECKERS, validate
@@ -24,6 +24,8 @@ RULES = {
     "loha": loha.RULES,
     "adalora": adalora.RULES,
     "ln_tuning": ln_tuning.RULES,
+    "beft": beft.RULES,
+    "miss": miss.RULES,
     "vblora": vblora.RULES,
     "vera": vera.RULES,
 }
@@ -129,6 +131,16 @@ REFUSED += [
     ("loha", {}, {"use_effective_conv2d": "yes"}, "use_effective_conv2d"),
     ("loha", {}, {"layers_pattern": ["layers"]}, "layers_pattern"),
     ("loha", {}, {"alpha_pattern": {"q_proj": 1, "proj": 2, ".*q_proj": 3}}, "alpha_pattern"),
+    ("beft", {}, {"init_weights": "zero"}, "init_weights"),
+    ("beft", {}, {"exclude_modules": ["q_proj"]}, "exclude_modules"),
+    ("miss", {}, {"r": 65}, "r"),
+    ("miss", {}, {"r": 1000}, "r"),
+    ("miss", {}, {"r": None}, "r"),
+    ("miss", {}, {"init_weights": "bat"}, "init_weights"),
+    ("miss", {}, {"init_weights": "other"}, "init_weights"),
+    ("miss", {}, {"init_weights": "mini", "mini_r": 48}, "mini_r"),
+    ("miss", {}, {"init_weights": "mini", "mini_r": None}, "mini_r"),
+    ("miss", {}, {"bias": "all"}, "bias"),
     ("vera", {}, {"r": None}, "r"),
     ("vera", {}, {"r": 1000}, "r"),
     ("vera", {}, {"save_projection": None}, "save_projection"),
