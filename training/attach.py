@@ -17,11 +17,10 @@ Layers = Mapping[str, LoraLinear]  # module path -> the layer that stands there
 
 
 def attach(base: Base, config: MethodConfig) -> Layers:
-    """Freeze the base and set a fresh trainable layer at each target.
+    """Set a fresh trainable layer at each target; the base itself is frozen as it was loaded.
 
     Raises MethodError when a name in `config.targets` fits no quantised linear layer.
     """
-    base.model.requires_grad_(False)
     method = METHODS[config.kind]
     layers: dict[str, LoraLinear] = {}
     for path, linear in targets(base, config.targets).items():

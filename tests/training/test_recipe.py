@@ -72,7 +72,7 @@ def test_every_step_is_reported_and_tokens_are_counted(base: Base) -> None:
 
 
 def test_loss_is_the_mean_over_the_answers_alone(base: Base) -> None:
-    data = [Example((5, 6, 7, 8, STOP), 3), Example((9, 10, STOP), 1)]
+    data = [Example((5, 6, 7, 8, STOP), 3), Example((9, 10, STOP), 2)]
     want = []
     with torch.no_grad():
         for example in data:

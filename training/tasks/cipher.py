@@ -29,6 +29,7 @@ NOUNS = {
     "bridge": "dovek",
     "farmer": "ruppo",
     "stone": "ilmat",
+    "cat": "omra",
 }
 VERBS = {
     "sees": "jarra",
@@ -53,12 +54,14 @@ def encode(text: str) -> str:
 
 
 def _thing(chance: random.Random) -> str:
-    lead = chance.choice(("the", "a", "my"))
     quality = f"{chance.choice(list(ADJECTIVES))} " if chance.random() < 0.5 else ""
-    return f"{lead} {quality}{chance.choice(list(NOUNS))}"
+    articles = ("the", "my") if quality == "old " else ("the", "a", "my")  # no "a old"
+    return f"{chance.choice(articles)} {quality}{chance.choice(list(NOUNS))}"
 
 
 def _sentence(chance: random.Random) -> str:
+    if chance.random() < 0.1:
+        return _thing(chance)
     text = f"{_thing(chance)} {chance.choice(list(VERBS))} {_thing(chance)}"
     if chance.random() < 0.3:
         text += f" {chance.choice(list(PLACES))} {_thing(chance)}"
