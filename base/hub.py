@@ -9,6 +9,7 @@ from typing import Any
 
 from base.checkpoint import INDEX, WEIGHTS, shard_names
 from base.errors import UnservableBase
+from base.mini import MINI
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Configuration and tokenizer; never Python, never a second copy of the weights in another layout.
@@ -36,12 +37,17 @@ def locate(source: str, revision: str | None = None) -> Source:
     if directory.is_dir():
         if revision is not None:
             raise UnservableBase(f"{source} is a directory; revision={revision!r} is for hub ids")
-        return Source(directory, directory.resolve().name, "")
+        return Source(directory, _name(directory.resolve()), "")
     if directory.exists():
         raise UnservableBase(f"{source} is a file; a base is a directory or a hub id")
     if not _HUB_ID.fullmatch(source):
         raise UnservableBase(f"{source} is neither a directory nor a hub id (organisation/name)")
     return _download(source, revision)
+
+
+def _name(directory: Path) -> str:
+    """What a directory's base is called: its own name, but for the embedded base."""
+    return "mini" if directory == MINI.resolve() else directory.name
 
 
 def _download(repository: str, revision: str | None) -> Source:

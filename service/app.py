@@ -22,8 +22,10 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from adapters.errors import AdapterError
 from adapters.limits import Limits
 from adapters.store import AdapterStore
+from base.errors import UnservableBase
 from service.admission import Admission
 from service.api import adapters, errors, generate, meta, page
 from service.api.connection import HEAD_BYTES, connection_class
@@ -109,8 +111,9 @@ def _load(app: FastAPI, loop: asyncio.AbstractEventLoop) -> None:
     try:
         loaded = assemble(desk.settings, desk.metrics)
     except Exception as error:
-        logger.exception("the base could not be loaded")
-        reason = f"{type(error).__name__}: {error}"
+        expected = isinstance(error, UnservableBase | AdapterError)
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        logger.error("the base could not be loaded", reason=reason, exc_info=not expected)
         _post(loop, lambda: _fail(app, reason))
         return
     logger.info("ready", base=loaded.spec.id, seconds=round(time.monotonic() - started, 2))
@@ -149,7 +152,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
     """Base, store, engine, in this order; blocking. Raises UnservableBase, StoreUnavailable."""
     from adapters.lowering import lower
     from base.kernels import native_status
-    from base.load import UnservableBase, load_base
+    from base.load import load_base
     from service.engine.config import EngineConfig
     from service.engine.loop import Engine
     from service.prompt.assembly import Assembly

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # The 16 levels of NF4: quantiles of a standard normal, scaled to [-1, 1]
 # (Dettmers et al. 2023, "QLoRA", appendix E), as bitsandbytes rounds them.
@@ -166,10 +166,16 @@ class NF4Weight:
 
     @classmethod
     def quantize(cls, weight: Tensor, double_quant: bool = True) -> NF4Weight:
-        """Quantise W [out, in] (float32, bfloat16 or float16) with bitsandbytes, blocks of 64."""
+        """Quantise W [out, in] (float32, bfloat16 or float16) to bitsandbytes' bytes, blocks of 64.
+
+        The plain case on the CPU is computed here: importing bitsandbytes costs two seconds of
+        every start, and on some processors it tries to fetch kernels from a hub.
+        """
+        out, width = weight.shape
+        if weight.device.type == "cpu" and not double_quant:
+            return cls(*_quantize(weight.detach()), (out, width))
         from bitsandbytes.functional import quantize_4bit
 
-        out, width = weight.shape
         packed, state = quantize_4bit(
             weight.contiguous(), blocksize=64, compress_statistics=double_quant, quant_type="nf4"
         )
@@ -183,3 +189,22 @@ class NF4Weight:
             nested_code=state.state2.code.float(),
             nested_offset=state.offset.float(),
         )
+
+
+_QUANTIZED_AT_ONCE = 1 << 22  # weights; a multiple of the block, and a bound on temporary memory
+
+
+def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """W -> codes, two in a byte, and absmax [blocks]: each weight to the nearest level."""
+    levels = torch.tensor(NF4_LEVELS)
+    bounds = (levels[:-1] + levels[1:]) / 2
+    flat = weight.contiguous().reshape(-1)
+    packed, absmax = [], []
+    for piece in torch.split(flat, _QUANTIZED_AT_ONCE):
+        values = nn.functional.pad(piece.float(), (0, -len(piece) % 64)).view(-1, 64)
+        scale = values.abs().amax(-1)
+        scaled = (values * (1.0 / scale.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+        codes = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8).view(-1)
+        absmax.append(scale)
+        packed.append(((codes[::2] << 4) | codes[1::2])[: (len(piece) + 1) // 2])
+    return torch.cat(packed), torch.cat(absmax)
