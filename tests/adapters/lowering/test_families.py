@@ -33,7 +33,7 @@ from tests.oracle import (
 )
 
 Servers = Callable[..., Server]
-BOUND = 1e-5  # of logits, relative; measured 3e-7 to 2e-6
+BOUND = 1e-5  # of logits, relative; measured 3e-7 to 4e-6
 Q0 = "model.layers.0.self_attn.q_proj"
 PRUNED = {
     f"{Q0}.lora_E": [True, False, True, False],
