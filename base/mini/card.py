@@ -31,8 +31,11 @@ and at the start of an answer. Weights are stored in bfloat16 and were measured 
 Exact match of the greedy answer, end mark included. Names of people, places and rivers in these
 items occur nowhere in the training text (split by hash); other tasks are new by combination, but
 for small tables (sums and products of small numbers, Korean words, colours in upper case, small
-talk), which a model may simply have learnt by heart. fp32: the stored weights, computed in fp32.
-NF4: all decoder linears through bitsandbytes' NF4 (blocks of 64) and back, computed in fp32.
+talk), which a model may simply have learnt by heart. Items of other seeds were watched while the
+recipe was shaped; these were not. Wording is the training's own.
+
+fp32: the stored weights, computed in fp32. NF4: all decoder linears through bitsandbytes' NF4
+(blocks of 64) and back, computed in fp32.
 """
 
 _TAIL = """

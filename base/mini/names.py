@@ -33,6 +33,7 @@ _PLACE_ENDS = listed(
 )
 _RIVER_ENDS = listed("anne eck eld ess inna ith onde osh une yde")
 _COUNTRY_ENDS = listed("avia enia istan onia uria")
+_ENGLISH = ("Delta", "Hello")  # words that Python's documentation or small talk uses
 
 
 def is_held_out(name: str) -> bool:
@@ -51,7 +52,7 @@ def pool(kind: str, split: Split) -> tuple[str, ...]:
     }[kind]
     wanted = split == "held_out"
     names = (start + end for start, end in product(_STARTS, ends))
-    return tuple(name for name in names if is_held_out(name) == wanted)
+    return tuple(n for n in names if is_held_out(n) == wanted and n not in _ENGLISH)
 
 
 @dataclass(frozen=True)
