@@ -7,12 +7,14 @@ the engine's thread sets it before the forward pass and clears it after.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface
 
@@ -32,8 +34,8 @@ class KVCache:
         shape = (blocks, block_size, spec.num_kv_heads, spec.head_dim)
         self.blocks = blocks
         self.block_size = block_size
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
-        self.values = [torch.zeros_like(k) for k in self.keys]
+        self.keys = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
 
     @property
     def nbytes(self) -> int:
@@ -43,6 +45,14 @@ class KVCache:
         """Store k, v [T, heads, width] at slots [T] = block * block_size + offset."""
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
         self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take no memory on the host before they are written: torch would touch each."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    lazy = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(lazy).view(dtype).view(shape)
 
 
 @dataclass(slots=True)
