@@ -39,6 +39,7 @@ def save(out: Path, base: Base, layers: Layers, config: MethodConfig) -> None:
         out / WEIGHTS,
         metadata={"format": "pt", "base_fingerprint": base.spec.fingerprint},
     )
+    (out / WEIGHTS).chmod(0o644)  # safetensors makes it private, which no other file here is
 
 
 def load(source: Path, base: Base) -> Layers:

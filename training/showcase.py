@@ -65,7 +65,7 @@ SHIPPED = (
         name="tickets",
         task="tickets",
         method=MethodConfig(kind="dora", rank=8, alpha=16),
-        optim=OptimConfig(learning_rate=4e-3, steps=200, batch_size=16),
+        optim=OptimConfig(learning_rate=4e-3, steps=300, batch_size=16),
         train_items=4000,
     ),
 )
