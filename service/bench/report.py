@@ -87,7 +87,7 @@ def memory_table(memory: Mapping[str, Any]) -> Table:
         "resident (RSS)": rss,
         "  NF4 weights": memory["nf4_bytes"],
         f"  embeddings, {memory['dtype']}": memory["embedding_bytes"],
-        "  KV cache, as far as it was touched, at most": memory["kv_cache_bytes"],
+        "  KV cache, when it is full": memory["kv_cache_bytes"],
         "  mapped files (libraries)": rss - memory["anonymous_bytes"],
         "peak while loading": memory["peak_rss_bytes"],
     }
