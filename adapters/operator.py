@@ -35,6 +35,7 @@ from base.kernels import LowRankPlan, NF4Weight
 from base.spec import BaseSpec
 
 _KEPT_STEPS = 16  # segmentations whose plans are kept: decode steps come back to the same ones
+_FEW_ROWS = 32  # of x, up to which a float matrix on the CPU stands on the left
 _TILE_ROWS = 256  # rows of a private matrix that are cast at a time: the cast stays in the cache
 
 
@@ -253,7 +254,7 @@ class AdaptedLinear(AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         plan = self.context.plans.get(self.path)
         if plan is None:
-            return self.inner(x)  # type: ignore[no-any-return]
+            return self._base(x)
         flat = x.reshape(-1, x.shape[-1])
         assert flat.shape[0] == plan.rows, f"{self.path}: {flat.shape[0]} rows, plan {plan.rows}"
         y = self._product(flat, plan)
@@ -265,6 +266,13 @@ class AdaptedLinear(AdaptedLayer):
             kernels.lowrank_add(y, flat, plan.low_rank)
         return y.view(*x.shape[:-1], -1)
 
+    def _base(self, x: Tensor) -> Tensor:
+        """W x + b of the base alone."""
+        few = x.device.type == "cpu" and x.numel() <= _FEW_ROWS * x.shape[-1]
+        if few and isinstance(self.inner, nn.Linear):
+            return _few_rows(x, self.inner.weight, self.inner.bias)
+        return self.inner(x)  # type: ignore[no-any-return]
+
     def _product(self, x: Tensor, plan: LinearPlan) -> Tensor:
         """W (p ⊙ x) + b, with the private matrix and bias where a row has its own."""
         scaled = x
@@ -273,13 +281,13 @@ class AdaptedLinear(AdaptedLayer):
             for start, stop, p in plan.scaled:
                 scaled[start:stop] *= p.to(x.dtype)
         if not plan.private:
-            return self.inner(scaled)  # type: ignore[no-any-return]
+            return self._base(scaled)
         y = x.new_empty(x.shape[0], self.out_features)
         if plan.shared:
             # One product for all of them: each call would read the packed weight again.
-            part = self.inner(torch.cat([scaled[start:stop] for start, stop in plan.shared]))
+            part = self._base(torch.cat([scaled[start:stop] for start, stop in plan.shared]))
             counts = [stop - start for start, stop in plan.shared]
-            for (start, stop), own in zip(plan.shared, part.split(counts), strict=True):
+            for (start, stop), own in zip(plan.shared, torch.split(part, counts), strict=True):
                 y[start:stop] = own
         for start, stop, private in plan.private:
             y[start:stop] = _private_product(x[start:stop], private)
@@ -404,6 +412,15 @@ def install(model: Any, spec: BaseSpec) -> OperatorContext:
             context.layers[path] = wrapper(path, inner, context)
             setattr(model.get_submodule(parent), name, context.layers[path])
     return context
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b of a float matrix as (W xᵀ)ᵀ + b: the CPU's library copies the right-hand side of a
+    product into panels first, and an output head is the larger side by far."""
+    y = (weight @ x.reshape(-1, x.shape[-1]).t()).t().contiguous()
+    if bias is not None:
+        y += bias
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _private_product(x: Tensor, private: PrivateLinear) -> Tensor:
