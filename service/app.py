@@ -39,6 +39,7 @@ from service.metrics import Metrics
 if TYPE_CHECKING:
     from adapters.delta import LoweredAdapter
     from adapters.manifest import AdapterManifest
+    from service.engine.config import EngineConfig
     from service.engine.request import AdapterRef
 
 UPLOADS_AT_ONCE = 4
@@ -153,7 +154,6 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
     from adapters.lowering import lower
     from base.kernels import native_status
     from base.load import load_base
-    from service.engine.config import EngineConfig
     from service.engine.loop import Engine
     from service.prompt.assembly import Assembly
 
@@ -184,16 +184,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
     def probe(draft: AdapterManifest, weights: Path) -> None:
         engine.probe(lower(draft, weights, base))
 
-    config = EngineConfig(
-        block_size=settings.block_size,
-        kv_cache_bytes=settings.kv_cache_bytes,
-        max_model_len=settings.max_model_len,
-        max_sequences=settings.max_num_seqs,
-        max_step_tokens=settings.max_step_tokens,
-        max_waiting=settings.max_queue,
-        host_cache_bytes=settings.host_cache_bytes,
-        slot_bytes=settings.slot_bytes,
-    )
+    config = _engine_config(settings)
     engine = Engine(base, fetch, config, metrics)
     engine.start()
     if settings.adapters is not None:
@@ -220,6 +211,22 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         engine=engine,
         limits=limits,
         probe=probe,
+    )
+
+
+def _engine_config(settings: Settings) -> EngineConfig:
+    """The engine's limits, as the settings have them."""
+    from service.engine.config import EngineConfig
+
+    return EngineConfig(
+        block_size=settings.block_size,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        max_model_len=settings.max_model_len,
+        max_sequences=settings.max_num_seqs,
+        max_step_tokens=settings.max_step_tokens,
+        max_waiting=settings.max_queue,
+        host_cache_bytes=settings.host_cache_bytes,
+        slot_bytes=settings.slot_bytes,
     )
 
 
