@@ -178,7 +178,7 @@ def test_a_base_that_cannot_be_loaded_ends_it(
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr("service.app.configure_logging", lambda level, layout: None)
     settings = Settings(base=str(tmp_path / "empty"), home=tmp_path, adapters=None, port=0)
-    with pytest.raises(SystemExit, match="could not be loaded: .*has no config.json"):
+    with pytest.raises(SystemExit, match=r"could not be loaded: .*has no config\.json"):
         serve(settings)
 
 
