@@ -1,0 +1,44 @@
+"""The operator at an embedding table: rows of the base's, with what each token's adapter adds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adapters.delta import Delta, EmbeddingDelta, PrivateEmbedding
+
+from .layer import AdaptedLayer
+
+
+class AdaptedEmbedding(AdaptedLayer):
+    """The embedding table of the base and of a step's adapters: ids [1, T] -> [1, T, width]."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        plan = self.context.plans.get(self.path)
+        rows: Tensor = self.inner(ids)
+        if plan is None:
+            return rows
+        flat = ids.reshape(-1)
+        y = rows.reshape(-1, rows.shape[-1]).clone()
+        # Gemma's table multiplies what it looks up, so what is added must be multiplied alike.
+        scale = getattr(self.inner, "embed_scale", None)
+        for start, stop, delta in plan:
+            own = _embedding_rows(flat[start:stop], delta, self.weight)
+            if scale is not None:
+                own = own * torch.as_tensor(scale, device=own.device).to(own.dtype)
+            y[start:stop] = own.to(y.dtype)
+        return y.view(rows.shape)
+
+    def prepare(self, delta: Delta) -> Delta:
+        if not isinstance(delta, EmbeddingDelta | PrivateEmbedding):
+            raise self.wrong(delta)
+        return delta
+
+
+def _embedding_rows(ids: Tensor, delta: EmbeddingDelta | PrivateEmbedding, table: Tensor) -> Tensor:
+    """[n] -> [n, width], before the table's own scale."""
+    if isinstance(delta, PrivateEmbedding):
+        return functional.embedding(ids, delta.weight).to(table.dtype)
+    own = functional.embedding(ids, table) + (delta.A[:, ids].t() @ delta.B.t()).to(table.dtype)
+    return own if delta.g is None else own * delta.g.to(own.dtype)

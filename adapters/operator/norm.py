@@ -1,0 +1,30 @@
+"""The operator at a norm: an adapter's own scale for its own rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adapters.delta import Delta, PrivateNorm
+
+from .layer import AdaptedLayer
+
+
+class AdaptedNorm(AdaptedLayer):
+    """A norm of the base, and the adapters' own scales: [1, T, ..., width] to the same shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self.context.plans.get(self.path)
+        y: Tensor = self.inner(x)
+        if plan is None:
+            return y
+        y = y.clone()
+        for start, stop, weight in plan:
+            own = {"weight": weight}
+            y[:, start:stop] = torch.func.functional_call(self.inner, own, (x[:, start:stop],))
+        return y
+
+    def prepare(self, delta: Delta) -> Tensor:
+        if not isinstance(delta, PrivateNorm):
+            raise self.wrong(delta)
+        return delta.weight
