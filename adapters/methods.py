@@ -1,11 +1,49 @@
-"""Why a method of PEFT is not served now. Every `peft.PeftType` is here or has a checker.
+"""One row per method of PEFT: what it lowers to and what that costs, or why it is refused.
 
 The reason ends up in the reply to an upload, so it says what stands in the way, for its author.
+A row that is served has a checker in adapters/validate.py; those that are no PEFT method may join.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal[
+    "low-rank",  # terms B (d ⊙ (A x))
+    "scales",  # g on the output, p on the input
+    "bias",
+    "norm",  # the adapter's own norms
+    "prefix KV",  # run once when it is loaded, its keys and values kept
+    "embedding rows",
+    "operator",  # a computation of its own for each token
+    "private weights",  # the adapter's own matrix, computed when it is lowered
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How one method is served, and what one target of shape [m, n] (out, in) costs.
+
+    The costs are Python expressions in m, n and the numbers of the canonical config (r, ...), so
+    that a test can compare them with what is really held. A multiply-add is two flops.
+    """
+
+    form: Form | None = None  # None: refused
+    memory: str = "0"  # bytes once lowered, in float32
+    flops: str = "0"  # per token beyond the base; of private weights, in place of the base's
+    shared: str = "0"  # bytes that all targets of one shape, and other adapters, have in common
+    exact: bool = True  # equal to PEFT alone but for the order of additions in float32
+    refused: str = ""  # why, where it is
+
+
+def refused(reason: str) -> Method:
+    """The row of a method that is not served."""
+    return Method(exact=False, refused=reason)
+
+
+LORA_MEMORY, LORA_FLOPS = "4*r*(m + n)", "2*r*(m + n)"
 
 _PREFIX = "virtual tokens need key/value blocks of their own, which adapters cannot bring yet"
 _ROTATION = "it rotates the base's weights, and no operator or private matrix for that exists yet"
@@ -14,42 +52,65 @@ _FROM_BASE = "it starts from a decomposition of the base's weights, which NF4 ha
 _UNCHECKED = "its conversion has not been checked against PEFT yet"
 _ROUTED = "its weights depend on the input through a router, which the operator does not run"
 
+METHODS: Mapping[str, Method] = {
+    # Low rank
+    "LORA": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
+    "ADALORA": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
+    "LOHA": Method("low-rank", "4*r**2*(m + n)", "2*r**2*(m + n)"),
+    "MISS": Method("low-rank", "4*r*m", LORA_FLOPS, shared="4*r*n"),
+    "VBLORA": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
+    "VERA": Method("low-rank", "4*(m + r)", "2*r*(m + n) + r + 2*m", shared=LORA_MEMORY),
+    "HRA": refused(_ROTATION),
+    "GRALORA": refused(_DENSE),
+    "RANDLORA": refused(_UNCHECKED),
+    "DELORA": refused(_UNCHECKED),
+    "TINYLORA": refused(_FROM_BASE),
+    "UNILORA": refused(_UNCHECKED),
+    "PVERA": refused(_UNCHECKED),
+    "LILY": refused(_ROUTED),
+    # Scales, biases, norms
+    "IA3": Method("scales", "4*m", "m"),
+    "BEFT": Method("bias", "4*m", "m"),
+    "LN_TUNING": Method("norm", "4*m"),
+    "ROAD": refused(_ROTATION),
+    # Rotations and other structured updates
+    "OFT": refused(_ROTATION),
+    "BOFT": refused(_ROTATION),
+    "SHIRA": refused(_DENSE),
+    "PSOFT": refused(_FROM_BASE),
+    # Private weights
+    "LOKR": refused(_DENSE),
+    "FOURIERFT": refused(_DENSE),
+    "WAVEFT": refused(_DENSE),
+    "C3A": refused(_DENSE),
+    "HIRA": refused(_DENSE),
+    "GLORA": refused(_DENSE),
+    "SUPERTUNING": refused(_DENSE),
+    "DEFT": refused(_DENSE),
+    "FROD": refused(_FROM_BASE),
+    "ADAMSS": refused(_FROM_BASE),
+    "OSF": refused("it trains the base's weights themselves, so it is no adapter of a shared base"),
+    # Virtual tokens and rows of the embedding
+    "PROMPT_TUNING": refused(_PREFIX),
+    "MULTITASK_PROMPT_TUNING": refused(_PREFIX),
+    "P_TUNING": refused(_PREFIX),
+    "PREFIX_TUNING": refused(_PREFIX),
+    "CPT": refused(_PREFIX),
+    "CARTRIDGE": refused(_PREFIX),
+    "TRAINABLE_TOKENS": refused(
+        "rows of the embedding table cannot be replaced one by one yet; "
+        "use modules_to_save for the whole table"
+    ),
+    # What runs beside the layers
+    "ADAPTION_PROMPT": refused(
+        "it adds gated attention to whole layers, which the operator does not run"
+    ),
+    "PEANUT": refused("it is not linear: it puts small networks over the weights"),
+    "SHADOW": refused("it runs a network of its own beside the decoder's layers"),
+    "XLORA": refused(_ROUTED),
+    "POLY": refused(_ROUTED),
+}
+
 REFUSED_METHODS: Mapping[str, str] = {
-    "PROMPT_TUNING": _PREFIX,
-    "MULTITASK_PROMPT_TUNING": _PREFIX,
-    "P_TUNING": _PREFIX,
-    "PREFIX_TUNING": _PREFIX,
-    "CPT": _PREFIX,
-    "CARTRIDGE": _PREFIX,
-    "ADAPTION_PROMPT": "it adds gated attention to whole layers, which the operator does not run",
-    "OFT": _ROTATION,
-    "BOFT": _ROTATION,
-    "HRA": _ROTATION,
-    "ROAD": _ROTATION,
-    "PSOFT": _FROM_BASE,
-    "LOKR": _DENSE,
-    "FOURIERFT": _DENSE,
-    "WAVEFT": _DENSE,
-    "C3A": _DENSE,
-    "SHIRA": _DENSE,
-    "GRALORA": _DENSE,
-    "HIRA": _DENSE,
-    "RANDLORA": _UNCHECKED,
-    "DELORA": _UNCHECKED,
-    "TINYLORA": _FROM_BASE,
-    "UNILORA": _UNCHECKED,
-    "LILY": _ROUTED,
-    "FROD": _FROM_BASE,
-    "GLORA": _DENSE,
-    "ADAMSS": _FROM_BASE,
-    "PEANUT": "it is not linear: it puts small networks over the weights",
-    "SHADOW": "it runs a network of its own beside the decoder's layers",
-    "SUPERTUNING": _DENSE,
-    "DEFT": _DENSE,
-    "PVERA": _UNCHECKED,
-    "XLORA": _ROUTED,
-    "POLY": _ROUTED,
-    "TRAINABLE_TOKENS": "rows of the embedding table cannot be replaced one by one yet; "
-    "use modules_to_save for the whole table",
-    "OSF": "it trains the base's weights themselves, so it is no adapter of a shared base",
+    name: method.refused for name, method in METHODS.items() if method.form is None
 }

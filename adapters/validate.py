@@ -76,7 +76,7 @@ def _check_lora(
     return Checked(validated, frozenset(magnitudes))
 
 
-# One row per method; what no row serves, and why, is in adapters/methods.py.
+# One row per method that adapters/methods.py serves; why it refuses the others is there too.
 CHECKERS: Mapping[str, Checker] = {
     "LORA": _check_lora,
     "ADALORA": check_adalora,

@@ -11,7 +11,7 @@ from peft import PeftType
 from adapters.errors import InvalidAdapter
 from adapters.limits import Limits
 from adapters.lowering import FAMILIES
-from adapters.methods import REFUSED_METHODS
+from adapters.methods import METHODS, REFUSED_METHODS
 from adapters.validate import CHECKERS, validate
 from base.spec import BaseSpec
 from tests.adapters.conftest import Saver
@@ -19,8 +19,12 @@ from tests.adapters.conftest import Saver
 
 def test_every_method_of_peft_has_one_row() -> None:
     """A new version of PEFT with a new method fails here, until somebody decides about it."""
-    assert set(CHECKERS) | set(REFUSED_METHODS) == {method.value for method in PeftType}
-    assert not set(CHECKERS) & set(REFUSED_METHODS)
+    assert not {method.value for method in PeftType} - METHODS.keys()
+
+
+def test_what_a_row_serves_is_checked() -> None:
+    assert {name for name, row in METHODS.items() if row.form} == set(CHECKERS)
+    assert all((row.form is None) == bool(row.refused) for row in METHODS.values())
 
 
 def test_what_is_checked_is_lowered() -> None:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapters.delta import LinearDelta, PrivateNorm
+from adapters.delta import Delta, LinearDelta, PrivateLinear, PrivateNorm
 from adapters.errors import InvalidAdapter
 from adapters.limits import Limits
 from adapters.lowering import lower
 from adapters.lowering.shared import _held
+from adapters.methods import METHODS
 from adapters.store import AdapterStore
 from tests.adapters.lowering.mixed_batch import Server
 from tests.oracle import (
@@ -148,6 +149,41 @@ def test_memory_is_what_the_lowered_adapter_holds(
     manifest = read_manifest(adapter, served.base.spec)
     assert manifest.memory_bytes == lowered.nbytes
     assert (manifest.kind, manifest.rank) == (kind, lowered.rank)
+
+
+ONE = {"ln_tuning": ["layers.0.input_layernorm"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_registry_says_what_one_target_costs(
+    kind: str, server: Servers, tmp_path: Path
+) -> None:
+    served = server("llama")  # without biases, which cost extra where they are scaled
+    adapter = made(served, tmp_path / "a", kind, targets=ONE.get(kind, [f"{Q0}"]))
+    lowered, spec = served.lower(adapter), served.base.spec
+    manifest, row = read_manifest(adapter, spec), METHODS[kind.upper()]
+    (path,) = manifest.targets
+    shape = spec.linears.get(path)
+    sizes = {"m": shape.out_features, "n": shape.in_features} if shape else {"m": spec.norms[path]}
+    numbers = {"r": manifest.rank, **manifest.config, **sizes}
+    assert lowered.nbytes == eval(row.memory, {}, numbers) + eval(row.shared, {}, numbers)
+    assert flops(lowered.deltas[path]) == eval(row.flops, {}, numbers)
+
+
+def flops(delta: Delta) -> int:
+    """Per token: of the products, and one or two for each number that is scaled and added."""
+    if isinstance(delta, PrivateLinear):
+        assert isinstance(delta.weight, torch.Tensor)
+        return 2 * delta.weight.numel()
+    if not isinstance(delta, LinearDelta):
+        return 0
+    total = 0
+    for term in delta.low_rank:
+        total += 2 * (term.A.numel() + term.B.numel())
+        total += 0 if term.d is None else term.d.numel()
+        total += 0 if term.s is None else 2 * term.s.numel()
+    vectors = (delta.g, delta.p, delta.bias)
+    return total + sum(vector.numel() for vector in vectors if vector is not None)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "vblora"])
