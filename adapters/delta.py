@@ -73,12 +73,28 @@ class PrivateNorm:
     weight: torch.Tensor  # [width]
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Keys and values of an adapter's n virtual tokens, as the KV cache holds them.
+
+    They stand at positions 0 to n - 1; the rotary embedding is not applied to them again.
+    """
+
+    keys: torch.Tensor  # [layers, n, kv_heads, head_dim]
+    values: torch.Tensor  # [layers, n, kv_heads, head_dim]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.keys.shape[1])
+
+
 Delta = LinearDelta | PrivateLinear | EmbeddingDelta | PrivateEmbedding | PrivateNorm
 
 
 @dataclass(frozen=True, slots=True)
 class LoweredAdapter:
-    """One adapter, ready for the operator: a delta for each module path that it touches."""
+    """One adapter, ready for the operator: a delta for each module path that it touches, and the
+    virtual tokens that stand before every sequence of it."""
 
     digest: str
     kind: str  # "lora", "dora", ...
@@ -86,6 +102,7 @@ class LoweredAdapter:
     deltas: Mapping[str, Delta]
     rank: int = 0
     notes: Mapping[str, float] = field(default_factory=dict)  # e.g. {"requantisation_error": …}
+    prefix: Prefix | None = None
 
     @property
     def nbytes(self) -> int:
@@ -97,11 +114,17 @@ class LoweredAdapter:
 
     def to(self, device: torch.device) -> LoweredAdapter:
         """The same adapter with its tensors on `device`; no copy where they are there already."""
-        return replace(self, deltas={path: _moved(d, device) for path, d in self.deltas.items()})
+        return replace(
+            self,
+            deltas={path: _moved(d, device) for path, d in self.deltas.items()},
+            prefix=_moved(self.prefix, device),
+        )
 
     def tensors(self) -> Iterator[torch.Tensor]:
         for delta in self.deltas.values():
             yield from _tensors(delta)
+        if self.prefix is not None:
+            yield from (self.prefix.keys, self.prefix.values)
 
 
 def _tensors(delta: Delta) -> Iterator[torch.Tensor]:
