@@ -2,7 +2,10 @@
 
 For token t with adapter k, at a linear layer with frozen weight W (NF4) and bias b:
 
-    y  =  g ⊙ ( W (p ⊙ x)  +  Σ_j  s_j ⊙ ( B_j ( d_j ⊙ (A_j x) ) ) )  +  b_eff
+    y  =  Q ( g ⊙ ( W R (p ⊙ x)  +  Σ_j  s_j ⊙ ( B_j ( d_j ⊙ (A_j x) ) )  +  S x ) )  +  b_eff
+
+R turns blocks of the input, Q pairs of the output, S is sparse (`adapters/maps.py`). A bottleneck
+adapter stands after the layer instead (`Bottleneck`).
 
 Every field that an adapter does not need is None and costs nothing.
 """
@@ -10,11 +13,12 @@ Every field that an adapter does not need is None and costs nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 
+from adapters.maps import BlockMap, PairMap, Sparse
 from base.kernels import NF4Weight
 
 
@@ -40,6 +44,32 @@ class LinearDelta:
     g: torch.Tensor | None = None  # [out], scales the output rows (DoRA, IA3)
     p: torch.Tensor | None = None  # [in], scales the input (IA3 on feed-forward layers)
     bias: torch.Tensor | None = None  # [out], b_eff in place of the base's own bias; None keeps b
+    blocks: tuple[BlockMap, ...] = ()  # R, the first of them is nearest to x (OFT, BOFT)
+    sparse: Sparse | None = None  # S (SHiRA)
+    pairs: PairMap | None = None  # Q (RoAd)
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """After a layer that writes to the residual stream r:  y' = y + U φ(D z + c) + u + e r.
+
+    z is y (Houlsby et al. 2019, arXiv 1902.00751, figure 2), y + r (Pfeiffer et al. 2020, arXiv
+    2005.00247) or r (parallel: He et al. 2021, arXiv 2110.04366). A scale is folded into U and u.
+    """
+
+    down: torch.Tensor  # D [d, width]
+    down_bias: torch.Tensor  # c [d]
+    up: torch.Tensor  # U [width, d]
+    up_bias: torch.Tensor  # u [width]
+    activation: str  # φ, a key of adapters/activations.py
+    reads_output: bool  # y is in z
+    reads_stream: bool  # r is in z
+    extra: int = 0  # e: the model adds r once by itself
+    stream: str | None = None  # path of the norm whose input is r; None where nothing reads r
+
+    @property
+    def rank(self) -> int:
+        return int(self.down.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +97,17 @@ class PrivateEmbedding:
 
 
 @dataclass(frozen=True, slots=True)
+class PrivateRows:
+    """An adapter's own rows for some tokens, in a table or an output head; the rest is the base's.
+
+    At a table rows(t) = rows[i] for t = ids[i]; at a head logits[t] = rows[i] · x.
+    """
+
+    ids: torch.Tensor  # [n] int64, rising
+    rows: torch.Tensor  # [n, width]
+
+
+@dataclass(frozen=True, slots=True)
 class PrivateNorm:
     """An adapter's own norm scale: modules_to_save on a norm layer."""
 
@@ -88,7 +129,15 @@ class Prefix:
         return int(self.keys.shape[1])
 
 
-Delta = LinearDelta | PrivateLinear | EmbeddingDelta | PrivateEmbedding | PrivateNorm
+Delta = (
+    LinearDelta
+    | Bottleneck
+    | PrivateLinear
+    | EmbeddingDelta
+    | PrivateEmbedding
+    | PrivateRows
+    | PrivateNorm
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,20 +176,16 @@ class LoweredAdapter:
             yield from (self.prefix.keys, self.prefix.values)
 
 
-def _tensors(delta: Delta) -> Iterator[torch.Tensor]:
-    if isinstance(delta, LinearDelta):
-        for term in delta.low_rank:
-            yield from (t for t in (term.A, term.B, term.d, term.s) if t is not None)
-        yield from (t for t in (delta.g, delta.p, delta.bias) if t is not None)
-    elif isinstance(delta, PrivateLinear):
-        weight = delta.weight
-        yield from (weight.packed, weight.absmax) if isinstance(weight, NF4Weight) else (weight,)
-        if delta.bias is not None:
-            yield delta.bias
-    elif isinstance(delta, EmbeddingDelta):
-        yield from (t for t in (delta.A, delta.B, delta.g) if t is not None)
-    else:
-        yield delta.weight
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a delta, however deep."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value):
+        for part in fields(value):
+            yield from _tensors(getattr(value, part.name))
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -148,6 +193,6 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, tuple):
         return tuple(_moved(v, device) for v in value)
-    if value is None:
-        return None
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
     return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})

@@ -2,7 +2,7 @@
 
 At a linear layer with frozen weight W (NF4) and bias b, for a token of adapter k:
 
-    y  =  g[k] ⊙ ( W (p[k] ⊙ x)  +  Σ_j  s_j ⊙ ( B_j ( d_j ⊙ (A_j x) ) ) )  +  b_eff[k]
+    y = Q[k] ( g[k] ⊙ ( W R[k] (p[k] ⊙ x) + Σ_j s_j ⊙ (B_j (d_j ⊙ (A_j x))) + S[k] x ) ) + b_eff[k]
 
 `install` swaps the layers of a model for wrappers. Before each forward pass the engine says which
 rows belong to whom (`OperatorContext.segments`); a wrapper looks up its path, and where no adapter

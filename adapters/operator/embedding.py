@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.delta import Delta, EmbeddingDelta, PrivateEmbedding
+from adapters.delta import Delta, EmbeddingDelta, PrivateEmbedding, PrivateRows
 
 from .layer import AdaptedLayer
 
@@ -31,13 +31,21 @@ class AdaptedEmbedding(AdaptedLayer):
         return y.view(rows.shape)
 
     def prepare(self, delta: Delta) -> Delta:
-        if not isinstance(delta, EmbeddingDelta | PrivateEmbedding):
+        if not isinstance(delta, EmbeddingDelta | PrivateEmbedding | PrivateRows):
             raise self.wrong(delta)
         return delta
 
 
-def _embedding_rows(ids: Tensor, delta: EmbeddingDelta | PrivateEmbedding, table: Tensor) -> Tensor:
+def _embedding_rows(
+    ids: Tensor, delta: EmbeddingDelta | PrivateEmbedding | PrivateRows, table: Tensor
+) -> Tensor:
     """[n] -> [n, width], before the table's own scale."""
+    if isinstance(delta, PrivateRows):
+        if not len(delta.ids):
+            return functional.embedding(ids, table)
+        place = torch.searchsorted(delta.ids, ids).clamp_(max=len(delta.ids) - 1)
+        trained = (delta.ids[place] == ids)[:, None]
+        return torch.where(trained, delta.rows[place].to(table.dtype), table[ids])
     if isinstance(delta, PrivateEmbedding):
         return functional.embedding(ids, delta.weight).to(table.dtype)
     own = functional.embedding(ids, table) + (delta.A[:, ids].t() @ delta.B.t()).to(table.dtype)

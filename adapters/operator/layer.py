@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from adapters.delta import Delta, LoweredAdapter
 
@@ -28,6 +28,7 @@ class OperatorContext:
         self.layers: dict[str, AdaptedLayer] = {}
         self.head: str | None = None  # path of the output head, whose rows are `logit_segments`
         self.plans: dict[str, Any] = {}  # module path -> plan of the running step
+        self.inputs: dict[str, Tensor] = {}  # path of a norm -> its input, until a layer takes it
         self._segments = Segments()
         self._logit_segments = Segments()
         self._kept: OrderedDict[Any, tuple[Segments, dict[str, Any]]] = OrderedDict()
@@ -89,7 +90,11 @@ class OperatorContext:
             for path, part in self._prepared(segment.adapter).items():
                 if (path == self.head) == (which == "logits"):
                     parts.setdefault(path, []).append((segment.start, segment.stop, part))
-        return {path: self.layers[path].plan(found, segments.rows) for path, found in parts.items()}
+        plans = {
+            path: self.layers[path].plan(found, segments.rows) for path, found in parts.items()
+        }
+        read = [norm for path, plan in plans.items() for norm in self.layers[path].reads(plan)]
+        return {**plans, **dict.fromkeys(map(kept_input, read), True)}
 
     def _prepared(self, adapter: LoweredAdapter) -> dict[str, Any]:
         """The adapter's deltas in the form its layers want them, made once."""
@@ -104,6 +109,11 @@ class OperatorContext:
             prepared = {p: self.layers[p].prepare(delta) for p, delta in adapter.deltas.items()}
             held = self._terms[id(adapter)] = (adapter, prepared)
         return held[1]
+
+
+def kept_input(path: str) -> str:
+    """The key among the plans that tells the norm at `path` to keep its input."""
+    return f"{path}:input"
 
 
 class AdaptedLayer(nn.Module):
@@ -126,6 +136,11 @@ class AdaptedLayer(nn.Module):
     def plan(self, parts: Sequence[tuple[int, int, Any]], rows: int) -> Any:
         """The plan of one step from (start, stop, what `prepare` made), in the order of rows."""
         return parts
+
+    def reads(self, plan: Any) -> Iterable[str]:
+        """The norms whose inputs this plan wants kept: they run before this layer."""
+        del plan
+        return ()
 
     def wrong(self, delta: Delta) -> TypeError:
         return TypeError(f"{self.path} is no place for a {type(delta).__name__}")

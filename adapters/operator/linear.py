@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,23 +10,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.delta import Delta, LinearDelta, PrivateLinear
+from adapters.delta import Bottleneck, Delta, LinearDelta, PrivateLinear, PrivateRows
+from adapters.maps import Scale, Shift
 from base import kernels
 from base.kernels import LowRankPlan, NF4Weight
 
+from .bottleneck import add_bottleneck
 from .layer import AdaptedLayer
 
 _FEW_ROWS = 32  # of x, up to which a float matrix on the CPU stands on the left
 _TILE_ROWS = 256  # rows of a private matrix that are cast at a time: the cast stays in the cache
 
 
+Map = Callable[[Tensor], Tensor]  # [n, width] of some rows to what they become
+Mapped = tuple[tuple[int, int, Map], ...]  # rows [start, stop), and the map that they go through
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Terms:
-    """One LinearDelta as kernel terms; they run in order, g and bias on the last."""
+    """One LinearDelta as kernel terms and maps; terms run in order, g and bias on the last."""
 
     low_rank: tuple[kernels.LowRank, ...]
-    p: Tensor | None
-    alone: tuple[kernels.LowRank, ...] = ()  # with an s of their own, so apart from y and its g
+    before: tuple[Map, ...] = ()
+    beside: tuple[Map, ...] = ()
+    after: tuple[Map, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,10 +42,13 @@ class LinearPlan:
 
     rows: int
     low_rank: LowRankPlan | None
-    scaled: tuple[tuple[int, int, Tensor], ...]  # rows whose x is multiplied by p first
-    alone: tuple[tuple[int, int, LowRankPlan], ...]  # terms with a scale of their own
+    before: Mapped  # x goes through these on its way to W alone
+    beside: Mapped  # x goes through these, and y gets the sum
+    after: Mapped  # y goes through these at last
     private: tuple[tuple[int, int, PrivateLinear], ...]
     shared: tuple[tuple[int, int], ...]  # rows that need the base product
+    outputs: tuple[tuple[int, int, PrivateRows], ...] = ()  # some outputs of the adapter's own
+    bottlenecks: tuple[tuple[int, int, Bottleneck], ...] = ()
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -63,12 +73,16 @@ class AdaptedLinear(AdaptedLayer):
         flat = x.reshape(-1, x.shape[-1])
         assert flat.shape[0] == plan.rows, f"{self.path}: {flat.shape[0]} rows, plan {plan.rows}"
         y = self._product(flat, plan)
-        for start, stop, term in plan.alone:
-            own = y.new_zeros(stop - start, y.shape[1])
-            kernels.lowrank_add(own, flat[start:stop], term)
-            y[start:stop] += own
+        for start, stop, own_rows in plan.outputs:
+            y[start:stop, own_rows.ids] = flat[start:stop] @ own_rows.rows.to(flat.dtype).t()
+        for start, stop, term in plan.beside:
+            y[start:stop] += term(flat[start:stop])
         if plan.low_rank is not None:
             kernels.lowrank_add(y, flat, plan.low_rank)
+        for start, stop, term in plan.after:
+            y[start:stop] = term(y[start:stop])
+        if plan.bottlenecks:
+            self._add_bottlenecks(y, plan.bottlenecks)
         return y.view(*x.shape[:-1], -1)
 
     def _base(self, x: Tensor) -> Tensor:
@@ -79,18 +93,18 @@ class AdaptedLinear(AdaptedLayer):
         return self.inner(x)  # type: ignore[no-any-return]
 
     def _product(self, x: Tensor, plan: LinearPlan) -> Tensor:
-        """W (p ⊙ x) + b, with the private matrix and bias where a row has its own."""
-        scaled = x
-        if plan.scaled:
-            scaled = x.clone()
-            for start, stop, p in plan.scaled:
-                scaled[start:stop] *= p.to(x.dtype)
+        """W R (p ⊙ x) + b, with the private matrix and bias where a row has its own."""
+        mapped = x
+        if plan.before:
+            mapped = x.clone()
+            for start, stop, term in plan.before:
+                mapped[start:stop] = term(mapped[start:stop])
         if not plan.private:
-            return self._base(scaled)
+            return self._base(mapped)
         y = x.new_empty(x.shape[0], self.out_features)
         if plan.shared:
             # One product for all of them: each call would read the packed weight again.
-            part = self._base(torch.cat([scaled[start:stop] for start, stop in plan.shared]))
+            part = self._base(torch.cat([mapped[start:stop] for start, stop in plan.shared]))
             counts = [stop - start for start, stop in plan.shared]
             for (start, stop), own in zip(plan.shared, torch.split(part, counts), strict=True):
                 y[start:stop] = own
@@ -98,36 +112,57 @@ class AdaptedLinear(AdaptedLayer):
             y[start:stop] = _private_product(x[start:stop], private)
         return y
 
-    def prepare(self, delta: Delta) -> _Terms | PrivateLinear:
-        if isinstance(delta, PrivateLinear):
+    def _add_bottlenecks(self, y: Tensor, parts: Sequence[tuple[int, int, Bottleneck]]) -> None:
+        streams = {
+            path: self.context.inputs.pop(path).reshape(y.shape) for path in _streams_of(parts)
+        }
+        for start, stop, delta in parts:
+            stream = streams[delta.stream][start:stop] if delta.stream else None
+            add_bottleneck(y[start:stop], delta, stream)
+
+    def reads(self, plan: LinearPlan) -> Iterable[str]:
+        return _streams_of(plan.bottlenecks)
+
+    def prepare(self, delta: Delta) -> _Terms | PrivateLinear | PrivateRows | Bottleneck:
+        if isinstance(delta, PrivateLinear | PrivateRows | Bottleneck):
             return delta
         if not isinstance(delta, LinearDelta):
             raise self.wrong(delta)
         terms: list[kernels.LowRank] = []
-        alone: list[kernels.LowRank] = []
+        beside: list[Map] = [] if delta.sparse is None else [delta.sparse]
         for term in delta.low_rank:
             # On zeros a gain scales the term: with it in B, no two layers could share a B.
             own = kernels.LowRank(term.A, term.B, _float(term.d), _float(term.s))
-            (terms if term.s is None else alone).append(own)
+            if term.s is None:
+                terms.append(own)
+            else:
+                beside.append(_OnZeros(own))
         bias = self._bias_beyond(delta)
+        after: tuple[Map, ...] = () if delta.pairs is None else (delta.pairs,)
+        if after and bias is not None:  # Q stands between g and the bias
+            after, bias = (*after, Shift(bias)), None
         if delta.g is not None or bias is not None:
             last = terms.pop() if terms else kernels.LowRank()
             terms.append(kernels.LowRank(last.a, last.b, last.d, _float(delta.g), bias))
-        return _Terms(tuple(terms), delta.p, tuple(alone))
+        scale = () if delta.p is None else (Scale(delta.p),)
+        return _Terms(tuple(terms), (*scale, *delta.blocks), tuple(beside), after)
 
     def _bias_beyond(self, delta: LinearDelta) -> Tensor | None:
-        """What is left to add once the base's b is in y: b_eff - g ⊙ b.
+        """What is left to add once the base's b is in y: b_eff - Q (g ⊙ b).
 
-        The shared product adds b to all rows alike; g then scales it with the rest:
-        g ⊙ (W x + b + B A x) + (b_eff - g ⊙ b) is the formula above.
+        The shared product adds b to all rows alike; g and Q then take it with the rest:
+        Q (g ⊙ (W x + b + B A x)) + (b_eff - Q (g ⊙ b)) is the formula above.
         """
         if self.bias is None:
             return _float(delta.bias)
-        if delta.g is None and delta.bias is None:
+        if delta.g is None and delta.bias is None and delta.pairs is None:
             return None
         base: Tensor = self.bias.detach().float()
         wanted = base if delta.bias is None else delta.bias.float()
-        return wanted - (base if delta.g is None else delta.g.float() * base)
+        held = base if delta.g is None else delta.g.float() * base
+        beyond = wanted - (held if delta.pairs is None else delta.pairs(held))
+        # RoAd turns the bias with the rest, so that nothing is left.
+        return beyond if delta.pairs is None or bool(beyond.any()) else None
 
     def plan(self, parts: Sequence[tuple[int, int, Any]], rows: int) -> LinearPlan:
         terms = [part for part in parts if isinstance(part[2], _Terms)]
@@ -138,15 +173,33 @@ class AdaptedLinear(AdaptedLayer):
         return LinearPlan(
             rows,
             LowRankPlan(low_rank) if low_rank else None,
-            tuple((start, stop, t.p) for start, stop, t in terms if t.p is not None),
-            tuple(
-                (start, stop, LowRankPlan([kernels.Segment(0, stop - start, term)]))
-                for start, stop, t in terms
-                for term in t.alone
-            ),
+            tuple((start, stop, m) for start, stop, t in terms for m in t.before),
+            tuple((start, stop, m) for start, stop, t in terms for m in t.beside),
+            tuple((start, stop, m) for start, stop, t in terms for m in t.after),
             private,
             _complement([(start, stop) for start, stop, _ in private], rows) if private else (),
+            tuple(part for part in parts if isinstance(part[2], PrivateRows)),
+            tuple(part for part in parts if isinstance(part[2], Bottleneck)),
         )
+
+
+class _OnZeros:
+    """x -> s ⊙ (B (d ⊙ (A x))): a term with a scale of its own, so apart from y and its g."""
+
+    def __init__(self, term: kernels.LowRank) -> None:
+        self.term = term
+        self._plan = LowRankPlan([])  # of as many rows as came last: decode steps come back to it
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert self.term.b is not None
+        if self._plan.rows != len(x):
+            self._plan = LowRankPlan([kernels.Segment(0, len(x), self.term)])
+        return kernels.lowrank_add(x.new_zeros(len(x), self.term.b.shape[0]), x, self._plan)
+
+
+def _streams_of(parts: Iterable[tuple[int, int, Bottleneck]]) -> list[str]:
+    """The norms whose inputs these bottlenecks read, each once."""
+    return list(dict.fromkeys(delta.stream for _, _, delta in parts if delta.stream))
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

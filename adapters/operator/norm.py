@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adapters.delta import Delta, PrivateNorm
 
-from .layer import AdaptedLayer
+from .layer import AdaptedLayer, kept_input
 
 
 class AdaptedNorm(AdaptedLayer):
@@ -15,6 +15,8 @@ class AdaptedNorm(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         plan = self.context.plans.get(self.path)
+        if kept_input(self.path) in self.context.plans:
+            self.context.inputs[self.path] = x
         y: Tensor = self.inner(x)
         if plan is None:
             return y

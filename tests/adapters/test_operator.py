@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from adapters.delta import (
+    Bottleneck,
     Delta,
     EmbeddingDelta,
     LinearDelta,
@@ -21,6 +22,7 @@ from adapters.delta import (
     PrivateLinear,
     PrivateNorm,
 )
+from adapters.maps import BlockMap, PairMap, Sparse
 from adapters.operator import OperatorContext, Segment, Segments, install
 from base.kernels import NF4Weight
 from base.nf4 import NF4Linear
@@ -104,12 +106,52 @@ def low_rank(rank: int, *, d: bool = False, seed: int = 1) -> LowRank:
 def formula(toy: Toy, x: torch.Tensor, delta: LinearDelta) -> torch.Tensor:
     """The equation of adapters/delta.py, in float64, as it is written."""
     x, W = x.double(), toy.matrix.double()
-    inner = (x if delta.p is None else delta.p.double() * x) @ W.t()
+    mapped = x if delta.p is None else delta.p.double() * x
+    for block_map in delta.blocks:
+        mapped = mapped @ matrix_of(block_map)
+    inner = mapped @ W.t()
     for term in delta.low_rank:
         low = x @ term.A.double().t()
         inner = inner + (low if term.d is None else term.d.double() * low) @ term.B.double().t()
+    if delta.sparse is not None:
+        inner = inner + x @ delta.sparse.dense_rows(0, OUT, WIDTH).double().t()
     bias = toy.b if delta.bias is None else delta.bias
-    return (inner if delta.g is None else delta.g.double() * inner) + bias.double()
+    inner = inner if delta.g is None else delta.g.double() * inner
+    return (inner if delta.pairs is None else inner @ pairs_of(delta.pairs).t()) + bias.double()
+
+
+def matrix_of(block_map: BlockMap) -> torch.Tensor:
+    """The map as a matrix [WIDTH, WIDTH] in float64: x -> x P diag(blocks) Pᵀ."""
+    blocks = block_map.blocks.double()
+    size = blocks.shape[1]
+    shared = [blocks[0]] * (WIDTH // size) if len(blocks) == 1 else list(blocks)
+    P = torch.eye(WIDTH, dtype=torch.float64)
+    if block_map.order is not None:
+        P = P[:, block_map.order]
+    return P @ torch.block_diag(*shared) @ P.t()
+
+
+def pairs_of(pairs: PairMap) -> torch.Tensor:
+    """The map as a matrix [OUT, OUT] in float64."""
+    Q = torch.diag(pairs.own.double())
+    for i in range(OUT):
+        first = i % (2 * pairs.half) < pairs.half
+        Q[i, i + pairs.half if first else i - pairs.half] = pairs.other[i]
+    return Q
+
+
+def blocks(count: int, *, deal: bool = False) -> BlockMap:
+    size = WIDTH // 4 if count == 1 else WIDTH // count
+    order = torch.randperm(WIDTH) if deal else None
+    return BlockMap(torch.randn(count, size, size) / size**0.5, order)
+
+
+def sparse(entries: int) -> Sparse:
+    """Some rows without an entry, some places with two."""
+    rows = torch.randint(0, OUT // 2, (entries,)).sort().values
+    starts = torch.searchsorted(rows, torch.arange(OUT + 1)).int()
+    columns = torch.randint(0, WIDTH // 4, (entries,), dtype=torch.int32)
+    return Sparse(torch.randn(entries), columns, starts)
 
 
 VECTORS = [torch.randn(OUT), torch.rand(WIDTH), torch.randn(OUT)]
@@ -121,7 +163,20 @@ LINEAR_DELTAS = {
     "IA3 on the input: p alone": LinearDelta(p=VECTORS[1]),
     "p beside a low rank, which reads x": LinearDelta((low_rank(3),), p=VECTORS[1]),
     "BitFit: bias alone": LinearDelta(bias=VECTORS[2]),
-    "everything": LinearDelta((low_rank(3, d=True),), VECTORS[0], VECTORS[1], VECTORS[2]),
+    "OFT: blocks": LinearDelta(blocks=(blocks(8),)),
+    "OFT: one block for all": LinearDelta(blocks=(blocks(1),)),
+    "BOFT: factors and g": LinearDelta(blocks=(blocks(16), blocks(4, deal=True)), g=VECTORS[0]),
+    "small blocks": LinearDelta(blocks=(blocks(32, deal=True),)),
+    "RoAd: pairs": LinearDelta(pairs=PairMap(VECTORS[0], VECTORS[2], 8), bias=VECTORS[2]),
+    "pairs and the base's own bias": LinearDelta(pairs=PairMap(VECTORS[2], VECTORS[0], 48)),
+    "SHiRA: sparse": LinearDelta(sparse=sparse(300)),
+    "everything": LinearDelta(
+        (low_rank(3, d=True),),
+        *VECTORS,
+        blocks=(blocks(1), blocks(8, deal=True)),
+        sparse=sparse(50),
+        pairs=PairMap(VECTORS[2], VECTORS[0], 3),
+    ),
 }
 
 
@@ -182,9 +237,11 @@ def test_a_private_matrix_without_bias_has_none(toy: Toy) -> None:
         LinearDelta((LowRank(torch.full((2, WIDTH), torch.nan), torch.ones(OUT, 2)),)),
         LinearDelta(g=torch.full((OUT,), torch.nan), bias=torch.full((OUT,), torch.inf)),
         LinearDelta(p=torch.full((WIDTH,), torch.nan)),
+        LinearDelta(blocks=(BlockMap(torch.full((1, 8, 8), torch.nan)),)),
+        LinearDelta(pairs=PairMap(torch.full((OUT,), torch.nan), torch.ones(OUT), 4)),
         PrivateLinear(torch.full((OUT, WIDTH), torch.nan)),
     ],
-    ids=["low rank", "g and bias", "p", "private"],
+    ids=["low rank", "g and bias", "p", "blocks", "pairs", "private"],
 )
 def test_nan_in_one_adapter_stays_in_its_rows(toy: Toy, broken: Delta) -> None:
     x, healthy = torch.randn(8, WIDTH), adapter({"linear": LINEAR_DELTAS["two terms with d"]})
@@ -222,6 +279,50 @@ def test_norm_rows_also_where_heads_stand_behind_the_tokens(toy: Toy) -> None:
             y = toy.norm(x)
         assert torch.equal(y[:, :2], inner(x)[:, :2])
         assert relative_error(y[:, 2:], nn.functional.rms_norm(x, [WIDTH], scale)[:, 2:]) < 1e-6
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+@pytest.mark.parametrize(
+    ("reads_output", "reads_stream"),
+    [(True, False), (True, True), (False, True)],
+    ids=["Houlsby", "Pfeiffer", "parallel"],
+)
+@torch.no_grad()
+def test_a_bottleneck_stands_after_the_layer(
+    extra: int, reads_output: bool, reads_stream: bool
+) -> None:
+    """r is what went into the norm before, of the same rows."""
+    block = Block()
+    c, u = torch.randn(5), torch.randn(WIDTH)
+    D, U = torch.randn(5, WIDTH) / 8, torch.randn(WIDTH, 5)
+    stream = "norm" if reads_stream or extra else None
+    delta = Bottleneck(D, c, U, u, "silu", reads_output, reads_stream, extra, stream)
+    r = torch.randn(1, 6, WIDTH)
+    own = adapter({"linear": delta})
+    block.context.segments = Segments.of([(2, None), (3, own), (1, None)])
+    got = block(r)[0]
+    y, r = block.plain(r)[0], r[0]
+    z = y * reads_output + r * reads_stream
+    want = y + nn.functional.silu(z @ D.t() + c) @ U.t() + u + extra * r
+    assert relative_error(got[2:5], want[2:5]) < 1e-6
+    assert torch.equal(got[[0, 1, 5]], y[[0, 1, 5]])
+    assert not block.context.inputs  # taken, so that no step holds what it need not
+
+
+class Block(nn.Module):
+    """A norm and the layer after it, as they stand on the residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.RMSNorm(WIDTH)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.plain = nn.Sequential(self.norm, self.linear)
+        spec: Any = SimpleNamespace(linears={"linear": 0}, embeddings={}, norms={"norm": 0})
+        self.context = install(self, spec)
+
+    def forward(self, r: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(r))  # type: ignore[no-any-return]
 
 
 # --- the context
