@@ -44,8 +44,9 @@ def refused(reason: str) -> Method:
 
 
 LORA_MEMORY, LORA_FLOPS = "4*r*(m + n)", "2*r*(m + n)"
+# A target is a layer's attention: m numbers in one token's keys, n in its queries.
+VIRTUAL_TOKENS = Method("prefix KV", "8*num_virtual_tokens*m", "4*num_virtual_tokens*n")
 
-_PREFIX = "virtual tokens need key/value blocks of their own, which adapters cannot bring yet"
 _ROTATION = "it rotates the base's weights, and no operator or private matrix for that exists yet"
 _DENSE = "its update has full rank, and no operator or private matrix for that exists yet"
 _FROM_BASE = "it starts from a decomposition of the base's weights, which NF4 has rounded"
@@ -91,12 +92,12 @@ METHODS: Mapping[str, Method] = {
     "ADAMSS": refused(_FROM_BASE),
     "OSF": refused("it trains the base's weights themselves, so it is no adapter of a shared base"),
     # Virtual tokens and rows of the embedding
-    "PROMPT_TUNING": refused(_PREFIX),
-    "MULTITASK_PROMPT_TUNING": refused(_PREFIX),
-    "P_TUNING": refused(_PREFIX),
-    "PREFIX_TUNING": refused(_PREFIX),
-    "CPT": refused(_PREFIX),
-    "CARTRIDGE": refused(_PREFIX),
+    "PROMPT_TUNING": VIRTUAL_TOKENS,
+    "MULTITASK_PROMPT_TUNING": VIRTUAL_TOKENS,
+    "P_TUNING": VIRTUAL_TOKENS,
+    "PREFIX_TUNING": VIRTUAL_TOKENS,
+    "CPT": VIRTUAL_TOKENS,
+    "CARTRIDGE": VIRTUAL_TOKENS,
     "TRAINABLE_TOKENS": refused(
         "rows of the embedding table cannot be replaced one by one yet; "
         "use modules_to_save for the whole table"

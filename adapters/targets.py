@@ -38,7 +38,7 @@ def modules_of(fields: Targeting, spec: BaseSpec) -> tuple[list[str], set[str]]:
 
     Raises InvalidAdapter where nothing is targeted, or something twice.
     """
-    saved = _saved_modules(fields, spec)
+    saved = saved_modules(fields, spec)
     targets = _target_modules(fields, spec)
     if not targets:
         raise InvalidAdapter("no module of this base is targeted", "target_modules")
@@ -113,7 +113,7 @@ def _in_layers(fields: Targeting, path: str) -> bool:
     return match is not None and int(match[1]) in fields.layers_to_transform
 
 
-def _saved_modules(fields: Targeting, spec: BaseSpec) -> set[str]:
+def saved_modules(fields: Targeting, spec: BaseSpec) -> set[str]:
     """PEFT's rule (`_set_trainable`): a name is a bare suffix, no dot needed before it."""
     saved: set[str] = set()
     for name in fields.modules_to_save:

@@ -13,6 +13,7 @@ from adapters.checks.ia3 import check_ia3
 from adapters.checks.ln_tuning import check_ln_tuning
 from adapters.checks.loha import check_loha
 from adapters.checks.miss import check_miss
+from adapters.checks.prefix import CHECKERS_OF_PREFIXES
 from adapters.checks.vblora import check_vblora
 from adapters.checks.vera import check_vera
 from adapters.config_schema import check_fingerprint, lora_fields, read_config
@@ -87,4 +88,5 @@ CHECKERS: Mapping[str, Checker] = {
     "MISS": check_miss,
     "VBLORA": check_vblora,
     "VERA": check_vera,
+    **CHECKERS_OF_PREFIXES,
 }

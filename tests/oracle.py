@@ -40,6 +40,14 @@ TIED = {"llama": False, "qwen2": True, "qwen3": False, "mistral": False, "gemma"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 ALL_LINEARS = ATTENTION + FEED_FORWARD
+VIRTUAL_KINDS = (
+    "prompt_tuning",
+    "multitask_prompt_tuning",
+    "p_tuning",
+    "cpt",
+    "prefix_tuning",
+    "cartridge",
+)
 VOCABULARY = 512
 
 
@@ -78,17 +86,25 @@ class PeftOracle:
         if adapter is not None:
             model = _with_adapter(model, Path(adapter), merged)
         self.model: Any = model.eval()
+        method = getattr(getattr(model, "active_peft_config", None), "peft_type", "").lower()
+        self._virtual = method in VIRTUAL_KINDS
+        multitask = method == "multitask_prompt_tuning"
+        self._task: dict[str, Any] = {"task_ids": torch.tensor([0])} if multitask else {}
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits [T, vocabulary] of one sequence, each position seeing itself and those before."""
-        output = self.model(input_ids=torch.tensor([list(token_ids)]), use_cache=False)
-        logits: torch.Tensor = output.logits[0].float().clone()
+        own = {} if self._virtual else {"use_cache": False}
+        output = self.model(input_ids=torch.tensor([list(token_ids)]), **own, **self._task)
+        # Rows of virtual tokens come before those of real ones.
+        logits: torch.Tensor = output.logits[0, -len(token_ids) :].float().clone()
         return logits
 
     @torch.inference_mode()
     def greedy(self, prompt: Sequence[int], n: int, *, stop: Collection[int] = ()) -> Greedy:
         """At most n tokens after `prompt`; ends early after a token of `stop` (which is kept)."""
+        if self._virtual:
+            return self._generate(prompt, n, stop)
         tokens: list[int] = []
         gaps: list[float] = []
         cache, fresh = None, list(prompt)
@@ -102,6 +118,24 @@ class PeftOracle:
             tokens += fresh
             gaps.append(best - second)
         return Greedy(tokens, gaps)
+
+    def _generate(self, prompt: Sequence[int], n: int, stop: Collection[int]) -> Greedy:
+        """`greedy` by PEFT's own loop: its forward pass puts the virtual tokens before each call's
+        tokens, so that a loop outside must not call it once for each."""
+        ids = torch.tensor([list(prompt)])
+        self.model.generation_config.eos_token_id = list(stop) or None
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=n,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **self._task,
+        )
+        best = torch.stack(output.logits)[:, 0].float().topk(2).values
+        tokens: list[int] = output.sequences[0, len(prompt) :].tolist()
+        return Greedy(tokens, (best[:, 0] - best[:, 1]).tolist())
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -326,7 +360,7 @@ def make_adapter(
         settings = _config_class(kind)(
             **{
                 "task_type": "CAUSAL_LM",
-                "target_modules": targets if isinstance(targets, str) else list(targets),
+                **({} if kind in VIRTUAL_KINDS else {"target_modules": _listed(targets)}),
                 **_own_fields(kind, rank, 2 * rank if alpha is None else alpha, targets),
                 **config,
             }
@@ -337,6 +371,10 @@ def make_adapter(
             _randomise(adapted, strength)
         adapted.save_pretrained(str(directory), safe_serialization=True)
     return directory
+
+
+def _listed(targets: Sequence[str] | str) -> list[str] | str:
+    return targets if isinstance(targets, str) else list(targets)
 
 
 def _config_class(kind: str) -> Any:
@@ -358,6 +396,11 @@ def _own_fields(kind: str, rank: int, alpha: float, targets: Sequence[str] | str
         "miss": {"r": rank},
         "ln_tuning": {},
         "beft": {},
+        **{name: {"num_virtual_tokens": rank} for name in VIRTUAL_KINDS if name != "cpt"},
+        "cpt": {
+            "cpt_token_ids": [7 + i for i in range(rank)],
+            "cpt_tokens_type_mask": [1 + i % 4 for i in range(rank)],
+        },
     }
     lora = {
         "r": rank,
@@ -383,9 +426,9 @@ def _randomise(adapted: nn.Module, strength: float) -> None:
             parameter.data *= 1 + 3 * noise
         elif "hada_" in name or "vera_lambda" in name:
             parameter.data.copy_(3 * noise)
-        elif "lora_E" in name or "vblora_logits" in name:
+        elif any(part in name for part in ("lora_E", "vblora_logits", "prefix_task_")):
             parameter.data.copy_(noise / strength)
-        elif "ln_tuning" in name or "miss_block" in name or "beft_bias" in name:
+        elif any(part in name for part in ("ln_tuning", "miss_", "beft_bias", "delta_embedding")):
             parameter.data += noise
         elif any(part in name for part in ("lora_embedding", "lora_B", "vblora_vector_bank")):
             parameter.data.copy_(noise)

@@ -17,15 +17,17 @@ from base.load import Base
 
 from .adalora import lower_adalora
 from .beft import lower_beft
-from .checkpoint import AdapterCheckpoint
+from .checkpoint import UNWRAPPED, WRAPPED, AdapterCheckpoint
 from .ia3 import lower_ia3
 from .ln_tuning import lower_ln_tuning
 from .loha import lower_loha
 from .lora import lower_lora
 from .merged import merge
 from .miss import lower_miss
+from .prefix import PREFIXES
 from .vblora import lower_vblora
 from .vera import lower_vera
+from .whole import lower_saved
 
 __all__ = ["FAMILIES", "lower"]
 
@@ -43,6 +45,7 @@ FAMILIES: Mapping[str, Family] = {
     "miss": lower_miss,
     "vblora": lower_vblora,
     "vera": lower_vera,
+    **dict.fromkeys(PREFIXES, lower_saved),  # beside their virtual tokens
 }
 
 
@@ -72,12 +75,17 @@ def lower(
             f"{base.spec.fingerprint[:12]} ({base.spec.id})",
             "base_fingerprint",
         )
-    with AdapterCheckpoint(weights, base.device) as checkpoint:
+    placement = placement or manifest.placement
+    virtual = PREFIXES.get(manifest.kind)
+    if virtual and placement == "merged":
+        raise InvalidAdapter("a prefix has nothing to merge; expected 'unmerged'", "placement")
+    root = UNWRAPPED if virtual else WRAPPED
+    with AdapterCheckpoint(weights, base.device, root) as checkpoint:
         deltas = family(manifest.config, checkpoint, base)
+        prefix = virtual(manifest.config, checkpoint, base, deltas) if virtual else None
         checkpoint.finish()
     assert set(deltas) == set(manifest.targets), "lowering and validation disagree on the targets"
     notes: Mapping[str, float] = {}
-    placement = placement or manifest.placement
     if placement == "merged":
         deltas, notes = merge(deltas, base, merged_dtype or manifest.merged_dtype)
     return LoweredAdapter(
@@ -87,6 +95,7 @@ def lower(
         deltas=deltas,
         rank=max((_rank(delta) for delta in deltas.values()), default=0),
         notes=notes,
+        prefix=prefix,
     )
 
 

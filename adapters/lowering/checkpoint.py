@@ -12,7 +12,8 @@ from torch import Tensor
 
 from adapters.errors import InvalidAdapter, UnsupportedMedia
 
-_PREFIX = "base_model.model."  # PEFT saves the paths below its own two wrappers
+WRAPPED = "base_model.model."  # PEFT saves the paths below its own two wrappers
+UNWRAPPED = "base_model."  # or one, where a method changes no layer
 _SHARED = "base_model."  # and what all layers share beside the inner one
 
 
@@ -23,8 +24,10 @@ class AdapterCheckpoint:
     dropped in silence. Use as a context manager.
     """
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, root: str = WRAPPED) -> None:
+        """`root` is what PEFT put before the module paths."""
         self._device = device
+        self._root = root
         opened: Any = safe_open  # the package has no types
         try:
             self._file = opened(str(path), framework="pt")
@@ -46,18 +49,22 @@ class AdapterCheckpoint:
 
     def has(self, name: str) -> bool:
         """Is this tensor in the file, and not taken yet?"""
-        return _PREFIX + name in self._left
+        return self._root + name in self._left
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor in float32 on the device, in its own memory.
 
         Raises InvalidAdapter where it is missing or has another shape.
         """
-        return self._take(_PREFIX + name, shape)
+        return self._take(self._root + name, shape)
 
     def take_shared(self, name: str, *shape: int) -> Tensor:
         """`take` for a tensor that belongs to no module: a projection or bank of all layers."""
         return self._take(_SHARED + name, shape)
+
+    def take_bare(self, name: str, *shape: int) -> Tensor:
+        """`take` for a tensor that PEFT saves without a path: a prompt encoder's."""
+        return self._take(name, shape)
 
     def take_base_copy(self, path: str, own: Any) -> None:
         """PEFT saves the base's own table beside an adapter on it: it must be this base's.

@@ -12,12 +12,13 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
-from adapters.checks import adalora, beft, ia3, ln_tuning, loha, miss, vblora, vera
+from adapters.checks import adalora, beft, ia3, ln_tuning, loha, miss, prefix, vblora, vera
 from adapters.errors import InvalidAdapter, TooLarge
 from adapters.limits import Limits
 from adapters.validate import CHECKERS, validate
 from base.spec import BaseSpec
 from tests.adapters.conftest import Saved, Saver
+from tests.oracle import VIRTUAL_KINDS
 
 RULES = {
     "ia3": ia3.RULES,
@@ -28,6 +29,7 @@ RULES = {
     "miss": miss.RULES,
     "vblora": vblora.RULES,
     "vera": vera.RULES,
+    **{method.lower(): rules for method, rules in prefix.RULES_OF.items()},
 }
 TARGETS: dict[str, list[str]] = {"ln_tuning": ["input_layernorm"]}
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
@@ -109,7 +111,11 @@ def test_numbers_are_finite(kind: str, save: Saver, spec: BaseSpec, tmp_path: Pa
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     (kind, {}, {"task_type": "SEQ_CLS"}, "task_type") for kind in RULES
 ]
-REFUSED += [(kind, {}, {"target_modules": None}, "target_modules") for kind in RULES]
+REFUSED += [
+    (kind, {}, {"target_modules": None}, "target_modules")
+    for kind in RULES
+    if kind not in VIRTUAL_KINDS
+]
 REFUSED += [(kind, {}, {"target_modules": ["nothing"]}, "target_modules") for kind in RULES]
 REFUSED += [(kind, {}, {"target_modules": ["embed_tokens"]}, "target_modules") for kind in RULES]
 REFUSED += [("ln_tuning", {}, {"target_modules": ["q_proj"]}, "target_modules")]

@@ -1,0 +1,94 @@
+"""The keys and values of virtual tokens: their embeddings, run through the base once.
+
+The engine may be computing meanwhile with the very same weights, so this run has a model of its
+own: the containers are copied, the layers that hold weights are not.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from adapters.delta import Delta, LoweredAdapter, Prefix
+from adapters.operator import Segments, install
+from base.kernels import paged_attention
+from base.load import Base
+
+_NAME = "nibble_virtual_tokens"
+_place = threading.local()
+
+
+@torch.no_grad()
+def run_virtual_tokens(embeddings: Tensor, base: Base, deltas: Mapping[str, Delta]) -> Prefix:
+    """Keys and values of tokens whose input embeddings are `embeddings` [n, hidden], in base.dtype.
+
+    They stand at positions 0 to n - 1 and see one another causally, as PEFT's forward pass has it;
+    `deltas` are the adapter's own layers (modules_to_save).
+    """
+    n, model = embeddings.shape[0], _twin(base)
+    if deltas:
+        own = LoweredAdapter("", "", "unmerged", deltas)
+        install(model, base.spec).segments = Segments.of([(n, own)])
+    model.set_attn_implementation(_NAME)
+    layers: dict[int, tuple[Tensor, Tensor]] = {}
+    _place.layers = layers
+    try:
+        model.base_model(
+            inputs_embeds=embeddings.to(base.dtype)[None],
+            position_ids=torch.arange(n, device=embeddings.device)[None],
+            use_cache=False,
+        )
+    finally:
+        _place.layers = None
+    found = [layers[i] for i in range(base.spec.num_layers)]
+    return Prefix(torch.stack([k for k, _ in found]), torch.stack([v for _, v in found]))
+
+
+def _twin(base: Base) -> Any:
+    """A model without wrappers around its layers, which share their weights with the base's."""
+    model, spec = base.model, base.spec
+    leaves: dict[str, Any] = {path: base.linear(path) for path in spec.linears}
+    leaves |= {path: base.embedding(path) for path in spec.embeddings}
+    leaves |= {path: base.norm(path) for path in spec.norms}
+    known: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    known |= {id(model.get_submodule(path)): leaf for path, leaf in leaves.items()}
+    return copy.deepcopy(model, known)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, heads, n, width]
+    key: Tensor,  # [1, kv_heads, n, width]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """Keep K and V of the layer, and attend over them as the engine does: [1, n, heads, width]."""
+    keys, values = (t[0].transpose(0, 1).contiguous() for t in (key, value))
+    _place.layers[module.layer_idx] = (keys, values)
+    n, where = keys.shape[0], query.device
+    out = paged_attention(
+        query[0].transpose(0, 1),
+        keys[:, None],  # pages of one token
+        values[:, None],
+        torch.arange(n, dtype=torch.int32, device=where)[None],
+        torch.tensor([0, n], dtype=torch.int32, device=where),
+        torch.tensor([n], dtype=torch.int32, device=where),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window or 0,
+        softcap or 0.0,
+    )
+    return out.unsqueeze(0), None
+
+
+# No mask function goes with it: transformers then builds no mask, and `_attend` is causal.
+AttentionInterface.register(_NAME, _attend)
