@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import cuda, native, reference
 from .lowrank import LowRank, LowRankPlan, Segment
+from .steps import Steps
 from .weight import NF4Weight
 
 __all__ = [
@@ -24,10 +25,13 @@ __all__ = [
     "LowRankPlan",
     "NF4Weight",
     "Segment",
+    "Steps",
+    "dense_linear",
     "lowrank_add",
     "native_status",
     "nf4_linear",
     "paged_attention",
+    "steps",
 ]
 
 
@@ -82,6 +86,52 @@ class _NF4Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return reference.nf4_backward(grads[0], ctx.weight), None
+
+
+def steps() -> Steps | None:
+    """The C functions beside the products, for float32 on the CPU; None where torch serves."""
+    return None if _native is None else _native.steps
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + b with W [out, in] kept in its own dtype: x [..., in] -> y [..., out] in x's.
+
+    Differentiable in x. With the C library (float32 x on the CPU, W in float32 or bfloat16) the
+    bits of a row of y depend on that row of x alone.
+    """
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has {x.shape[-1]} columns, the weight needs {weight.shape[1]}")
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y: Tensor = _DenseProduct.apply(x, weight)  # type: ignore[no-untyped-call]
+        return y if bias is None else y + bias
+    return _dense_forward(x, weight, bias)
+
+
+def _dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if (
+        _native is not None
+        and _native_takes(x)
+        and weight.is_cpu
+        and weight.dtype in (torch.float32, torch.bfloat16)
+    ):
+        bias = None if bias is None else bias.contiguous()
+        return _native.steps.dense_linear(x.contiguous(), weight.contiguous(), bias)
+    return reference.dense_linear(x, weight, bias)
+
+
+class _DenseProduct(torch.autograd.Function):
+    """x Wᵀ with a frozen W, which may be in another dtype than x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return _dense_forward(x, weight, None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return reference.dense_backward(grads[0], ctx.weight), None
 
 
 def lowrank_add(y: Tensor, x: Tensor, terms: LowRankPlan | Sequence[Segment]) -> Tensor:

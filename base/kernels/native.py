@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .lowrank import LowRankPlan
+from .steps import Steps
 from .weight import NF4Weight
 
 # As in build.py, which must run as a script and without torch.
@@ -50,6 +51,7 @@ class Native:
         ]
         self._attention = library.nibble_attention
         self._attention.argtypes = [ctypes.POINTER(_AttentionCall), ctypes.c_int]
+        self.steps = Steps(library)
         self.isa = self.select(os.environ.get("NIBBLE_ISA"))
 
     def select(self, name: str | None = None) -> str:

@@ -30,6 +30,26 @@ def nf4_backward(grad_y: Tensor, weight: NF4Weight) -> Tensor:
     return grad_x
 
 
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + b; W is cast to x's dtype by tiles of rows, so that the copy stays small."""
+    if weight.dtype == x.dtype:
+        return functional.linear(x, weight, bias)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    for start in range(0, weight.shape[0], _TILE_ROWS):
+        rows = slice(start, start + _TILE_ROWS)
+        y[..., rows] = x @ weight[rows].to(x.dtype).t()
+    return y if bias is None else y.add_(bias)
+
+
+def dense_backward(grad_y: Tensor, weight: Tensor) -> Tensor:
+    """∂L/∂x = ∂L/∂y W, W cast by tiles of rows: grad_y [..., out] -> [..., in]."""
+    grad_x = grad_y.new_zeros(*grad_y.shape[:-1], weight.shape[1])
+    for start in range(0, weight.shape[0], _TILE_ROWS):
+        rows = slice(start, start + _TILE_ROWS)
+        grad_x += grad_y[..., rows] @ weight[rows].to(grad_y.dtype)
+    return grad_x
+
+
 def lowrank_add(y: Tensor, x: Tensor, plan: LowRankPlan) -> Tensor:
     """In place, by segment: y = gain * (y + B (d * (A x))) + bias."""
     for segment in plan.segments:

@@ -112,3 +112,33 @@ EXPORT int nibble_attention(const attention_call *call, int threads) {
     selected->attention(call, use, memory);
     return 0;
 }
+
+EXPORT int nibble_dense_linear(const void *w, int64_t stored, const float *x, int64_t rows,
+                               int64_t in, int64_t out, const float *bias, float *y, int threads) {
+    const int use = useful_threads(out * in * (rows + 4) / 4, threads);
+    float *memory = workspace(selected->dense_workspace(in, rows, stored, use) + 1);
+    if (!memory) return 1;
+    selected->dense_linear(w, stored, x, rows, in, out, bias, y, use, memory);
+    return 0;
+}
+
+/* Values that pay for waking one more thread, in the functions below. */
+#define VALUES_PER_THREAD 32768
+
+static int threads_for(int64_t values, int threads) {
+    return (int)max_i(1, min_(threads, values / VALUES_PER_THREAD));
+}
+
+EXPORT void nibble_norm(const norm_call *call, int threads) {
+    selected->norm(call, threads_for(call->rows * call->width, threads));
+}
+
+EXPORT void nibble_rotary(float *x, const float *cos, const float *sin, int64_t rows,
+                          int64_t heads, int64_t dim, int threads) {
+    selected->rotary(x, cos, sin, rows, heads, dim, threads_for(rows * heads * dim, threads));
+}
+
+EXPORT void nibble_each(int kind, const float *a, const float *b, float cap, float *to,
+                        int64_t size, int threads) {
+    selected->each(kind, a, b, cap, to, size, threads_for(size, threads));
+}

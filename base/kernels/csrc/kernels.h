@@ -2,6 +2,8 @@
 #ifndef NIBBLE_KERNELS_H
 #define NIBBLE_KERNELS_H
 
+#include "decoder.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -51,6 +53,14 @@ typedef struct {
                         float *y, int64_t out, int threads, float *workspace);
     void (*attention)(const attention_call *call, int threads, float *workspace);
     int64_t (*attention_workspace)(const attention_call *call);
+    void (*dense_linear)(const void *w, int64_t stored, const float *x, int64_t rows, int64_t in,
+                         int64_t out, const float *bias, float *y, int threads, float *workspace);
+    int64_t (*dense_workspace)(int64_t in, int64_t rows, int64_t stored, int threads);
+    void (*norm)(const norm_call *call, int threads);
+    void (*rotary)(float *x, const float *cos, const float *sin, int64_t rows, int64_t heads,
+                   int64_t dim, int threads);
+    void (*each)(int kind, const float *a, const float *b, float cap, float *to, int64_t size,
+                 int threads);
 } kernel_table;
 
 extern const kernel_table kernels_portable;

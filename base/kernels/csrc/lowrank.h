@@ -6,6 +6,9 @@
  * Order of additions. A x: lane l of VL adds up the columns l, l + VL, ... and `sum_each` joins the
  * lanes. B u: rank after rank, from 0 to r - 1; then y plus that sum.
  */
+#ifndef NIBBLE_LOWRANK_H
+#define NIBBLE_LOWRANK_H
+
 #include "kernels.h"
 #include "pool.h"
 #include "simd.h"
@@ -244,3 +247,5 @@ static void lowrank_add(const lowrank_segment *segments, int64_t count, const fl
     pool_run(shrink_task, &job, tasks, threads);
     pool_run(expand_task, &job, ceil_div(out, job.columns), threads);
 }
+
+#endif

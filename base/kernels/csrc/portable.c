@@ -2,7 +2,10 @@
 #include "nf4.h"
 #include "attention.h"
 #include "lowrank.h"
+#include "dense.h"
+#include "step.h"
 
 const kernel_table kernels_portable = {
     "portable", nf4_linear, nf4_workspace, lowrank_add, attention, attention_workspace,
+    dense_linear, dense_workspace, norm, rotary, each,
 };

@@ -23,4 +23,5 @@ LD_PRELOAD="$("$CC" -print-file-name=libasan.so) $("$CC" -print-file-name=libubs
     "$PYTHON" -m pytest -q -p no:cacheprovider -o timeout=900 \
     tests/base/kernels/test_native_nf4.py \
     tests/base/kernels/test_native_lowrank.py \
-    tests/base/kernels/test_native_attention.py "$@"
+    tests/base/kernels/test_native_attention.py \
+    tests/base/kernels/test_native_steps.py "$@"
