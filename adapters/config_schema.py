@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adapters.checks.token_rows import token_indices
 from adapters.config_rules import (
     COMMON,
     FAN_IN,
@@ -54,7 +55,6 @@ REFUSED = {
     "layer_replication": "a stack of repeated layers is another base",
     "megatron_config": "Megatron's parallel layers are not served",
     "alora_invocation_tokens": "activated LoRA (aLoRA) is not served",
-    "trainable_token_indices": "trainable tokens are not served; use modules_to_save",
     "target_parameters": "LoRA on bare parameters is not served; use target_modules",
     "use_qalora": "QALoRA is not served",
     "monteclora_config": "MonteCLoRA samples its weights and is not served",
@@ -83,6 +83,7 @@ class LoraFields:
     use_dora: bool
     lora_bias: bool
     ensure_weight_tying: bool
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]]
 
     @property
     def kind(self) -> str:
@@ -133,6 +134,7 @@ def lora_fields(config: Mapping[str, Any], limits: Limits) -> LoraFields:
         use_dora=bool(config.get("use_dora")),
         lora_bias=bool(config.get("lora_bias")),
         ensure_weight_tying=chosen.ensure_weight_tying,
+        trainable_token_indices=config.get("trainable_token_indices") or (),
     )
     if fields.lora_bias and fields.use_dora:
         raise InvalidAdapter("cannot be combined with use_dora", "lora_bias")
@@ -175,5 +177,6 @@ RULES: Mapping[str, Rule] = {
     "use_dora": flag,
     "lora_bias": flag,
     "ensure_weight_tying": flag,
+    "trainable_token_indices": token_indices,
     "init_lora_weights": init,
 }

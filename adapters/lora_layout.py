@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from adapters.checked import numbers
+from adapters.checks.token_rows import (
+    TokenRows,
+    optional_rows,
+    promised_rows,
+    resolve_indices,
+    rows_bytes,
+)
 from adapters.config_schema import LoraFields
 from adapters.errors import InvalidAdapter
 from adapters.limits import Limits
@@ -15,6 +23,8 @@ from adapters.ranks import alpha_of, check_rank, check_scale
 from adapters.safetensors_header import TensorEntry
 from adapters.targets import matching, modules_of
 from base.spec import BaseSpec
+
+ROWS_LEAF = "token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +35,17 @@ class LoraLayout:
     ranks: Mapping[str, int]  # module path -> r
     alphas: Mapping[str, float]
     saved: tuple[str, ...]  # module paths that the adapter replaces whole
+    rows: TokenRows = field(default_factory=dict)  # tokens with rows of their own
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Every module that the adapter touches, sorted."""
-        return tuple(sorted({expected.module for expected in self.tensors.values()}))
+        return tuple(sorted({*(expected.module for expected in self.tensors.values()), *self.rows}))
+
+    def memory_bytes(self, spec: BaseSpec) -> int:
+        """What it takes once lowered, in fp32."""
+        rows = numbers(self.tensors, "rows")
+        return 4 * (numbers(self.tensors) - rows) + sum(rows_bytes(self.rows, spec))
 
 
 def match_lora(
@@ -52,9 +68,26 @@ def match_lora(
         check_rank(path, rank, limits)
         scale = alphas[path] / (math.sqrt(rank) if fields.use_rslora else rank)
         check_scale(path, scale, f"alpha {alphas[path]:g}, rank {rank}", "lora_alpha", limits)
-    promised = dict(_promised(fields, spec, ranks, saved))
-    found = consume(tensors, promised, spec, targets)
-    return LoraLayout(found, ranks, alphas, tuple(sorted(saved)))
+    rows = _token_rows(fields, spec, ranks.keys() | saved)
+    promised = {
+        **dict(_promised(fields, spec, ranks, saved)),
+        **promised_rows(rows, spec, ROWS_LEAF),
+    }
+    found = consume(tensors, promised, spec, targets, optional_rows(rows, spec, ROWS_LEAF))
+    return LoraLayout(found, ranks, alphas, tuple(sorted(saved)), rows)
+
+
+def _token_rows(fields: LoraFields, spec: BaseSpec, others: set[str]) -> TokenRows:
+    where = "trainable_token_indices"
+    rows = resolve_indices(fields.trainable_token_indices, spec, fields.ensure_weight_tying, where)
+    both = sorted(others.intersection(rows))
+    if both:
+        raise InvalidAdapter(
+            f"{both[0]} has rows of its own for some tokens, and is a target or a saved module "
+            "too: name it in one place",
+            where,
+        )
+    return rows
 
 
 def canonical_config(fields: LoraFields, layout: LoraLayout) -> dict[str, Any]:
@@ -63,6 +96,7 @@ def canonical_config(fields: LoraFields, layout: LoraLayout) -> dict[str, Any]:
     It is still a valid PEFT config, and two configs that mean the same give the same one. Look the
     ranks up by exact path: `rank_pattern.get(path, r)`, `alpha_pattern.get(path, lora_alpha)`.
     """
+    rows = {path: list(tokens) for path, tokens in layout.rows.items()}
     return {
         "peft_type": "LORA",
         "r": fields.r,
@@ -75,6 +109,8 @@ def canonical_config(fields: LoraFields, layout: LoraLayout) -> dict[str, Any]:
         "use_rslora": fields.use_rslora,
         "use_dora": fields.use_dora,
         "lora_bias": fields.lora_bias,
+        # Only where there are some: the digests of all other adapters stay what they were.
+        **({"trainable_token_indices": rows} if rows else {}),
     }
 
 

@@ -98,10 +98,8 @@ METHODS: Mapping[str, Method] = {
     "PREFIX_TUNING": VIRTUAL_TOKENS,
     "CPT": VIRTUAL_TOKENS,
     "CARTRIDGE": VIRTUAL_TOKENS,
-    "TRAINABLE_TOKENS": refused(
-        "rows of the embedding table cannot be replaced one by one yet; "
-        "use modules_to_save for the whole table"
-    ),
+    # n: the width of the table. A tied head has the same rows; only there do they cost products.
+    "TRAINABLE_TOKENS": Method("embedding rows", "(8 + 4*n)*len(token_indices)"),
     # What runs beside the layers
     "ADAPTION_PROMPT": refused(
         "it adds gated attention to whole layers, which the operator does not run"

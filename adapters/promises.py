@@ -44,14 +44,16 @@ def consume(
     promised: Mapping[str, Expected],
     spec: BaseSpec,
     targets: Iterable[str],
+    optional: Mapping[str, Expected] | None = None,
 ) -> dict[str, Expected]:
     """Pair the file's tensors with the promised ones; nothing may be left on either side.
 
-    `targets` are the module paths that the method adapts. Raises InvalidAdapter, naming the tensor.
+    `targets` are the module paths that the method adapts; `optional` is what may be there too.
+    Raises InvalidAdapter, naming the tensor.
     """
     found: dict[str, Expected] = {}
     open_promises = dict(promised)
-    copies = dict(_base_copies(spec, targets))
+    copies = {**dict(_base_copies(spec, targets)), **(optional or {})}
     for name, entry in tensors.items():
         plain = _without_weight(name)
         expected = open_promises.pop(plain, None) or copies.pop(plain, None)

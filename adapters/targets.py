@@ -69,7 +69,7 @@ def _target_modules(fields: Targeting, spec: BaseSpec) -> list[str]:
     """PEFT's rule (`check_target_module_exists`) over this base's module paths."""
     targets = [path for path in module_paths(spec) if _is_target(fields, spec, path)]
     if fields.ensure_weight_tying and spec.tied_embeddings:
-        targets += [path for path in _tied_with(spec, targets) if path not in targets]
+        targets += [path for path in tied_with(spec, targets) if path not in targets]
     return targets
 
 
@@ -78,7 +78,7 @@ def _is_target(fields: Targeting, spec: BaseSpec, path: str) -> bool:
         return False
     targets = fields.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        return path in spec.linears and not _is_output(spec, path)
+        return path in spec.linears and not is_output(spec, path)
     if isinstance(targets, str) or path in targets:
         return _listed(targets, path)
     return _listed(targets, path) and _in_layers(fields, path)
@@ -94,7 +94,7 @@ def _inside(names: tuple[str, ...], path: str) -> bool:
     return any(f".{name}." in f".{path}." for name in names)
 
 
-def _is_output(spec: BaseSpec, path: str) -> bool:
+def is_output(spec: BaseSpec, path: str) -> bool:
     """The output layer, which `all-linear` leaves out: the one whose rows are the vocabulary."""
     shape = spec.linears[path]
     return not shape.quantized and "." not in path and shape.in_features == spec.hidden_size
@@ -126,12 +126,13 @@ def saved_modules(fields: Targeting, spec: BaseSpec) -> set[str]:
             raise InvalidAdapter(f"this base has no module {name!r}", "modules_to_save")
         saved |= matched
     if fields.ensure_weight_tying and spec.tied_embeddings:
-        saved |= set(_tied_with(spec, saved))
+        saved |= set(tied_with(spec, saved))
     return saved
 
 
-def _tied_with(spec: BaseSpec, paths: Iterable[str]) -> list[str]:
+def tied_with(spec: BaseSpec, paths: Iterable[str]) -> list[str]:
+    """The table and the head, where one of them is in `paths` and they are one matrix."""
     tied = [
-        p for p in (*spec.embeddings, *spec.linears) if p in spec.embeddings or _is_output(spec, p)
+        p for p in (*spec.embeddings, *spec.linears) if p in spec.embeddings or is_output(spec, p)
     ]
     return [path for path in tied if set(tied) & set(paths)]

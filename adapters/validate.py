@@ -14,6 +14,8 @@ from adapters.checks.ln_tuning import check_ln_tuning
 from adapters.checks.loha import check_loha
 from adapters.checks.miss import check_miss
 from adapters.checks.prefix import CHECKERS_OF_PREFIXES
+from adapters.checks.saved_tables import with_saved_tables
+from adapters.checks.trainable_tokens import check_trainable_tokens
 from adapters.checks.vblora import check_vblora
 from adapters.checks.vera import check_vera
 from adapters.config_schema import check_fingerprint, lora_fields, read_config
@@ -43,7 +45,7 @@ def validate(config: bytes, weights: Path, spec: BaseSpec, limits: Limits) -> Va
     check_fingerprint(table, spec.fingerprint)
     with open_regular(weights) as fd:
         header = read_header(fd, limits)
-        checked = check(table, header, spec, limits)
+        checked = check(with_saved_tables(table, header, spec, fd), header, spec, limits)
         for name, entry in header.tensors.items():
             check_values(fd, entry, limits.max_value, positive=name in checked.positive)
     return checked.validated
@@ -71,7 +73,7 @@ def _check_lora(
         targets=layout.modules,
         config=canonical_config(fields, layout),
         parameters=parameters,
-        memory_bytes=4 * parameters,
+        memory_bytes=layout.memory_bytes(spec),
     )
     magnitudes = (name for name, e in layout.tensors.items() if e.role == "magnitude")
     return Checked(validated, frozenset(magnitudes))
@@ -86,6 +88,7 @@ CHECKERS: Mapping[str, Checker] = {
     "LN_TUNING": check_ln_tuning,
     "LOHA": check_loha,
     "MISS": check_miss,
+    "TRAINABLE_TOKENS": check_trainable_tokens,
     "VBLORA": check_vblora,
     "VERA": check_vera,
     **CHECKERS_OF_PREFIXES,

@@ -401,6 +401,7 @@ def _own_fields(kind: str, rank: int, alpha: float, targets: Sequence[str] | str
             "cpt_token_ids": [7 + i for i in range(rank)],
             "cpt_tokens_type_mask": [1 + i % 4 for i in range(rank)],
         },
+        "trainable_tokens": {},
     }
     lora = {
         "r": rank,
@@ -426,6 +427,8 @@ def _randomise(adapted: nn.Module, strength: float) -> None:
             parameter.data *= 1 + 3 * noise
         elif "hada_" in name or "vera_lambda" in name:
             parameter.data.copy_(3 * noise)
+        elif "trainable_tokens_delta" in name:
+            parameter.data += 3 * noise
         elif any(part in name for part in ("lora_E", "vblora_logits", "prefix_task_")):
             parameter.data.copy_(noise / strength)
         elif any(part in name for part in ("ln_tuning", "miss_", "beft_bias", "delta_embedding")):

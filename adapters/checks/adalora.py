@@ -73,6 +73,7 @@ RULES: Mapping[str, Rule] = {
     "lora_bias": refuse("there is no AdaLoRA with a bias on B"),
     "loftq_config": refuse("there is no AdaLoRA with LoftQ"),
     "ensure_weight_tying": refuse("AdaLoRA adapts no embeddings"),
+    "trainable_token_indices": refuse("tokens are not trained beside AdaLoRA here; use a LoRA"),
     "init_lora_weights": init,
 }
 

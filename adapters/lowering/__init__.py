@@ -25,6 +25,7 @@ from .lora import lower_lora
 from .merged import merge
 from .miss import lower_miss
 from .prefix import PREFIXES
+from .token_rows import lower_trainable_tokens
 from .vblora import lower_vblora
 from .vera import lower_vera
 from .whole import lower_saved
@@ -43,6 +44,7 @@ FAMILIES: Mapping[str, Family] = {
     "ln_tuning": lower_ln_tuning,
     "loha": lower_loha,
     "miss": lower_miss,
+    "trainable_tokens": lower_trainable_tokens,
     "vblora": lower_vblora,
     "vera": lower_vera,
     **dict.fromkeys(PREFIXES, lower_saved),  # beside their virtual tokens

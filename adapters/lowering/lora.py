@@ -1,4 +1,4 @@
-"""LoRA and its variants: rsLoRA, DoRA, patterns, biases, embeddings, modules_to_save."""
+"""LoRA and its variants: rsLoRA, DoRA, patterns, biases, embeddings, tokens, modules_to_save."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from base.load import Base
 from .checkpoint import AdapterCheckpoint
 from .dora import column_norms, weight_norms
 from .factors import by_columns, low_rank
+from .token_rows import lower_token_rows
 from .whole import lower_whole
 
 
@@ -33,6 +34,8 @@ def lower_lora(
         deltas[path] = lora.embedding(path) if path in spec.embeddings else lora.linear(path)
     for path in config["modules_to_save"] or ():
         deltas[path] = lower_whole(path, checkpoint, base)
+    rows = config.get("trainable_token_indices") or {}
+    deltas |= lower_token_rows(rows, checkpoint, base, "token_adapter.")
     if config["bias"] == "all":
         for path, shape in spec.linears.items():
             if shape.bias and path not in deltas:

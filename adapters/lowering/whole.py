@@ -5,25 +5,43 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adapters.delta import Delta, PrivateEmbedding, PrivateLinear, PrivateNorm
+import torch
+
+from adapters.delta import (
+    Delta,
+    LinearDelta,
+    PrivateEmbedding,
+    PrivateLinear,
+    PrivateNorm,
+    PrivateRows,
+)
 from base.load import Base
 
 from .checkpoint import AdapterCheckpoint
 
 
-def lower_whole(
-    path: str, checkpoint: AdapterCheckpoint, base: Base
-) -> PrivateLinear | PrivateEmbedding | PrivateNorm:
-    """The module at `path`, in base.dtype; a linear's bias in float32. Raises InvalidAdapter."""
+def lower_whole(path: str, checkpoint: AdapterCheckpoint, base: Base) -> Delta:
+    """The module at `path`, in base.dtype; a linear's bias in float32. Raises InvalidAdapter.
+
+    A table or head that is the base's own, to the bit, costs nothing and shares the base's
+    product: PEFT saves them with adapters that never touched them (`save_embedding_layers`).
+    """
     spec, name, take = base.spec, f"{path}.weight", checkpoint.take
     if path in spec.norms:
         return PrivateNorm(take(name, spec.norms[path]).to(base.dtype))
     if path in spec.embeddings:
         table = spec.embeddings[path]
-        return PrivateEmbedding(take(name, table.rows, table.width).to(base.dtype))
+        weight = take(name, table.rows, table.width).to(base.dtype)
+        if torch.equal(weight, base.embedding(path).weight):
+            none = torch.empty(0, dtype=torch.int64, device=base.device)
+            return PrivateRows(none, weight[:0].clone())
+        return PrivateEmbedding(weight)
     linear = spec.linears[path]
     weight = take(name, linear.out_features, linear.in_features).to(base.dtype)
     bias = take(f"{path}.bias", linear.out_features) if linear.bias else None
+    own = base.linear(path).weight
+    if bias is None and isinstance(own, torch.Tensor) and torch.equal(weight, own):
+        return LinearDelta()
     return PrivateLinear(weight, bias)
 
 

@@ -60,7 +60,6 @@ def test_kind(flags: dict[str, bool], kind: str) -> None:
         ("layer_replication", [[0, 4], [2, 5]]),
         ("megatron_config", {"a": 1}),
         ("alora_invocation_tokens", [1, 2]),
-        ("trainable_token_indices", [3]),
         ("target_parameters", ["experts.down_proj"]),
         ("use_qalora", True),
         ("monteclora_config", {"num_samples": 4}),

@@ -46,7 +46,7 @@ def refusal(config: bytes, weights: Path, spec: BaseSpec) -> InvalidAdapter:
 
 
 def test_each_method_is_here() -> None:
-    assert {kind.upper() for kind in RULES} | {"LORA"} == set(CHECKERS)
+    assert {kind.upper() for kind in RULES} | {"LORA", "TRAINABLE_TOKENS"} == set(CHECKERS)
 
 
 @pytest.mark.parametrize("kind", RULES)
