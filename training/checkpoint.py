@@ -1,80 +1,41 @@
-"""A trained adapter on disk, in PEFT's format: adapter_config.json, adapter_model.safetensors."""
+"""A trained adapter, from PEFT's two files back onto the base."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
-import torch
-from safetensors.torch import load_file, save_file
+from peft.utils import set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from base.load import Base
-from training.attach import Layers, attach, detach, last_part
 from training.config import MethodConfig
 from training.errors import MethodError
-from training.methods import METHODS
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # what PEFT's own wrapping puts before a module's path
-
-
-def save(out: Path, base: Base, layers: Layers, config: MethodConfig) -> None:
-    """Write the adapter to the directory `out`, which is made."""
-    out.mkdir(parents=True, exist_ok=True)
-    peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=sorted({last_part(path) for path in layers}),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base.spec.id,
-        inference_mode=True,
-        **METHODS[config.kind].peft_fields,
-    ).save_pretrained(str(out))
-    _write_sorted(out / CONFIG)
-    save_file(
-        _tensors(layers, config),
-        out / WEIGHTS,
-        metadata={"format": "pt", "base_fingerprint": base.spec.fingerprint},
-    )
-    (out / WEIGHTS).chmod(0o644)  # safetensors makes it private, which no other file here is
+from training.methods import Attached
+from training.methods.files import CONFIG, WEIGHTS
+from training.methods.low_rank import KINDS, LowRankAdapter
+from training.methods.peft_methods import PeftAdapter
 
 
-def load(source: Path, base: Base) -> Layers:
-    """Attach the adapter of the directory `source`, as `save` wrote it, to the base.
+def load(source: Path, base: Base) -> Attached:
+    """Attach the adapter of the directory `source` to the base.
 
+    LoRA, rsLoRA and DoRA come onto our own layers, any other kind onto PEFT's.
     Raises MethodError when its tensors do not fit the base.
     """
-    config = method_config(source)
-    tensors = load_file(source / WEIGHTS)
-    layers = attach(base, config)
-    expected = _tensors(layers, config)
-    unlike = sorted(
-        name
-        for name in tensors.keys() | expected.keys()
-        if name not in tensors
-        or name not in expected
-        or tensors[name].shape != expected[name].shape
-    )
-    if unlike:
-        detach(base, layers)
-        raise MethodError(f"{source / WEIGHTS}: {unlike[0]} does not fit {base.spec.id}")
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(tensors[name])
-    return layers
+    fields = _fields(source)
+    config = low_rank_config(fields)
+    return _load_peft(source, fields, base) if config is None else _load_own(source, config, base)
 
 
-def method_config(source: Path) -> MethodConfig:
-    """The method that made the adapter of the directory `source`."""
-    path = source / CONFIG
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MethodError(f"{path}: {error}") from None
-    flags = {name: method.peft_fields for name, method in METHODS.items()}
+def low_rank_config(fields: dict[str, Any]) -> MethodConfig | None:
+    """The method behind a PEFT config, where it is one of ours and no more than that."""
+    if fields.get("peft_type") != "LORA" or _beyond(fields):
+        return None
+    flags = {name: kind.peft_fields for name, kind in KINDS.items()}
     used = {field: fields.get(field, False) for row in flags.values() for field in row}
     for name, row in flags.items():
         if used == {**dict.fromkeys(used, False), **row}:
@@ -85,21 +46,66 @@ def method_config(source: Path) -> MethodConfig:
                 dropout=fields["lora_dropout"],
                 targets=tuple(fields["target_modules"]),
             )
-    raise MethodError(f"{path}: {used} is no method that is trained here")
+    return None
 
 
-def _tensors(layers: Layers, config: MethodConfig) -> dict[str, torch.Tensor]:
-    """Name in the checkpoint -> the parameter itself (its memory, not a copy)."""
-    names = METHODS[config.kind].tensors
-    return {
-        f"{PREFIX}{path}.{end}": getattr(layer, attribute).detach()
-        for path, layer in layers.items()
-        for end, attribute in names.items()
-    }
+def _beyond(fields: dict[str, Any]) -> bool:
+    """Does the config say something that our layers do not do?"""
+    extras = (
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "lora_bias",
+        "layers_to_transform",
+    )
+    return fields.get("bias", "none") != "none" or any(fields.get(name) for name in extras)
 
 
-def _write_sorted(path: Path) -> None:
-    """PEFT writes sets in the order of the day; the same run should leave the same bytes."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    fields["target_modules"].sort()
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _load_own(source: Path, config: MethodConfig, base: Base) -> Attached:
+    adapter = LowRankAdapter(base, config)
+    unlike = adapter.fill(_tensors(source))
+    if unlike is not None:
+        adapter.detach()
+        raise MethodError(f"{source / WEIGHTS}: {unlike} does not fit {base.spec.id}")
+    return adapter
+
+
+def _load_peft(source: Path, fields: dict[str, Any], base: Base) -> Attached:
+    tensors = _tensors(source)
+    try:
+        config = peft.PeftConfig.from_peft_type(**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise MethodError(f"{source / CONFIG}: {error}") from None
+    config.inference_mode = True
+    adapter = PeftAdapter(base, config)
+    try:
+        outcome = set_peft_model_state_dict(adapter.model, tensors)
+    except (KeyError, RuntimeError) as error:
+        adapter.detach()
+        raise MethodError(f"{source / WEIGHTS} does not fit {base.spec.id}: {error}") from None
+    # PEFT puts virtual tokens where they belong, and then calls their tensor unexpected.
+    known = {"prompt_embeddings"} if adapter.virtual_tokens else set()
+    left_over = [name for name in outcome.unexpected_keys if name not in known]
+    if left_over:
+        adapter.detach()
+        raise MethodError(f"{source / WEIGHTS}: {left_over[0]} does not fit {base.spec.id}")
+    return adapter
+
+
+def _fields(source: Path) -> dict[str, Any]:
+    path = source / CONFIG
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MethodError(f"{path}: {error}") from None
+    if not isinstance(fields, dict):
+        raise MethodError(f"{path} holds a {type(fields).__name__}; an object is needed")
+    return fields
+
+
+def _tensors(source: Path) -> dict[str, Any]:
+    try:
+        tensors: dict[str, Any] = load_file(source / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise MethodError(f"{source / WEIGHTS}: {error}") from None
+    return tensors

@@ -26,11 +26,11 @@ from base.errors import UnservableBase
 from base.load import Base, load_base
 from base.mini import MINI
 from training import checkpoint, showcase
-from training.attach import attach
 from training.config import TrainConfig, read_config
 from training.data import Example, examples, read_rows
 from training.errors import TrainingError
 from training.evaluate import exact_match
+from training.methods import METHODS, attach
 from training.recipe import Step, train
 from training.tasks import TASKS
 
@@ -48,7 +48,7 @@ def run(
     base: BaseOption = None,
     data: Annotated[Path | None, typer.Option(help="JSON Lines to learn from.")] = None,
     eval_data: Annotated[Path | None, typer.Option("--eval", help="JSON Lines held out.")] = None,
-    method: Annotated[str | None, typer.Option(help="lora, rslora or dora.")] = None,
+    method: Annotated[str | None, typer.Option(help=", ".join(METHODS))] = None,
     rank: Annotated[int | None, typer.Option()] = None,
     alpha: Annotated[int | None, typer.Option()] = None,
     learning_rate: Annotated[float | None, typer.Option("--lr")] = None,
@@ -80,10 +80,10 @@ def _run(config: TrainConfig) -> None:
     data = _read(base, config.data.train, config)
     held_out = _read(base, config.data.eval, config) if config.data.eval else []
     torch.manual_seed(config.seed)
-    layers = attach(base, config.method)
+    adapter = attach(base, config)
     with _progress() as progress:
-        done = train(base, layers, data, held_out, config, _bar(progress, "train", config))
-    checkpoint.save(config.out, base, layers, config.method)
+        done = train(base, adapter, data, held_out, config, _bar(progress, "train", config))
+    adapter.save(config.out)
     evaluation = "" if done.eval_loss is None else f", held out {done.eval_loss:.4f}"
     console.print(
         f"{config.out}: {done.parameters:,} parameters, {done.tokens:,} tokens in "
@@ -105,8 +105,7 @@ def evaluate(
     with _refusals():
         model = _load(base or "mini")
         items = examples(read_rows(data), model.tokenizer, max_length)
-        if adapter:
-            checkpoint.load(adapter, model)
+        attached = checkpoint.load(adapter, model) if adapter else None
         with _progress() as progress:
             bar = progress.add_task("eval", total=len(items))
             score = exact_match(
@@ -115,6 +114,7 @@ def evaluate(
                 [_answer(model, item) for item in items],
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
+                adapter=attached,
                 report=lambda done: progress.update(bar, completed=done),
             )
     low, high = score.interval

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,13 +28,7 @@ class DataConfig(_Frozen):
     )
 
 
-class MethodConfig(_Frozen):
-    """Which adapter is trained."""
-
-    kind: Literal["lora", "rslora", "dora"] = "lora"
-    rank: int = Field(default=8, ge=1, le=256)
-    alpha: int = Field(default=16, ge=1)
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+class _OnLinears(_Frozen):
     targets: tuple[str, ...] = Field(
         default=(ALL_LINEAR,),
         min_length=1,
@@ -42,10 +36,136 @@ class MethodConfig(_Frozen):
     )
 
 
+class MethodConfig(_OnLinears):
+    """LoRA, rsLoRA or DoRA: the layers are our own (`training.layers`)."""
+
+    kind: Literal["lora", "rslora", "dora"] = "lora"
+    rank: int = Field(default=8, ge=1, le=256)
+    alpha: int = Field(default=16, ge=1)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    init: Literal["zero", "pissa", "olora"] = Field(
+        default="zero",
+        description="pissa, olora: start at the base's own main directions, and save the "
+        "difference as a LoRA of twice the rank",
+    )
+
+
+class AdaLora(_OnLinears):
+    """ "AdaLoRA", arXiv:2303.10512: ranks are taken from layers that need them least."""
+
+    kind: Literal["adalora"]
+    rank: int = Field(default=8, ge=1, le=256, description="mean rank at the end")
+    initial_rank: int = Field(default=12, ge=1, le=256)
+    alpha: int = Field(default=16, ge=1)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    orthogonality: float = Field(default=0.5, ge=0.0, description="weight of the penalty")
+
+
+class VbLora(_OnLinears):
+    """ "VB-LoRA", arXiv:2405.15179: factors mixed from a bank of vectors that all layers share."""
+
+    kind: Literal["vblora"]
+    rank: int = Field(default=4, ge=1, le=256)
+    vectors: int = Field(default=256, ge=2)
+    vector_length: int = Field(default=64, ge=1, description="must divide every target's widths")
+    topk: int = Field(default=2, ge=1)
+
+
+class Vera(_OnLinears):
+    """ "VeRA", arXiv:2310.11454: two scales for each layer, around matrices that all share."""
+
+    kind: Literal["vera"]
+    rank: int = Field(default=64, ge=1, le=4096)
+    d_initial: float = Field(default=0.1)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+
+class Ia3(_OnLinears):
+    """ "(IA)³", arXiv:2205.05638: one scale for each output, of feed-forward layers each input."""
+
+    kind: Literal["ia3"]
+    targets: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
+    feedforward: tuple[str, ...] = ("down_proj",)
+
+
+class BitFit(_OnLinears):
+    """ "BitFit", arXiv:2106.10199: biases alone, added where the base has none (PEFT's BEFT)."""
+
+    kind: Literal["bitfit"]
+
+
+class LnTuning(_Frozen):
+    """ "LayerNorm tuning", arXiv:2312.11420: the scales of the norms."""
+
+    kind: Literal["ln_tuning"]
+    targets: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+
+
+class Oft(_OnLinears):
+    """ "OFT", arXiv:2306.07280: the input of a layer is rotated, block by block."""
+
+    kind: Literal["oft"]
+    block_size: int = Field(default=32, ge=2, description="must divide every target's input")
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+
+class WaveFt(_OnLinears):
+    """ "WaveFT", arXiv:2505.12532: a few wavelet coefficients of the weight's change."""
+
+    kind: Literal["waveft"]
+    coefficients: int = Field(default=2592, ge=1)
+    scaling: float = Field(default=25.0, gt=0.0)
+
+
+class PromptTuning(_Frozen):
+    """ "Prompt tuning", arXiv:2104.08691: embeddings of tokens that stand before every prompt."""
+
+    kind: Literal["prompt_tuning"]
+    virtual_tokens: int = Field(default=16, ge=1, le=1024)
+    init_text: str | None = Field(default=None, description="its tokens' embeddings, repeated")
+
+
+class PTuning(_Frozen):
+    """ "P-tuning", arXiv:2103.10385: the same, made by a small network that is thrown away."""
+
+    kind: Literal["p_tuning"]
+    virtual_tokens: int = Field(default=16, ge=1, le=1024)
+    hidden: int = Field(default=128, ge=1)
+
+
+class PrefixTuning(_Frozen):
+    """ "Prefix-tuning", arXiv:2101.00190: keys and values before the prompt, in every layer."""
+
+    kind: Literal["prefix_tuning"]
+    virtual_tokens: int = Field(default=16, ge=1, le=1024)
+    projection: bool = False
+    hidden: int = Field(default=128, ge=1, description="width of the projection")
+
+
+AnyMethod = Annotated[
+    MethodConfig
+    | AdaLora
+    | VbLora
+    | Vera
+    | Ia3
+    | BitFit
+    | LnTuning
+    | Oft
+    | WaveFt
+    | PromptTuning
+    | PTuning
+    | PrefixTuning,
+    Field(discriminator="kind"),
+]
+
+
 class OptimConfig(_Frozen):
     """AdamW; the rate rises linearly, then falls along a cosine to a tenth."""
 
     learning_rate: float = Field(default=2e-3, gt=0.0)
+    b_rate_ratio: float = Field(
+        default=1.0, gt=0.0, description="LoRA+, arXiv:2402.12354: the rate of B over that of A"
+    )
     steps: int = Field(default=300, ge=1)
     batch_size: int = Field(default=16, ge=1)
     warmup: float = Field(default=0.05, ge=0.0, lt=1.0, description="part of the steps")
@@ -58,7 +178,7 @@ class TrainConfig(_Frozen):
 
     base: str = Field(default="mini", description="the embedded base, a directory, or a hub id")
     data: DataConfig
-    method: MethodConfig = MethodConfig()
+    method: AnyMethod = MethodConfig()
     optim: OptimConfig = OptimConfig()
     seed: int = Field(default=0, ge=0)
     out: Path = Path("adapter")
@@ -73,6 +193,8 @@ def read_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
     for dotted, value in overrides.items():
         if value is not None:
             _put(values, dotted.split("."), value)
+    if isinstance(values.get("method"), dict):
+        values["method"].setdefault("kind", "lora")
     try:
         return TrainConfig.model_validate(values)
     except ValueError as error:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import torch
 
 from base.load import Base
 from training.data import pad_id
+from training.methods import Attached
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,17 @@ def exact_match(
     *,
     max_new_tokens: int,
     batch_size: int = 64,
+    adapter: Attached | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> ExactMatch:
     """Generate greedily from each prompt and compare, leading and trailing blanks aside."""
     said = generate(
-        base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, report=report
+        base,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        adapter=adapter,
+        report=report,
     )
     pairs = zip(said, answers, strict=True)
     return ExactMatch(sum(got.strip() == want.strip() for got, want in pairs), len(answers))
@@ -55,6 +64,7 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 64,
+    adapter: Attached | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """The greedy continuation of each prompt up to the stop token, in the order of `prompts`.
@@ -63,22 +73,42 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        outputs = _greedy(base, [prompts[i] for i in chosen], max_new_tokens)
+    done = 0
+    for chosen in _groups(order, prompts, batch_size, adapter):
+        outputs = _greedy(base, [prompts[i] for i in chosen], max_new_tokens, adapter)
         for i, tokens in zip(chosen, outputs, strict=True):
             texts[i] = base.tokenizer.decode(tokens, skip_special_tokens=True)
-        report(start + len(chosen))
+        done += len(chosen)
+        report(done)
     return texts
 
 
+def _groups(
+    order: Sequence[int], prompts: Sequence[Sequence[int]], size: int, adapter: Attached | None
+) -> Iterator[Sequence[int]]:
+    """Batches in order; of one length each where padding would stand between virtual tokens and
+    the prompt and so move their positions apart."""
+    alike = adapter is not None and adapter.virtual_tokens > 0
+    stretches: Iterable[Sequence[int]] = [order]
+    if alike:
+        stretches = (list(g) for _, g in groupby(order, key=lambda i: len(prompts[i])))
+    for stretch in stretches:
+        for start in range(0, len(stretch), size):
+            yield stretch[start : start + size]
+
+
 @torch.no_grad()
-def _greedy(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+def _greedy(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    adapter: Attached | None,
+) -> list[list[int]]:
     """One batch, padded on the left so that all rows end at the same column."""
     width = max(len(prompt) for prompt in prompts)
-    shape = (len(prompts), width)
-    tokens = torch.full(shape, pad_id(base.tokenizer), dtype=torch.long)
-    mask = torch.zeros(shape, dtype=torch.long)
+    virtual = adapter.virtual_tokens if adapter else 0
+    tokens = torch.full((len(prompts), width), pad_id(base.tokenizer), dtype=torch.long)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
@@ -86,17 +116,13 @@ def _greedy(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int) -
     stop = base.tokenizer.eos_token_id
     said: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
-    cache = None
+    first: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
+    if not virtual:
+        first["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    run = adapter.forward if adapter else base.model
+    out = run(**first, use_cache=True, logits_to_keep=1)
+    mask = torch.cat([mask.new_ones(len(prompts), virtual), mask], dim=1)
     for _ in range(max_new_tokens):
-        out = base.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0)[:, -tokens.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = out.past_key_values
         tokens = out.logits[:, -1].argmax(dim=-1, keepdim=True)
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         for row, token in enumerate(tokens.flatten().tolist()):
@@ -106,4 +132,12 @@ def _greedy(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int) -
                 said[row].append(token)
         if not open_rows:
             break
+        out = base.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=mask.cumsum(dim=1)[:, -1:] - 1,
+            past_key_values=out.past_key_values,
+            use_cache=True,
+            logits_to_keep=1,
+        )
     return said

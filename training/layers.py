@@ -7,22 +7,40 @@ save is PEFT's format (`training.checkpoint`).
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from base.nf4 import NF4Linear
+from training.errors import MethodError
+
+Init = Literal["zero", "pissa", "olora"]
 
 
 class LoraLinear(nn.Module):
     """y = W x + b + s B (A x): "LoRA", arXiv:2106.09685, equation 3. W and b are frozen.
 
     A [r, in] and B [out, r] are fp32 whatever the base computes in: in bf16 most updates of a
-    small learning rate would vanish. B starts at zero, so the first output is the base's own.
+    small learning rate would vanish. The first output is the base's own: B starts at zero, or
+    `init` starts A and B at main directions of W and their product is taken off again:
+
+        pissa  A = √S Vᵀ, B = U √S / s of the first r singular values: arXiv:2404.02948, eq. 2, 3
+        olora  A = R, B = Q / s of the first r columns of W = Q R: arXiv:2406.01775, section 3
+
+    Both papers put W - s B A in the place of W. Quantised again, that would be another base, so
+    the product is subtracted here, and the adapter that is saved has twice the rank.
     """
 
-    def __init__(self, base: NF4Linear, rank: int, scale: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        base: NF4Linear,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        init: Init = "zero",
+    ) -> None:
         super().__init__()
         self.base = base
         self.scale = scale
@@ -30,7 +48,17 @@ class LoraLinear(nn.Module):
         device = base.weight.device
         self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.start: tuple[Tensor, Tensor] | None = None
+        if init == "zero":
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        else:
+            self._start_at(*_directions(base, rank, scale, init))
+
+    @torch.no_grad()
+    def _start_at(self, A: Tensor, B: Tensor) -> None:
+        self.A.copy_(A)
+        self.B.copy_(B)
+        self.start = (A, B)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of the base."""
@@ -39,7 +67,24 @@ class LoraLinear(nn.Module):
 
     def delta(self, x: Tensor) -> Tensor:
         """s B (A x), fp32: x [..., in] -> [..., out]."""
-        return F.linear(F.linear(self.dropout(x.to(self.A.dtype)), self.A), self.B) * self.scale
+        A, B = self.factors()
+        return F.linear(F.linear(self.dropout(x.to(A.dtype)), A), B) * self.scale
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] of the whole change: B A, less the B A that it started at."""
+        if self.start is None:
+            return self.A, self.B
+        A, B = self.start
+        return torch.cat([self.A, A]), torch.cat([self.B, -B], dim=1)
+
+    @torch.no_grad()
+    def saved(self, attribute: str, factor: float = 1.0) -> Tensor:
+        """What a checkpoint holds under `attribute`; `factor` is what B is multiplied by."""
+        if self.start is None or attribute not in ("A", "B"):
+            tensor: Tensor = getattr(self, attribute).detach()
+            return tensor
+        A, B = self.factors()
+        return A if attribute == "A" else B * factor
 
 
 class DoraLinear(LoraLinear):
@@ -49,8 +94,15 @@ class DoraLinear(LoraLinear):
     without dequantising W: n² = ‖W‖² + 2 s Σ (W Aᵀ) ⊙ B + s² Σ (B A Aᵀ) ⊙ B, summed over the rank.
     """
 
-    def __init__(self, base: NF4Linear, rank: int, scale: float, dropout: float = 0.0) -> None:
-        super().__init__(base, rank, scale, dropout)
+    def __init__(
+        self,
+        base: NF4Linear,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        init: Init = "zero",
+    ) -> None:
+        super().__init__(base, rank, scale, dropout, init)
         self.m = nn.Parameter(base.row_square_norms().sqrt().to(self.A.device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,9 +114,22 @@ class DoraLinear(LoraLinear):
     @torch.no_grad()
     def row_norms(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """‖W + s B A‖ of each output row: [out], fp32. `dtype` is what the base computes in."""
-        A, B, s = self.A, self.B, self.scale
+        (A, B), s = self.factors(), self.scale
         WA = self.base.matmul(A.to(dtype)).T.float()  # [out, r]
         cross = (WA * B).sum(dim=1)
         square = ((B @ (A @ A.T)) * B).sum(dim=1)
         n2 = self.base.row_square_norms() + 2 * s * cross + s * s * square
         return n2.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+
+@torch.no_grad()
+def _directions(base: NF4Linear, rank: int, scale: float, init: Init) -> tuple[Tensor, Tensor]:
+    W = base.weight.dequantize(torch.float32)
+    if rank > min(W.shape):
+        raise MethodError(f"method.rank {rank} is over {min(W.shape)}, the rank of a {init} target")
+    if init == "olora":
+        Q, R = torch.linalg.qr(W)
+        return R[:rank].contiguous(), Q[:, :rank] / scale
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    root = S[:rank].sqrt()
+    return root[:, None] * Vh[:rank], U[:, :rank] * root / scale

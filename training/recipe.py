@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from base.load import Base
-from training.attach import Layers
 from training.config import OptimConfig, TrainConfig
 from training.data import IGNORED, Example, TrainBatch, batches, collate, pad_id
+from training.methods import Attached
 
 FLOOR = 0.1  # of the rate, where the cosine ends
 
@@ -43,37 +43,37 @@ class Trained:
 
 def train(
     base: Base,
-    layers: Layers,
+    adapter: Attached,
     data: Sequence[Example],
     held_out: Sequence[Example],
     config: TrainConfig,
     report: Callable[[Step], None],
 ) -> Trained:
-    """Train the attached layers in place; `report` hears of each step."""
+    """Train the attached adapter in place; `report` hears of each step."""
     torch.manual_seed(config.seed)
-    parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
+    parameters = adapter.parameters()
     optim = config.optim
-    optimizer = torch.optim.AdamW(
-        parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay
-    )
+    optimizer = adamw(adapter, optim)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, optim))
     stream = batches(data, optim.batch_size, pad_id(base.tokenizer), config.seed)
     losses: list[float] = []
     tokens = 0
     start = time.perf_counter()
-    _set_training(layers, True)
+    adapter.train(True)
     for number in range(1, optim.steps + 1):
         batch = next(stream)
-        loss = batch_loss(base, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = batch_loss(base, batch, adapter)
+        penalty = adapter.penalty()
+        (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm)
         optimizer.step()
+        adapter.after_update(number)
         optimizer.zero_grad(set_to_none=True)
         tokens += int(batch.attention_mask.sum())
         losses.append(loss.item())
         report(Step(number, losses[-1], float(schedule.get_last_lr()[0]), tokens))
         schedule.step()
-    _set_training(layers, False)
+    adapter.train(False)
     last = losses[-max(1, len(losses) // 10) :]
     return Trained(
         steps=optim.steps,
@@ -81,33 +81,45 @@ def train(
         seconds=time.perf_counter() - start,
         parameters=sum(parameter.numel() for parameter in parameters),
         loss=sum(last) / len(last),
-        eval_loss=mean_loss(base, held_out, optim.batch_size) if held_out else None,
+        eval_loss=mean_loss(base, held_out, optim.batch_size, adapter) if held_out else None,
     )
 
 
-def batch_loss(base: Base, batch: TrainBatch) -> Tensor:
+def adamw(adapter: Attached, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the adapter, with a rate of its own for each group."""
+    groups = [
+        {"params": group["params"], "lr": optim.learning_rate * group["ratio"]}
+        for group in adapter.groups(optim.b_rate_ratio)
+    ]
+    return torch.optim.AdamW(groups, weight_decay=optim.weight_decay)
+
+
+def batch_loss(base: Base, batch: TrainBatch, adapter: Attached | None = None) -> Tensor:
     """Mean cross-entropy over the tokens that bear loss. Logits are made for these columns only."""
     following = batch.labels[:, 1:].to(base.device)  # what each position is to say
     columns = (following != IGNORED).any(dim=0).nonzero().flatten()
-    logits = base.model(
-        input_ids=batch.input_ids.to(base.device),
-        attention_mask=batch.attention_mask.to(base.device),
-        logits_to_keep=columns,
-        use_cache=False,
-    ).logits  # [B, columns, vocabulary]
+    tokens, mask = batch.input_ids.to(base.device), batch.attention_mask.to(base.device)
+    if adapter is None:
+        logits = base.model(
+            input_ids=tokens, attention_mask=mask, logits_to_keep=columns, use_cache=False
+        ).logits
+    else:
+        logits = adapter.logits(tokens, mask, columns)  # [B, columns, vocabulary]
     return F.cross_entropy(
         logits.float().flatten(0, 1), following[:, columns].flatten(), ignore_index=IGNORED
     )
 
 
 @torch.no_grad()
-def mean_loss(base: Base, data: Sequence[Example], batch_size: int) -> float:
+def mean_loss(
+    base: Base, data: Sequence[Example], batch_size: int, adapter: Attached | None = None
+) -> float:
     """Mean cross-entropy over all loss tokens of `data`, in nats."""
     total, count = 0.0, 0
     ordered = sorted(data, key=lambda example: len(example.tokens))
     for start in range(0, len(ordered), batch_size):
         batch = collate(ordered[start : start + batch_size], pad_id(base.tokenizer))
-        total += batch_loss(base, batch).item() * batch.loss_tokens
+        total += batch_loss(base, batch, adapter).item() * batch.loss_tokens
         count += batch.loss_tokens
     return total / count
 
@@ -119,9 +131,3 @@ def rate(step: int, optim: OptimConfig) -> float:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, optim.steps - warmup)
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def _set_training(layers: Layers, training: bool) -> None:
-    """Only the adapter's dropout is switched: the frozen base always runs as it is served."""
-    for layer in layers.values():
-        layer.train(training)

@@ -19,10 +19,10 @@ import torch
 from adapters.template import render_chat
 from base.load import Base
 from training import checkpoint
-from training.attach import attach, detach
 from training.config import DataConfig, MethodConfig, OptimConfig, TrainConfig
 from training.data import Example, examples
 from training.evaluate import ExactMatch, exact_match
+from training.methods import Attached, attach
 from training.recipe import Step, Trained, train
 from training.tasks import TASKS, Item, Task
 
@@ -94,19 +94,19 @@ def make_sample(
     config = sample.config("mini")
     data = task_examples(base, task.items("train", sample.train_items), config.data.max_length)
     torch.manual_seed(config.seed)
-    layers = attach(base, config.method)
-    run = train(base, layers, data, (), config, trained)
-    checkpoint.save(out, base, layers, config.method)
-    detach(base, layers)
+    adapter = attach(base, config)
+    run = train(base, adapter, data, (), config, trained)
+    adapter.save(out)
+    adapter.detach()
 
     items = task.items("test", TEST_ITEMS)
     arms = [
         measure(base, "base without adapter", items, (), evaluated),
         measure(base, f"base, {SHOTS} examples as turns", items, shots(task), evaluated),
     ]
-    layers = checkpoint.load(out, base)
-    arms.append(measure(base, "base with this adapter", items, (), evaluated))
-    detach(base, layers)
+    adapter = checkpoint.load(out, base)
+    arms.append(measure(base, "base with this adapter", items, (), evaluated, adapter))
+    adapter.detach()
     write_card(out, base, sample, run, arms)
     return arms
 
@@ -127,6 +127,7 @@ def measure(
     items: Sequence[Item],
     shown: Sequence[Item],
     evaluated: Callable[[str, int], None],
+    adapter: Attached | None = None,
 ) -> Arm:
     """Exact match on `items`, with the answered examples `shown` before each question."""
     lead = [message for item in shown for message in item.messages]
@@ -136,6 +137,7 @@ def measure(
         prompts,
         [item.answer for item in items],
         max_new_tokens=MAX_NEW_TOKENS,
+        adapter=adapter,
         report=lambda done: evaluated(name, done),
     )
     return Arm(name, score)

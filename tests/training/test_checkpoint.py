@@ -11,23 +11,22 @@ from safetensors.torch import load_file, save_file
 from base.load import Base
 from tests.oracle import PeftOracle, make_adapter, relative_error
 from training import checkpoint
-from training.attach import Layers, attach, detach
 from training.config import MethodConfig
 from training.errors import MethodError
+from training.methods.files import CONFIG, WEIGHTS
+from training.methods.low_rank import LowRankAdapter
 
 TOKENS = [3, 40, 41, 42, 99, 7, 300, 301]
 KINDS = ("lora", "rslora", "dora")
 
 
-def _random_layers(base: Base, config: MethodConfig) -> Layers:
-    layers = attach(base, config)
+def _random(base: Base, config: MethodConfig) -> LowRankAdapter:
+    adapter = LowRankAdapter(base, config)
     torch.manual_seed(5)
     with torch.no_grad():
-        for layer in layers.values():
-            for parameter in layer.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-    return layers
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return adapter
 
 
 def _logits(base: Base) -> torch.Tensor:
@@ -42,12 +41,12 @@ def test_peft_reads_what_training_saved(
     base: Base, base_directory: Path, tmp_path: Path, kind: str, targets: tuple[str, ...]
 ) -> None:
     config = MethodConfig.model_validate({"kind": kind, "rank": 4, "alpha": 6, "targets": targets})
-    layers = _random_layers(base, config)
+    adapter = _random(base, config)
     trained = _logits(base)
-    checkpoint.save(tmp_path / "a", base, layers, config)
+    adapter.save(tmp_path / "a")
     oracle = PeftOracle(base_directory, tmp_path / "a")
     assert relative_error(trained, oracle.logits(TOKENS)) < 1e-5
-    detach(base, layers)
+    adapter.detach()
     assert relative_error(_logits(base), trained) > 1e-2  # the adapter says something
 
 
@@ -57,15 +56,13 @@ def test_the_checkpoint_is_the_one_that_peft_itself_would_save(
 ) -> None:
     theirs = make_adapter(tmp_path / "theirs", base_directory, kind, rank=4, alpha=6)
     config = MethodConfig.model_validate({"kind": kind, "rank": 4, "alpha": 6})
-    checkpoint.save(tmp_path / "ours", base, attach(base, config), config)
+    LowRankAdapter(base, config).save(tmp_path / "ours")
     shapes = [
-        {name: tensor.shape for name, tensor in load_file(path / checkpoint.WEIGHTS).items()}
+        {name: tensor.shape for name, tensor in load_file(path / WEIGHTS).items()}
         for path in (tmp_path / "ours", theirs)
     ]
     assert shapes[0] == shapes[1]
-    fields = [
-        json.loads((path / checkpoint.CONFIG).read_text()) for path in (tmp_path / "ours", theirs)
-    ]
+    fields = [json.loads((path / CONFIG).read_text()) for path in (tmp_path / "ours", theirs)]
     for each in fields:
         each["target_modules"].sort()
         each.pop("base_model_name_or_path")
@@ -74,35 +71,35 @@ def test_the_checkpoint_is_the_one_that_peft_itself_would_save(
 
 def test_the_checkpoint_names_its_base(base: Base, tmp_path: Path) -> None:
     config = MethodConfig(rank=2)
-    checkpoint.save(tmp_path, base, attach(base, config), config)
-    with safe_open(tmp_path / checkpoint.WEIGHTS, "pt") as file:
+    LowRankAdapter(base, config).save(tmp_path)
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
         assert file.metadata()["base_fingerprint"] == base.spec.fingerprint
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_load_attaches_the_same_adapter(base: Base, tmp_path: Path, kind: str) -> None:
     config = MethodConfig.model_validate({"kind": kind, "rank": 4, "alpha": 6})
-    layers = _random_layers(base, config)
+    adapter = _random(base, config)
     trained = _logits(base)
-    checkpoint.save(tmp_path, base, layers, config)
-    detach(base, layers)
+    adapter.save(tmp_path)
+    adapter.detach()
     again = checkpoint.load(tmp_path, base)
     assert torch.equal(_logits(base), trained)
-    detach(base, again)
+    again.detach()
 
 
 def test_load_refuses_left_over_and_missing_tensors(base: Base, tmp_path: Path) -> None:
     config = MethodConfig(rank=4, targets=("q_proj",))
-    layers = attach(base, config)
-    checkpoint.save(tmp_path, base, layers, config)
-    detach(base, layers)
-    whole = load_file(tmp_path / checkpoint.WEIGHTS)
+    adapter = LowRankAdapter(base, config)
+    adapter.save(tmp_path)
+    adapter.detach()
+    whole = load_file(tmp_path / WEIGHTS)
     first = next(iter(whole))
     for wrong in (
         {**whole, "base_model.model.lm_head.lora_A.weight": torch.zeros(1)},
         {name: tensor for name, tensor in whole.items() if name != first},
         {**whole, first: torch.zeros(3, 3)},
     ):
-        save_file(wrong, tmp_path / checkpoint.WEIGHTS)
+        save_file(wrong, tmp_path / WEIGHTS)
         with pytest.raises(MethodError, match="does not fit"):
             checkpoint.load(tmp_path, base)

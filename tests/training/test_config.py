@@ -24,8 +24,8 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("data: {train: a.jsonl}\nmethod: {rnak: 4}\n", "method.rnak"),
-        ("data: {train: a.jsonl}\nmethod: {kind: oft}\n", "method.kind"),
+        ("data: {train: a.jsonl}\nmethod: {rnak: 4}\n", "rnak"),
+        ("data: {train: a.jsonl}\nmethod: {kind: magic}\n", "magic"),
         ("optim: {steps: 3}\n", "data"),
         ("- 1\n", "mapping"),
         ("a: [\n", "YAML"),

@@ -7,10 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from base.load import Base
-from training.attach import attach, detach
 from training.config import DataConfig, MethodConfig, OptimConfig, TrainConfig
 from training.data import Example, collate
 from training.evaluate import exact_match
+from training.methods import attach
+from training.methods.low_rank import LowRankAdapter
 from training.recipe import Step, Trained, batch_loss, mean_loss, rate, train
 
 STOP = 2
@@ -28,15 +29,16 @@ def _config(kind: str, steps: int = 150, seed: int = 0) -> TrainConfig:
 
 def _run(base: Base, config: TrainConfig) -> tuple[Trained, list[Step], dict[str, torch.Tensor]]:
     torch.manual_seed(config.seed)
-    layers = attach(base, config.method)
+    adapter = attach(base, config)
+    assert isinstance(adapter, LowRankAdapter)
     steps: list[Step] = []
-    done = train(base, layers, PAIRS, PAIRS[:4], config, steps.append)
+    done = train(base, adapter, PAIRS, PAIRS[:4], config, steps.append)
     weights = {
         f"{path}.{name}": parameter.detach().clone()
-        for path, layer in layers.items()
+        for path, layer in adapter.layers.items()
         for name, parameter in layer.named_parameters()
     }
-    detach(base, layers)
+    adapter.detach()
     return done, steps, weights
 
 
@@ -45,14 +47,14 @@ def test_an_adapter_learns_by_heart_and_the_base_stays_as_it_was(base: Base, kin
     frozen = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     config = _config(kind)
     torch.manual_seed(0)
-    layers = attach(base, config.method)
-    done = train(base, layers, PAIRS, PAIRS, config, lambda step: None)
+    adapter = attach(base, config)
+    done = train(base, adapter, PAIRS, PAIRS, config, lambda step: None)
     assert done.eval_loss is not None
     assert done.eval_loss < 2.0  # from 6.3; the head is random and small, so it cannot be sure
     prompts = [pair.tokens[:1] for pair in PAIRS]
     answers = [base.tokenizer.decode(pair.tokens[1:3]) for pair in PAIRS]
     assert exact_match(base, prompts, answers, max_new_tokens=4, batch_size=5).rate == 1.0
-    detach(base, layers)
+    adapter.detach()
     assert exact_match(base, prompts, answers, max_new_tokens=4).rate < 0.2
     for name, tensor in base.model.state_dict().items():
         assert torch.equal(tensor, frozen[name]), name

@@ -12,7 +12,8 @@ from adapters.validate import validate
 from base.load import Base, load_base
 from base.mini import MINI
 from training import checkpoint, showcase
-from training.attach import detach
+from training.config import MethodConfig
+from training.methods.files import CONFIG, WEIGHTS
 from training.tasks import TASKS
 
 
@@ -31,7 +32,7 @@ def test_the_card_is_the_one_its_evaluation_gives(sample: showcase.Sample) -> No
     where = showcase.SAMPLES / sample.name
     evaluation = json.loads((where / "evaluation.json").read_text())
     assert (where / "README.md").read_text() == showcase.card(evaluation)
-    assert evaluation["method"] == sample.method.model_dump(mode="json")
+    assert MethodConfig.model_validate(evaluation["method"]) == sample.method
     assert evaluation["test_items"] == showcase.TEST_ITEMS
 
 
@@ -39,10 +40,10 @@ def test_it_was_trained_over_the_embedded_base_and_the_store_accepts_it(
     mini: Base, sample: showcase.Sample
 ) -> None:
     where = showcase.SAMPLES / sample.name
-    weights = where / checkpoint.WEIGHTS
+    weights = where / WEIGHTS
     with safe_open(weights, "pt") as file:
         assert file.metadata()["base_fingerprint"] == mini.spec.fingerprint
-    found = validate((where / checkpoint.CONFIG).read_bytes(), weights, mini.spec, Limits())
+    found = validate((where / CONFIG).read_bytes(), weights, mini.spec, Limits())
     assert (found.kind, found.rank) == (sample.method.kind, sample.method.rank)
     assert len(found.targets) == 7 * mini.spec.num_layers
 
@@ -52,9 +53,9 @@ def test_held_out_questions_are_answered_with_it_and_not_without(
 ) -> None:
     items = TASKS[sample.task].items("test", 20)
     before = showcase.measure(mini, "base", items, (), lambda arm, done: None)
-    layers = checkpoint.load(showcase.SAMPLES / sample.name, mini)
-    after = showcase.measure(mini, "adapter", items, (), lambda arm, done: None)
-    detach(mini, layers)
+    adapter = checkpoint.load(showcase.SAMPLES / sample.name, mini)
+    after = showcase.measure(mini, "adapter", items, (), lambda arm, done: None, adapter)
+    adapter.detach()
     assert before.score.right == 0
     assert after.score.right >= 17
 

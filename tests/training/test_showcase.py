@@ -9,6 +9,7 @@ import pytest
 from base.load import Base
 from training import checkpoint, showcase
 from training.config import OptimConfig
+from training.methods.files import CONFIG
 from training.tasks import TASKS
 
 
@@ -31,7 +32,9 @@ def test_a_sample_is_trained_measured_and_described(
     )
     assert {arm.score.total for arm in arms} == {6}
     assert {arm for arm, _ in heard} == {arm.name for arm in arms}
-    assert checkpoint.method_config(tmp_path).kind == sample.method.kind
+    config = checkpoint.low_rank_config(json.loads((tmp_path / CONFIG).read_text()))
+    assert config is not None
+    assert config.kind == sample.method.kind
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     assert [row["arm"] for row in evaluation["exact_match"]] == [arm.name for arm in arms]
     assert evaluation["base"]["fingerprint"] == base.spec.fingerprint

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from training.methods.dora import DORA
-from training.methods.lora import LORA, RSLORA
-from training.methods.method import Method
+from base.load import Base
+from training.config import TrainConfig
+from training.methods.low_rank import LOW_RANK
+from training.methods.method import Attached, Method
+from training.methods.peft_methods import PEFT_METHODS
 
-METHODS: dict[str, Method] = {method.name: method for method in (LORA, RSLORA, DORA)}
+METHODS: dict[str, Method] = {method.name: method for method in (*LOW_RANK, *PEFT_METHODS)}
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["METHODS", "Attached", "Method", "attach"]
+
+
+def attach(base: Base, config: TrainConfig) -> Attached:
+    """A fresh adapter of `config.method` on the base, which is frozen as it was loaded.
+
+    Raises MethodError when the base has no place for it.
+    """
+    return METHODS[config.method.kind].attach(base, config)
