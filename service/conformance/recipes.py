@@ -1,0 +1,177 @@
+"""A recipe for every kind of adapter that is served: PEFT's config, and random weights that matter.
+
+One row in `RECIPES` for a kind. `make_adapter` lets PEFT itself save it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from service.conformance.oracle import VIRTUAL_KINDS, ready_peft
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+ALL_LINEARS = ATTENTION + FEED_FORWARD
+
+Targets = Sequence[str] | str
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One kind: the fields of its config from (rank, alpha, targets), and what it adapts."""
+
+    fields: Callable[[int, float, Targets], Mapping[str, Any]]
+    targets: Targets | None = ALL_LINEARS  # None: the method has no such field
+    peft_type: str = ""  # by default the kind in capitals
+    begins_random: str = ""  # why it is not the base as PEFT initialises it; "": it is
+
+
+def _lora(**more: Any) -> Recipe:
+    return Recipe(lambda r, a, t: {"r": r, "lora_alpha": a, **more}, peft_type="LORA")
+
+
+_RANDOM_TOKENS = "virtual tokens begin at random"
+_VIRTUAL = Recipe(lambda r, a, t: {"num_virtual_tokens": r}, None, begins_random=_RANDOM_TOKENS)
+
+RECIPES: Mapping[str, Recipe] = {
+    "lora": _lora(),
+    "rslora": _lora(use_rslora=True),
+    "dora": _lora(use_dora=True),
+    "adalora": Recipe(lambda r, a, t: {"init_r": r, "lora_alpha": a, "total_step": 10}),
+    "loha": Recipe(lambda r, a, t: {"r": r, "alpha": a}),
+    "vera": Recipe(lambda r, a, t: {"r": r}),
+    "vblora": Recipe(
+        lambda r, a, t: {"r": r, "num_vectors": 12, "vector_length": 16},
+        begins_random="its vector bank begins at random",
+    ),
+    "miss": Recipe(lambda r, a, t: {"r": r}),
+    "ia3": Recipe(
+        lambda r, a, t: {"feedforward_modules": [name for name in t if name in FEED_FORWARD]}
+    ),
+    "beft": Recipe(lambda r, a, t: {}),
+    "ln_tuning": Recipe(lambda r, a, t: {}, ("input_layernorm", "model.norm")),
+    "oft": Recipe(lambda r, a, t: {"r": 0, "oft_block_size": 2 * r}),
+    "boft": Recipe(lambda r, a, t: {"boft_block_size": 2 * r}),
+    "road": Recipe(lambda r, a, t: {"group_size": 2 * r}),
+    "shira": Recipe(lambda r, a, t: {"r": r, "random_seed": 1}),
+    "peanut": Recipe(lambda r, a, t: {"r": r, "depth": 1, "scaling": a / r}),
+    "poly": Recipe(lambda r, a, t: {"r": r}),
+    "trainable_tokens": Recipe(lambda r, a, t: {"token_indices": [7, 300, 11]}, ("embed_tokens",)),
+    **dict.fromkeys(VIRTUAL_KINDS, _VIRTUAL),
+    "cpt": Recipe(
+        lambda r, a, t: {
+            "cpt_token_ids": [7 + i for i in range(r)],
+            "cpt_tokens_type_mask": [1 + i % 4 for i in range(r)],
+        },
+        None,
+        begins_random="its tokens stand before the prompt from the start",
+    ),
+}
+
+# By a part of a tensor's name, the first that fits: what it becomes. Noise has the strength of
+# `make_adapter`. What no row names stays as PEFT initialised it.
+_Fill = Callable[[Tensor, Tensor, float], Tensor]
+_FILLS: tuple[tuple[tuple[str, ...], _Fill], ...] = (
+    (("lora_magnitude_vector", "road_alpha", "boft_s"), lambda own, noise, s: own * (1 + noise)),
+    (("ia3_l",), lambda own, noise, s: own * (1 + 3 * noise)),
+    (("hada_", "vera_lambda"), lambda own, noise, s: 3 * noise),
+    (
+        ("road_theta", "peanut_", "trainable_tokens_delta"),
+        lambda own, noise, s: own + 3 * noise,
+    ),
+    (("oft_R", "shira_weight", "poly_lora_B"), lambda own, noise, s: own + noise),
+    (
+        ("lora_E", "vblora_logits", "prefix_task_", "module_logits"),
+        lambda own, noise, s: noise / s,
+    ),
+    (
+        ("ln_tuning", "miss_", "beft_bias", "delta_embedding"),
+        lambda own, noise, s: own + noise,
+    ),
+    (("lora_embedding", "lora_B", "vblora_vector_bank"), lambda own, noise, s: noise),
+    (("modules_to_save",), lambda own, noise, s: own + noise),
+)
+
+
+def make_adapter(
+    directory: str | Path,
+    base: str | Path,
+    kind: str = "lora",
+    *,
+    rank: int = 4,
+    alpha: float | None = None,
+    targets: Targets = ALL_LINEARS,
+    seed: int = 0,
+    zero: bool = False,
+    strength: float = 0.1,
+    **config: Any,
+) -> Path:
+    """Save a random adapter by PEFT itself, for the base in the directory `base`.
+
+    kind      a row of `RECIPES`: "lora" | "rslora" | "dora" | "ia3" | ...
+    targets   module names as PEFT takes them, "lm_head" and "embed_tokens" among them
+    alpha     2 * rank by default
+    zero      keep PEFT's initialisation, which changes nothing for most kinds
+    strength  standard deviation of the random B; magnitudes and saved modules move with it, and
+              embedding factors too
+    config    any other field of the method's config: rank_pattern, alpha_pattern, lora_bias, bias,
+              modules_to_save, layers_to_transform, exclude_modules, ...
+
+    Writes adapter_config.json and adapter_model.safetensors; returns the directory.
+    """
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    ready_peft()
+    directory, recipe = Path(directory), RECIPES[kind]
+    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        settings = _config_class(recipe.peft_type or kind.upper())(
+            **{
+                "task_type": "CAUSAL_LM",
+                **({} if recipe.targets is None else {"target_modules": _listed(targets)}),
+                **recipe.fields(rank, 2 * rank if alpha is None else alpha, targets),
+                **config,
+            }
+        )
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, settings)
+        if not zero:
+            _randomise(adapted, strength)
+        adapted.save_pretrained(str(directory), safe_serialization=True)
+    return directory
+
+
+def _config_class(name: str) -> Any:
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)]
+
+
+def _listed(targets: Targets) -> list[str] | str:
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def _randomise(adapted: nn.Module, strength: float) -> None:
+    """Make each trainable tensor say something, so that dropping one is seen.
+
+    In place: with ensure_weight_tying two of them share their memory, and must go on doing so.
+    """
+    for name, parameter in adapted.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        noise = strength * torch.randn_like(parameter)
+        fill = next((f for parts, f in _FILLS if any(part in name for part in parts)), None)
+        if fill is not None:
+            parameter.data.copy_(fill(parameter.data, noise, strength))
+        elif name.endswith("bias"):
+            parameter.data += noise
