@@ -10,13 +10,14 @@ Nothing outside this package imports its modules; they come through here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import cuda, native, reference
 from .lowrank import LowRank, LowRankPlan, Segment
+from .panels import PanelWeight, can_pack
 from .steps import Steps
 from .weight import NF4Weight
 
@@ -24,16 +25,25 @@ __all__ = [
     "LowRank",
     "LowRankPlan",
     "NF4Weight",
+    "PanelWeight",
+    "Precision",
     "Segment",
     "Steps",
+    "Weight",
     "dense_linear",
+    "fast_status",
+    "linears",
     "lowrank_add",
     "native_status",
     "nf4_linear",
     "paged_attention",
     "steps",
+    "with_precision",
 ]
 
+
+Precision = Literal["exact", "fast"]
+Weight = NF4Weight | PanelWeight  # what the layout is decides the precision of a product
 
 _native, _status = native.load()
 
@@ -43,29 +53,80 @@ def native_status() -> str:
     return _status
 
 
-def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+def fast_status() -> str:
+    """One line for people: what the fast products run on, or why all are exact."""
+    return "exact everywhere: no C library" if _native is None else _native.fast_isa
+
+
+def with_precision(weight: NF4Weight, precision: Precision) -> Weight:
+    """The weight in the layout of a precision: `fast` moves it to panels, for good.
+
+    It stays as it is, and so exact, without the C library, off the CPU, and where rows or blocks
+    are no multiple of 64.
+    """
+    if precision == "exact" or _native is None or not weight.on_cpu or not can_pack(weight):
+        return weight
+    return PanelWeight.pack(weight)
+
+
+def nf4_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b with W in NF4: x [..., in] -> y [..., out]. Differentiable in x and bias.
 
     With the C library the bits of a row of y depend on that row of x alone: not on how many rows
-    there are, where it stands among them, or the number of threads.
+    there are, where it stands among them, or the number of threads. A `PanelWeight` multiplies in
+    8 bits (csrc/fast.h): an error of about 8e-3 of the result's norm; its gradient is exact.
     """
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x has {x.shape[-1]} columns, the weight needs {weight.shape[1]}")
-    if bias is not None and bias.shape != (weight.shape[0],):
-        raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    _check_linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y: Tensor = _NF4Product.apply(x, weight)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias
     return _forward(x, weight, bias)
 
 
-def _forward(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    if _native is not None and weight.on_cpu and _native_takes(x):
-        if bias is None:
-            return _native.nf4_linear(x.contiguous(), weight, None)
-        if _native_takes(bias):
-            return _native.nf4_linear(x.contiguous(), weight, bias.contiguous())
-    if x.is_cuda:
+def linears(
+    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
+    """x Wᵀ + b for several weights that read the same x, as Q, K and V do.
+
+    Weights in panels round x once for all of them. The bits are those of `nf4_linear`, one by one.
+    """
+    biases = biases or [None] * len(weights)
+    together = (
+        _native is not None
+        and _native_takes(x)
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and all(isinstance(weight, PanelWeight) and weight.on_cpu for weight in weights)
+        and all(bias is None or _native_takes(bias) for bias in biases)
+    )
+    if not together or _native is None:
+        pairs = zip(weights, biases, strict=True)
+        return [nf4_linear(x, weight, bias) for weight, bias in pairs]
+    for weight, bias in zip(weights, biases, strict=True):
+        _check_linear(x, weight, bias)
+    panels = [weight for weight in weights if isinstance(weight, PanelWeight)]
+    firm = [None if bias is None else bias.contiguous() for bias in biases]
+    return list(_native.fast_linears(x.contiguous(), panels, firm))
+
+
+def _check_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> None:
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has {x.shape[-1]} columns, the weight needs {weight.shape[1]}")
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+
+
+def _forward(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    if (
+        _native is not None
+        and weight.on_cpu
+        and _native_takes(x)
+        and (bias is None or _native_takes(bias))
+    ):
+        bias = None if bias is None else bias.contiguous()
+        if isinstance(weight, PanelWeight):
+            return _native.fast_linears(x.contiguous(), [weight], [bias])[0]
+        return _native.nf4_linear(x.contiguous(), weight, bias)
+    if x.is_cuda and isinstance(weight, NF4Weight):
         return cuda.nf4_linear(x, weight, bias)
     return reference.nf4_linear(x, weight, bias)
 
@@ -79,7 +140,7 @@ class _NF4Product(torch.autograd.Function):
     """x Wᵀ; W is frozen, so the gradient of x is all there is, and nothing is kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: NF4Weight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
         ctx.weight = weight
         return _forward(x, weight, None)
 

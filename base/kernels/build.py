@@ -25,6 +25,7 @@ _FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-pthread", "-fvisibility=hidden", "-ffp
 _FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+_VNNI = [*_AVX512, "-mavx512vnni"]
 
 
 class BuildFailed(Exception):
@@ -70,9 +71,9 @@ def _compile(target: Path) -> None:
 
 def _units() -> dict[str, list[str]]:
     """Source files by name, each with the instruction sets it may use."""
-    units: dict[str, list[str]] = {"portable": [], "dispatch": [], "pool": []}
+    units: dict[str, list[str]] = {"portable": [], "fast_portable": [], "dispatch": [], "pool": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
-        units |= {"avx2": _AVX2, "avx512": _AVX512}
+        units |= {"avx2": _AVX2, "avx512": _AVX512, "fast_avx2": _AVX2, "fast_vnni": _VNNI}
     return units
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .lowrank import LowRankPlan
+from .panels import PanelWeight
 from .steps import Steps
 from .weight import NF4Weight
 
@@ -19,6 +22,7 @@ REASON = "_native.txt"
 
 _I64 = ctypes.c_int64
 _PTR = ctypes.c_void_p
+_PRODUCT = struct.Struct("=QQQqq")  # `fast_product` of csrc/kernels.h
 _STORED = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -51,6 +55,10 @@ class Native:
         ]
         self._attention = library.nibble_attention
         self._attention.argtypes = [ctypes.POINTER(_AttentionCall), ctypes.c_int]
+        self._fast_name = library.nibble_fast_name
+        self._fast_name.restype = ctypes.c_char_p
+        self._fast_linear = library.nibble_fast_linear
+        self._fast_linear.argtypes = [ctypes.c_char_p, _I64, _PTR, _I64, _I64, ctypes.c_int]
         self.steps = Steps(library)
         self.isa = self.select(os.environ.get("NIBBLE_ISA"))
 
@@ -61,6 +69,11 @@ class Native:
             raise ValueError(f"NIBBLE_ISA={name}: not one of avx512, avx2, portable this CPU has")
         self.isa = chosen.decode()
         return self.isa
+
+    @property
+    def fast_isa(self) -> str:
+        """What the fast products run on: vnni, avx2 or portable."""
+        return str(self._fast_name().decode())
 
     def nf4_linear(
         self, x: Tensor, weight: NF4Weight, bias: Tensor | None, y: Tensor | None = None
@@ -79,6 +92,39 @@ class Native:
             )
             _check(failed)
         return y
+
+    def fast_linears(
+        self,
+        x: Tensor,
+        weights: Sequence[PanelWeight],
+        biases: Sequence[Tensor | None],
+        ys: Sequence[Tensor] | None = None,
+    ) -> Sequence[Tensor]:
+        """x Wᵀ + b for each weight: x is rounded to 8 bits once for all of them."""
+        width = weights[0].shape[1]
+        if ys is None:
+            ys = [torch.empty((*x.shape[:-1], w.shape[0]), dtype=torch.float32) for w in weights]
+        if x.numel():
+            products = b"".join(
+                _PRODUCT.pack(
+                    weight.panels.data_ptr(),
+                    0 if bias is None else bias.data_ptr(),
+                    y.data_ptr(),
+                    weight.shape[0],
+                    weight.bits,
+                )
+                for weight, bias, y in zip(weights, biases, ys, strict=True)
+            )
+            failed = self._fast_linear(
+                products,
+                len(weights),
+                x.data_ptr(),
+                width,
+                x.numel() // width,
+                torch.get_num_threads(),
+            )
+            _check(failed)
+        return ys
 
     def lowrank_add(self, y: Tensor, x: Tensor, plan: LowRankPlan) -> Tensor:
         if plan.segments:

@@ -10,17 +10,41 @@ from torch import Tensor
 from torch.nn import functional
 
 from .lowrank import LowRankPlan
+from .panels import BLOCK, LEVELS8, NF4_UNIT, PanelWeight
 from .weight import NF4Weight
 
 _TILE_ROWS = 1024  # rows of W that are dequantised at a time: bounds the fp32 copy
 
 
-def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+def nf4_linear(x: Tensor, weight: NF4Weight | PanelWeight, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b: x [..., in] -> [..., out]."""
     return functional.linear(x, weight.dequantize(x.dtype), bias)
 
 
-def nf4_backward(grad_y: Tensor, weight: NF4Weight) -> Tensor:
+def fast_linear(x: Tensor, weight: PanelWeight, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + b as the fast precision rounds, its sums in float64: x [T, in] -> [T, out].
+
+    Each block of 64 values of x is round(127 x / m) * m / 127 with m = max |x|; each NF4 level is
+    LEVELS8 * NF4_UNIT.
+    """
+    blocks = x.float().view(x.shape[0], -1, BLOCK)
+    largest = blocks.abs().amax(dim=-1, keepdim=True)
+    # 127 / largest would be 127 * (1 / largest), rounded twice, and decide a tie otherwise.
+    factor = torch.where(largest > 1e-36, torch.full_like(largest, 127) / largest, 0)
+    rounded = (blocks * factor).round().double() * (largest.double() / 127)
+    w = _rounded_levels(weight) if weight.bits == 4 else weight.dequantize(torch.float64)
+    y = rounded.view(x.shape) @ w.t()
+    return y if bias is None else y + bias.double()
+
+
+def _rounded_levels(weight: PanelWeight) -> Tensor:
+    codes, scales = weight.codes_and_scales(0, weight.shape[0])
+    levels = torch.tensor(LEVELS8, dtype=torch.float64) * NF4_UNIT
+    values = levels[codes.long()].view(weight.shape[0], -1, BLOCK) * scales.double()[..., None]
+    return values.view(weight.shape)
+
+
+def nf4_backward(grad_y: Tensor, weight: NF4Weight | PanelWeight) -> Tensor:
     """∂L/∂x = ∂L/∂y W, by tiles of rows of W: grad_y [..., out] -> [..., in]."""
     out, width = weight.shape
     grad_x = grad_y.new_zeros(*grad_y.shape[:-1], width)

@@ -11,6 +11,7 @@
 #define WORK_PER_THREAD 32768
 
 static const kernel_table *selected = &kernels_portable;
+static const fast_table *selected_fast = &fast_portable;
 
 static int usable(const kernel_table *table) {
 #if defined(__x86_64__)
@@ -32,12 +33,23 @@ static const kernel_table *const TABLES[] = {
     &kernels_portable,
 };
 
+/* The fast products that go with an instruction set: VNNI is a part of AVX-512 that not all have. */
+static const fast_table *fast_of(const kernel_table *table) {
+#if defined(__x86_64__)
+    if (table == &kernels_avx512 && __builtin_cpu_supports("avx512vnni")) return &fast_vnni;
+    if (table != &kernels_portable) return &fast_avx2;
+#endif
+    (void)table;
+    return &fast_portable;
+}
+
 /* The named instruction set, or the best one for NULL. Returns its name, NULL if this CPU lacks it.
  * Not to be called while a kernel runs. */
 EXPORT const char *nibble_select(const char *name) {
     for (size_t i = 0; i < sizeof TABLES / sizeof *TABLES; i++)
         if ((!name || !strcmp(name, TABLES[i]->name)) && usable(TABLES[i])) {
             selected = TABLES[i];
+            selected_fast = fast_of(selected);
             return selected->name;
         }
     return NULL;
@@ -72,6 +84,19 @@ EXPORT int nibble_nf4_linear(const nf4_weight *w, const float *x, int64_t rows, 
     float *memory = workspace(selected->nf4_workspace(w, rows, use));
     if (!memory) return 1;
     selected->nf4_linear(w, x, rows, bias, y, use, memory);
+    return 0;
+}
+
+EXPORT const char *nibble_fast_name(void) { return selected_fast->name; }
+
+EXPORT int nibble_fast_linear(const fast_product *products, int64_t count, const float *x,
+                              int64_t in, int64_t rows, int threads) {
+    int64_t out = 0;
+    for (int64_t i = 0; i < count; i++) out += products[i].out;
+    const int use = useful_threads(out * in * (rows + 4) / 16, threads);
+    float *memory = workspace(ceil_div(selected_fast->workspace(in, rows, use), 4));
+    if (!memory) return 1;
+    selected_fast->linear(products, count, x, in, rows, use, (uint8_t *)memory);
     return 0;
 }
 

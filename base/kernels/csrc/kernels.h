@@ -43,6 +43,29 @@ typedef struct {
     float scale, softcap;
 } attention_call;
 
+/* y [rows, out] = x Wᵀ + bias in the fast precision, with W in panels (fast.h) of 4 or 8 bits. A
+ * call has several that read the same x. `_PRODUCT` in native.py packs this. */
+typedef struct {
+    const uint8_t *panels;
+    const float *bias; /* [out] or NULL */
+    float *y;
+    int64_t out, bits;
+} fast_product;
+
+/* One instruction set's fast products. `in` is a multiple of 64; the workspace is in bytes. */
+typedef struct {
+    const char *name;
+    void (*linear)(const fast_product *products, int64_t count, const float *x, int64_t in,
+                   int64_t rows, int threads, uint8_t *workspace);
+    int64_t (*workspace)(int64_t in, int64_t rows, int threads);
+} fast_table;
+
+extern const fast_table fast_portable;
+#if defined(__x86_64__)
+extern const fast_table fast_avx2;
+extern const fast_table fast_vnni;
+#endif
+
 /* One instruction set's kernels. Each is told how many threads it may use. */
 typedef struct {
     const char *name;

@@ -22,6 +22,7 @@ export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0
 LD_PRELOAD="$("$CC" -print-file-name=libasan.so) $("$CC" -print-file-name=libubsan.so)" \
     "$PYTHON" -m pytest -q -p no:cacheprovider -o timeout=900 \
     tests/base/kernels/test_native_nf4.py \
+    tests/base/kernels/test_native_fast.py \
     tests/base/kernels/test_native_lowrank.py \
     tests/base/kernels/test_native_attention.py \
     tests/base/kernels/test_native_steps.py "$@"

@@ -1,0 +1,5 @@
+#define ISA_AVX2
+#define FAST_AVX2
+#include "fast.h"
+
+const fast_table fast_avx2 = {"avx2", fast_linear, fast_workspace};

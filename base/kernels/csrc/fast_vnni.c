@@ -1,0 +1,5 @@
+#define ISA_AVX512
+#define FAST_VNNI
+#include "fast.h"
+
+const fast_table fast_vnni = {"vnni", fast_linear, fast_workspace};
