@@ -136,11 +136,25 @@ class Metrics:
             registry=self.registry,
         )
 
-        self._loads = self._counter("nibble:adapter_loads", "Adapters brought to a slot.")
+        self._loads = self._counter("nibble:adapter_loads", "Adapters brought to memory.")
         self._load_seconds = self._histogram(
-            "nibble:adapter_load_seconds", "Time from store to slot.", _LOAD
+            "nibble:adapter_load_seconds", "From asking for a cold adapter to having it.", _LOAD
+        )
+        self._load_queue_seconds = self._histogram(
+            "nibble:adapter_load_queue_seconds", "Of this, the wait for a loader.", _LOAD
         )
         self._loaded_bytes = self._counter("nibble:adapter_loaded_bytes", "Bytes of these loads.")
+        self._load_failures = self._counter("nibble:adapter_load_failures", "Loads that failed.")
+        self._loads_refused = self._counter(
+            "nibble:adapter_loads_refused", "Requests refused because too many loads waited."
+        )
+        sought = Counter(
+            "nibble:adapter_lookups",
+            "Requests by the tier in which they found their adapter.",
+            ("model_name", "tier"),
+            registry=self.registry,
+        )
+        self._sought = {t: sought.labels(model_name, t) for t in ("slot", "host", "store")}
         self._adapter_hits = self._counter(
             "nibble:adapter_hits", "Requests whose adapter was in its slot already."
         )
@@ -184,13 +198,22 @@ class Metrics:
         self._prompt_length.observe(end.prompt_tokens)
         self._output_length.observe(end.generated_tokens)
 
-    def adapter_loaded(self, name: str, seconds: float, nbytes: int) -> None:
+    def adapter_sought(self, name: str, tier: str) -> None:
+        self._sought[tier].inc()
+        if tier == "slot":
+            self._adapter_hits.inc()
+
+    def adapter_loaded(self, name: str, seconds: float, nbytes: int, queued: float) -> None:
         self._loads.inc()
         self._load_seconds.observe(seconds)
+        self._load_queue_seconds.observe(queued)
         self._loaded_bytes.inc(nbytes)
 
-    def adapter_hit(self, name: str) -> None:
-        self._adapter_hits.inc()
+    def adapter_failed(self, name: str) -> None:
+        self._load_failures.inc()
+
+    def adapter_refused(self, name: str) -> None:
+        self._loads_refused.inc()
 
     def adapter_evicted(self, digest: str, tier: str) -> None:
         # An unknown tier would be a new label: count it where it is looked for.
@@ -261,7 +284,11 @@ class _Residents(Collector):
             here = [one.nbytes for one in held if one.tier == tier]
             count.add_metric((self._model, tier), len(here))
             size.add_metric((self._model, tier), sum(here))
-        return [count, size]
+        queue = GaugeMetricFamily(
+            "nibble:adapter_loads_pending", "Loads under way.", labels=("model_name",)
+        )
+        queue.add_metric((self._model,), sum(one.tier == "loading" for one in held))
+        return [count, size, queue]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -21,6 +21,8 @@ class EngineConfig:
     max_waiting: int = 1024  # sequences in the queue
     host_cache_bytes: int = 2 * GIB
     slot_bytes: int = 2 * GIB
+    max_loads: int = 64  # adapters on their way to memory, before requests for others are refused
+    load_workers: int = 2
 
     def blocks_for(self, base: Base) -> int:
         """Blocks that fit in `kv_cache_bytes`, but no more than all sequences could fill."""

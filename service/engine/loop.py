@@ -12,9 +12,9 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -48,21 +48,10 @@ from service.errors import (
     Overloaded,
     ServiceError,
 )
-from service.residency.tiers import Fetch, Resident, Tiers
+from service.residency.tiers import Fetch, LoadReport, Resident, Tiers
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What bringing an adapter to its slot cost."""
-
-    digest: str
-    placement: str
-    nbytes: int
-    seconds: float
-    notes: dict[str, float]
 
 
 class Engine:
@@ -91,6 +80,8 @@ class Engine:
             host_bytes=config.host_cache_bytes,
             slot_bytes=config.slot_bytes,
             device=base.device,
+            max_loads=config.max_loads,
+            workers=config.load_workers,
         )
         self._pool = BlockPool(blocks, config.block_size)
         self._scheduler = Scheduler(
@@ -148,23 +139,52 @@ class Engine:
         """Queue the request. Raises InvalidRequest, Overloaded, Draining, EngineFailed or
         AdapterNotFound, and then nothing of it remains."""
         self._check(request)
+        with self.reserved(request.adapter):
+            return self._submit(request)
+
+    @contextmanager
+    def reserved(self, ref: AdapterRef | None) -> Iterator[None]:
+        """Within it the adapter is on its way to memory, and its file stays in the store. A request
+        that is still being prepared reserves; one that was submitted is safe by itself.
+
+        Raises AdapterNotFound, or Overloaded where too many other adapters are being loaded.
+        """
+        if ref is None:
+            yield
+            return
+        with self._door:
+            self._check_open(ref)
+            self._tiers.claims.take(ref)
+        try:
+            self._tiers.prefetch(ref)
+            yield
+        finally:
+            self._tiers.claims.drop(ref)
+            if self._forgotten:
+                self._commands.put(lambda: None)  # wake up who waits for the last claim
+
+    def _submit(self, request: Request) -> Stream:
         request_ids: list[int] = []
         stream = Stream(request.n, lambda: self._commands.put(lambda: self._cancel(request_ids)))
         with self._door:
             self._admit(request)
             self._waiting += request.n
+            if request.adapter is not None:
+                self._tiers.claims.take(request.adapter, request.n)
             # Within the door, so that an engine that closes it still sees the request.
             submitted = time.perf_counter()
             self._commands.put(lambda: self._enter(request, stream, request_ids, submitted))
         return stream
 
     def load(self, ref: AdapterRef, *, timeout: float = 600.0) -> LoadReport:
-        """Bring the adapter to a slot and say what it cost. Raises AdapterLoadFailed."""
+        """Bring the adapter to a slot and say what it cost. Raises AdapterLoadFailed, and what
+        `reserved` raises."""
         started = time.monotonic()
         done: Future[LoweredAdapter] = Future()
-        self._commands.put(lambda: self._wanted.append((ref, done)))
         try:
-            adapter = self._wait(done, timeout)
+            with self.reserved(ref):
+                self._commands.put(lambda: self._wanted.append((ref, done)))
+                adapter = self._wait(done, timeout)
         except TimeoutError:
             done.cancel()
             raise AdapterLoadFailed(
@@ -228,17 +248,20 @@ class Engine:
 
     def _admit(self, request: Request) -> None:
         """With the door held: may the request come in now?"""
-        if self._failure is not None:
-            raise EngineFailed(self._failure)
-        if self._draining:
-            raise Draining("the server is stopping and takes no new requests")
-        if request.adapter is not None and request.adapter.digest in self._forgotten:
-            raise AdapterNotFound(request.adapter.name)
+        self._check_open(request.adapter)
         if self._waiting + request.n > self.config.max_waiting:
             raise Overloaded(
                 f"{self._waiting} sequences wait already, {self.config.max_waiting} may",
                 retry_after=1.0,
             )
+
+    def _check_open(self, ref: AdapterRef | None) -> None:
+        if self._failure is not None:
+            raise EngineFailed(self._failure)
+        if self._draining:
+            raise Draining("the server is stopping and takes no new requests")
+        if ref is not None and ref.digest in self._forgotten:
+            raise AdapterNotFound(ref.name)
 
     def _ask(self, question: Callable[[], T]) -> T:
         """Run it in the engine's thread between two steps and return its answer."""
@@ -395,6 +418,8 @@ class Engine:
     ) -> None:
         output = self._live.pop(sequence.id)
         self._scheduler.finish(sequence)
+        if sequence.adapter is not None:
+            self._tiers.claims.drop(sequence.adapter)
         if not output.scheduled:
             self._leave_queue()
         finished = output.end(reason, error)
@@ -424,10 +449,10 @@ class Engine:
         """Callers of `load` whose adapter has arrived in its slot, or never will."""
         pending = []
         for ref, done in self._wanted:
+            if done.cancelled():
+                continue
             if ref.key in failures:
                 done.set_exception(AdapterLoadFailed(failures[ref.key]))
-            elif done.cancelled():
-                continue
             elif self._tiers.acquire(ref):
                 self._tiers.release(ref)
                 done.set_result(self._tiers.adapter(ref.key))
@@ -441,8 +466,9 @@ class Engine:
         """All that have come; when there is nothing to compute, wait for the next one."""
         try:
             if block and not self._scheduler.running and not self._stopping:
-                # A waiting sequence without a running one waits for its adapter, which posts.
-                self._commands.get(timeout=0.2 if self._scheduler.waiting else None)()
+                # Who waits while nothing runs waits for an adapter, which posts.
+                waits = self._scheduler.waiting or self._wanted
+                self._commands.get(timeout=0.2 if waits else None)()
             while True:
                 self._commands.get_nowait()()
         except queue.Empty:
@@ -452,6 +478,8 @@ class Engine:
         sampling = request.sampling
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         leader: Sequence | None = None
+        if request.adapter is not None:
+            self._tiers.seek(request.adapter)
         for index in range(request.n):
             self._ids += 1
             sequence = Sequence(
@@ -508,10 +536,8 @@ class Engine:
     def _forget_drained(self) -> None:
         if not self._forgotten:
             return
-        refs = (output.sequence.adapter for output in self._live.values())
-        busy = {ref.digest for ref in refs if ref is not None}
         with self._door:
-            ready = [digest for digest in self._forgotten if digest not in busy]
+            ready = [d for d in self._forgotten if not self._tiers.claims.needs(d)]
         for digest in ready:
             self._tiers.forget(digest)
             self._pool.forget(digest)
@@ -563,7 +589,7 @@ class Engine:
 
     def _check_integrity(self) -> None:
         self._pool.check_integrity()
-        self._tiers.slots.check_integrity()
+        self._tiers.check_integrity()
         living = [*self._scheduler.running, *self._scheduler.waiting]
         assert {s.id for s in living} == set(self._live)
         assert self._pool.references() == sum(len(s.blocks) for s in living)

@@ -1,20 +1,22 @@
 """Decides, with integers and lists, what the next step computes. No torch here.
 
 Running sequences go first (each decodes one token or continues its prompt), then waiting ones are
-admitted in order of arrival while tokens, places and blocks last. When blocks run out, the youngest
-running sequence gives all of its blocks back and starts again later from its tokens ("preemption by
+admitted while tokens, places and blocks last, in the order of `service/engine/fairness.py`: fair
+among adapters, those in slots first within fairness. When blocks run out, the youngest running
+sequence gives all of its blocks back and starts again later from its tokens ("preemption by
 recompute"); the oldest always fits, so something always ends.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from service.engine.fairness import AccountKey, FairQueue, by_adapter
 from service.engine.kv_cache import BlockPool, chain_hash
-from service.engine.request import AdapterRef
+from service.engine.request import AdapterKey, AdapterRef
 from service.engine.sequence import Sequence, Status
 
 
@@ -26,6 +28,15 @@ class AdapterGate(Protocol):
         ...
 
     def release(self, ref: AdapterRef) -> None: ...
+
+    def resident(self, ref: AdapterRef) -> bool:
+        """Is it in a slot?"""
+        ...
+
+    def make_way(self, refs: Seq[AdapterRef]) -> None:
+        """These have waited too long, the longest first. Where one is only short of a slot, lend
+        out no more references to the slots that it needs, until the next call."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +78,38 @@ class Scheduler:
         max_sequences: int,
         max_step_tokens: int,
         patience: int = 64,
+        age_cap: int = 1024,
+        account: AccountKey = by_adapter,
     ) -> None:
-        """`patience`: how many schedules may pass over a sequence whose adapter is not there
-        before nothing behind it is admitted any more, so that hot adapters cannot starve it."""
+        """
+        patience  schedules that may pass over a sequence whose adapter has no slot, before slots
+                  are emptied for it: adapters that are always in use cannot keep it out
+        age_cap   schedules that an account may go without any service before its turn comes,
+                  whatever the counters say
+        account   whom the tokens of a sequence are charged to
+        """
         self.pool = pool
         self.gate = gate
         self.max_sequences = max_sequences
         self.max_step_tokens = max_step_tokens
         self.patience = patience
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue(account, slack=max_step_tokens, age_cap=age_cap)
         self.running: list[Sequence] = []
+        self._late: dict[Sequence, None] = {}  # passed over more than `patience` times
+        self._made_way = False
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def schedule(self) -> Schedule:
         """Choose the chunks of the next step and give them their blocks."""
         step = Schedule()
+        self.waiting.tick()
+        self._make_way()
         budget = self._continue_running(step, self.max_step_tokens)
         if not step.preempted:
             self._admit_waiting(step, budget)
@@ -105,8 +127,9 @@ class Scheduler:
         """The sequence is over, wherever it was: give back all that it held."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
-        elif sequence.status is Status.WAITING:
-            self.waiting.remove(sequence)
+        if sequence.status is not Status.FINISHED:
+            self.waiting.leave(sequence)
+        self._late.pop(sequence, None)
         self._release(sequence)
         if sequence.holds_adapter and sequence.adapter is not None:
             self.gate.release(sequence.adapter)
@@ -121,6 +144,7 @@ class Scheduler:
             if not self._reserve(sequence, sequence.computed + count, step):
                 break  # it was the youngest and gave way itself
             step.chunks.append(Chunk(sequence, sequence.computed, count))
+            self.waiting.charge(sequence, sequence.computed + count)
             budget -= count
             index += 1
         return budget
@@ -141,32 +165,51 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.status = Status.WAITING
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
         step.preempted.append(sequence)
 
+    def _make_way(self) -> None:
+        """Have slots emptied for those whom others keep out of them."""
+        if self._late or self._made_way:
+            refs = tuple(s.adapter for s in self._late if s.adapter is not None)
+            self.gate.make_way(refs)
+            self._made_way = bool(refs)
+
     def _admit_waiting(self, step: Schedule, budget: int) -> None:
-        passed: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
-            sequence = self.waiting[0]
-            if not self._ready(sequence):
-                if sequence.skipped > self.patience:
-                    break
-                passed.append(self.waiting.popleft())
+        if not self._room(budget):
+            return
+        absent: set[AdapterKey] = set()  # asked for in this schedule
+        for sequence in self.waiting.candidates(self._resident):
+            if not self._ready(sequence, absent):
                 continue
             count = self._admit(sequence, budget, step)
-            if count == 0:
-                break
             budget -= count
-        self.waiting.extendleft(reversed(passed))
+            if count == 0 or not self._room(budget):
+                return
 
-    def _ready(self, sequence: Sequence) -> bool:
-        leader = sequence.leader
+    def _room(self, budget: int) -> bool:
+        return budget > 0 and len(self.running) < self.max_sequences
+
+    def _resident(self, sequence: Sequence) -> bool:
+        ref = sequence.adapter
+        return ref is None or sequence.holds_adapter or self.gate.resident(ref)
+
+    def _ready(self, sequence: Sequence, absent: set[AdapterKey]) -> bool:
+        leader, ref = sequence.leader, sequence.adapter
         if leader is not None and not leader.prefilled and not leader.finished:
             return False
-        if sequence.adapter is None or sequence.holds_adapter:
+        if ref is None or sequence.holds_adapter:
             return True
-        sequence.holds_adapter = self.gate.acquire(sequence.adapter)
-        sequence.skipped += not sequence.holds_adapter
+        if ref.key in absent:
+            return False
+        sequence.holds_adapter = self.gate.acquire(ref)
+        if not sequence.holds_adapter:
+            absent.add(ref.key)
+            sequence.skipped += 1
+            if sequence.skipped > self.patience:
+                self._late[sequence] = None
+        else:
+            self._late.pop(sequence, None)
         return sequence.holds_adapter
 
     def _admit(self, sequence: Sequence, budget: int, step: Schedule) -> int:
@@ -184,8 +227,9 @@ class Scheduler:
             sequence.admitted, sequence.cached = True, sequence.computed
             step.prefix_queried += sequence.prompt_length
             step.prefix_hit += sequence.computed
-        self.waiting.popleft()
+        self.waiting.admit(sequence, sequence.computed)
         sequence.status, sequence.skipped = Status.RUNNING, 0
+        self._late.pop(sequence, None)
         self.running.append(sequence)
         count = min(sequence.uncomputed, budget)
         step.chunks.append(Chunk(sequence, sequence.computed, count))

@@ -40,7 +40,7 @@ class Sequence:
     cached: int = 0  # prompt tokens that came from the prefix cache at the first admission
     admitted: bool = False  # was scheduled at least once
     holds_adapter: bool = False
-    skipped: int = 0  # schedules that passed it over because its adapter was not there
+    skipped: int = 0  # schedules that asked for its adapter in vain
 
     @property
     def adapter(self) -> AdapterRef | None:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Container
+from dataclasses import dataclass
 
 from adapters.delta import LoweredAdapter
 from service.engine.request import AdapterKey
+from service.residency.ledger import Footprint, Ledger, footprint
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    adapter: LoweredAdapter
+    prints: Footprint
 
 
 class HostCache:
@@ -13,33 +22,56 @@ class HostCache:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.allocated = 0
-        self._adapters: OrderedDict[AdapterKey, LoweredAdapter] = OrderedDict()
+        self._ledger = Ledger()
+        self._entries: OrderedDict[AdapterKey, _Entry] = OrderedDict()
+
+    @property
+    def allocated(self) -> int:
+        return self._ledger.total
+
+    def __contains__(self, key: AdapterKey) -> bool:
+        return key in self._entries
 
     def get(self, key: AdapterKey) -> LoweredAdapter | None:
-        adapter = self._adapters.get(key)
-        if adapter is not None:
-            self._adapters.move_to_end(key)
-        return adapter
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        self._entries.move_to_end(key)
+        return entry.adapter
 
-    def put(self, key: AdapterKey, adapter: LoweredAdapter) -> list[AdapterKey]:
-        """Keep the adapter if it fits at all; returns the keys that left for it."""
+    def prints(self, key: AdapterKey) -> Footprint:
+        return self._entries[key].prints
+
+    def put(
+        self, key: AdapterKey, adapter: LoweredAdapter, claimed: Container[AdapterKey] = ()
+    ) -> list[AdapterKey]:
+        """Keep the adapter if it fits at all; returns the keys that left for it, those that nobody
+        has `claimed` before the others."""
         self.drop(key)
-        if adapter.nbytes > self.budget:
+        prints = footprint(adapter)
+        if sum(prints.values()) > self.budget:
             return []
         evicted = []
-        while self.allocated + adapter.nbytes > self.budget:
-            oldest = next(iter(self._adapters))
-            self.drop(oldest)
-            evicted.append(oldest)
-        self._adapters[key] = adapter
-        self.allocated += adapter.nbytes
+        for other in sorted(self._entries, key=lambda one: one in claimed):
+            if self._ledger.total + self._ledger.beyond(prints) <= self.budget:
+                break
+            self.drop(other)
+            evicted.append(other)
+        self._entries[key] = _Entry(adapter, prints)
+        self._ledger.add(prints)
         return evicted
 
     def drop(self, key: AdapterKey) -> None:
-        adapter = self._adapters.pop(key, None)
-        if adapter is not None:
-            self.allocated -= adapter.nbytes
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._ledger.remove(entry.prints)
 
     def items(self) -> list[tuple[AdapterKey, LoweredAdapter]]:
-        return list(self._adapters.items())
+        return [(key, entry.adapter) for key, entry in self._entries.items()]
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when bytes are lost or counted twice."""
+        held: dict[int, int] = {}
+        for entry in self._entries.values():
+            held |= entry.prints
+        assert self._ledger.total == sum(held.values()) <= self.budget

@@ -1,52 +1,72 @@
 """Store → host cache → slots: where each adapter is, and how it gets to where it is needed.
 
 The engine's thread asks (`acquire`) and is never made to wait: a cold adapter is fetched and
-lowered by a worker thread, and the engine asks again when it has arrived.
+lowered by worker threads, while steps run, and the engine asks again when it has arrived. A load
+begins when a request is accepted (`prefetch`), before its prompt is read.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
 
 import torch
 
 from adapters.delta import LoweredAdapter
 from service.engine.observer import Observer
 from service.engine.request import AdapterKey, AdapterRef
+from service.errors import Overloaded
+from service.residency.claims import Claims
 from service.residency.host_cache import HostCache
+from service.residency.ledger import Footprint, footprint
+from service.residency.loads import Fetch, Load, Loads
 from service.residency.slots import Slots
 
-Fetch = Callable[[AdapterRef], LoweredAdapter]  # store → lowered, in a worker thread
+__all__ = ["Fetch", "LoadReport", "Resident", "Tier", "Tiers"]
+
+Tier = Literal["slot", "host", "loading", "store"]
 Post = Callable[[Callable[[], None]], None]  # run this in the engine's thread, soon
 
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """Where one adapter is now."""
+    """Where one adapter is now, and how often it was used since the server started."""
 
     digest: str
     placement: str
     merged_dtype: str  # "" when unmerged
-    tier: str  # "slot" | "host"
-    nbytes: int
+    tier: Tier
+    nbytes: int  # in memory; what it shares with others counts for each
     pinned: bool = False
     running: int = 0  # sequences that hold a reference
-    hits: int = 0
-    last_used: float = 0.0  # seconds since the epoch
+    hits: int = 0  # sequences that were admitted with it
+    last_used: float = 0.0  # seconds since the epoch; 0: never
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What bringing an adapter to its slot cost."""
+
+    digest: str
+    placement: str
+    nbytes: int
+    seconds: float
+    notes: dict[str, float]
 
 
 @dataclass(slots=True)
-class _Load:
-    ref: AdapterRef
-    started: float
-    future: Future[LoweredAdapter]
+class _Use:
+    hits: int = 0
+    last: float = 0.0
+    loaded: bool = field(default=False)  # from the store, and by nobody used since
 
 
 class Tiers:
-    """Implements the scheduler's AdapterGate. Engine thread only, but for the worker's fetch."""
+    """Implements the scheduler's AdapterGate. Engine thread only, but for `prefetch`, `claims` and
+    the workers' fetches."""
 
     def __init__(
         self,
@@ -58,30 +78,77 @@ class Tiers:
         host_bytes: int,
         slot_bytes: int,
         device: torch.device,
-        workers: int = 1,
+        max_loads: int = 64,
+        workers: int = 2,
     ) -> None:
         """`left` is told the digest of each adapter that has lost its slot."""
+        self.claims = Claims()
         self.host = HostCache(host_bytes)
         self.slots = Slots(slot_bytes)
-        self._fetch = fetch
-        self._post = post
+        self.loads = Loads(
+            fetch,
+            lambda load: post(partial(self._arrived, load)),
+            self.claims,
+            most=max_loads,
+            workers=workers,
+        )
         self._observer = observer
         self._left = left
         self._device = device
-        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="nibble-adapters")
-        self._loads: dict[AdapterKey, _Load] = {}
+        self._uses: dict[AdapterKey, _Use] = {}
         self._failures: dict[AdapterKey, str] = {}
+
+    # From any thread.
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        """A request for the adapter is accepted: begin the load that it will wait for, if any.
+
+        Raises Overloaded where too many loads are under way. What another thread sees of the tiers
+        may be old by a moment: then the engine asks again, or a load finds its work done.
+        """
+        if ref.key in self.slots or ref.key in self.host:
+            return
+        try:
+            self.loads.ask(ref, bounded=True)
+        except Overloaded:
+            self._observer.adapter_refused(ref.name)
+            raise
+
+    # The scheduler's gate.
 
     def acquire(self, ref: AdapterRef) -> bool:
         """A reference if the adapter is in a slot; else it is brought nearer, and False."""
         if ref.key not in self.slots and not self._place(ref):
             return False
+        if self.slots[ref.key].leaving:
+            return False
         self.slots.acquire(ref.key)
-        self._observer.adapter_hit(ref.name)
+        use = self._uses.setdefault(ref.key, _Use())
+        use.hits, use.last, use.loaded = use.hits + 1, time.time(), False
         return True
 
     def release(self, ref: AdapterRef) -> None:
         self.slots.release(ref.key)
+
+    def resident(self, ref: AdapterRef) -> bool:
+        return ref.key in self.slots and not self.slots[ref.key].leaving
+
+    def make_way(self, refs: Sequence[AdapterRef]) -> None:
+        """Let slots run empty for the first of these that is only short of one."""
+        here = [r.key for r in refs if r.key in self.host and r.key not in self.slots]
+        cached = (self.host.prints(key) for key in here)
+        short = (prints for prints in cached if not self.slots.can_allocate(prints))
+        self.slots.empty_for(next(short, None))
+
+    # The engine.
+
+    def seek(self, ref: AdapterRef) -> None:
+        """A sequence comes that will want the adapter: count where it is found."""
+        use = self._uses.setdefault(ref.key, _Use())
+        tier: Tier = "store"
+        if not use.loaded:
+            tier = "slot" if ref.key in self.slots else "host" if ref.key in self.host else "store"
+        self._observer.adapter_sought(ref.name, tier)
 
     def adapter(self, key: AdapterKey) -> LoweredAdapter:
         """The adapter in its slot. Raises KeyError when it has none: never another one instead."""
@@ -94,82 +161,101 @@ class Tiers:
 
     def pin(self, ref: AdapterRef, pinned: bool) -> None:
         """Keep the slot, or let it go when it is needed. Raises KeyError when there is none."""
-        self.slots[ref.key].pinned = pinned
+        self.slots.pin(ref.key, pinned)
 
     def forget(self, digest: str) -> None:
-        """Drop the adapter from both tiers; the caller has drained its sequences."""
+        """Drop the adapter from all tiers; the caller has drained its sequences."""
         for key, _ in self.slots.items():
             if key.digest == digest:
                 self.slots.deallocate(key)
-                self._lost_slot(digest)
+                self._lost_slot(key)
         for key, _ in self.host.items():
             if key.digest == digest:
                 self.host.drop(key)
                 self._observer.adapter_evicted(digest, "host")
-        for key in [key for key in self._loads if key.digest == digest]:
-            self._loads.pop(key).future.cancel()
+        self.loads.forget(digest)
+        for key in [key for key in self._uses if key.digest == digest]:
+            del self._uses[key]
 
     def residents(self) -> list[Resident]:
-        """All adapters in a tier, those in slots first."""
-        placed = [
-            Resident(*key, "slot", s.nbytes, s.pinned, s.references, s.hits, s.last_used)
-            for key, s in self.slots.items()
+        """All adapters by tier: those in slots, in the host cache alone, under way, and those that
+        were used and are only in the store again."""
+        placed: dict[AdapterKey, Resident] = {}
+        for key, slot in self.slots.items():
+            found = Resident(*key, "slot", slot.nbytes, slot.pinned, slot.references)
+            placed[key] = found
+        for key, adapter in self.host.items():
+            if key not in placed:
+                placed[key] = Resident(*key, "host", adapter.nbytes)
+        for key, _ in self.loads.items():
+            placed.setdefault(key, Resident(*key, "loading", 0))
+        for key in self._uses:
+            placed.setdefault(key, Resident(*key, "store", 0))
+        return [
+            replace(one, hits=use.hits, last_used=use.last) if (use := self._uses.get(key)) else one
+            for key, one in placed.items()
         ]
-        cached = [
-            Resident(*key, "host", a.nbytes)
-            for key, a in self.host.items()
-            if key not in self.slots
-        ]
-        return placed + cached
 
     def close(self) -> None:
-        self._workers.shutdown(wait=True, cancel_futures=True)
+        self.loads.close()
+
+    def check_integrity(self) -> None:
+        self.slots.check_integrity()
+        self.host.check_integrity()
 
     def _place(self, ref: AdapterRef) -> bool:
         """Give the adapter a slot if it is in the host cache and one can be had."""
         adapter = self.host.get(ref.key)
         if adapter is None:
-            self._load(ref)
+            if ref.key not in self._failures:
+                self.loads.ask(ref)
             return False
-        return self._allocate(ref, adapter)
+        prints = self.host.prints(ref.key)
+        if self.slots.can_allocate(prints):
+            return self._allocate(ref, adapter)
+        self._check_possible(ref, prints)
+        return False
 
-    def _allocate(self, ref: AdapterRef, adapter: LoweredAdapter) -> bool:
-        if adapter.nbytes > self.slots.budget:
+    def _check_possible(self, ref: AdapterRef, prints: Footprint) -> None:
+        """Its requests fail where it could have no slot even if nobody ran."""
+        needed, budget = sum(prints.values()), self.slots.budget
+        pinned = self.slots.pinned_bytes()
+        if needed > budget:
             self._failures[ref.key] = (
-                f"adapter {ref.name!r} needs {adapter.nbytes} bytes, "
-                f"all slots together have {self.slots.budget}"
+                f"adapter {ref.name!r} needs {needed} bytes, all slots together have {budget}"
             )
-            return False
-        if not self.slots.can_allocate(adapter.nbytes):
-            return False
-        for evicted in self.slots.allocate(ref.key, adapter.to(self._device)):
-            self._lost_slot(evicted.digest)
-        return True
+        elif needed > budget - pinned:
+            self._failures[ref.key] = (
+                f"adapter {ref.name!r} needs {needed} bytes of the {budget} that all slots have, "
+                f"and pinned adapters keep {pinned}: unpin one"
+            )
 
-    def _lost_slot(self, digest: str) -> None:
-        self._left(digest)
-        self._observer.adapter_evicted(digest, "slot")
+    def _allocate(self, ref: AdapterRef, adapter: LoweredAdapter, *, spare: bool = False) -> bool:
+        """A slot, if one can be had; `spare`: not at the cost of others that are claimed."""
+        placed = adapter.to(self._device)
+        for evicted in self.slots.evict_for(placed, self.claims, spare=spare):
+            self._lost_slot(evicted)
+        return self.slots.allocate(ref.key, placed)
 
-    def _load(self, ref: AdapterRef) -> None:
-        if ref.key in self._loads or ref.key in self._failures:
-            return
-        future = self._workers.submit(self._fetch, ref)
-        self._loads[ref.key] = _Load(ref, time.perf_counter(), future)
-        future.add_done_callback(lambda done: self._post(lambda: self._arrived(ref, done)))
+    def _lost_slot(self, key: AdapterKey) -> None:
+        self._left(key.digest)
+        self._observer.adapter_evicted(key.digest, "slot")
 
-    def _arrived(self, ref: AdapterRef, future: Future[LoweredAdapter]) -> None:
-        load = self._loads.get(ref.key)
-        if load is None or load.future is not future:
+    def _arrived(self, load: Load) -> None:
+        """A load has ended. The adapter may be in a slot already when it came by another road."""
+        ref = load.ref
+        if not self.loads.take(load):
             return  # forgotten meanwhile
-        del self._loads[ref.key]
-        error = future.exception()
-        if error is not None:
-            self._failures[ref.key] = f"adapter {ref.name!r} could not be loaded: {error}"
+        if load.error is not None:
+            self._failures[ref.key] = f"adapter {ref.name!r} could not be loaded: {load.error}"
+            self._observer.adapter_failed(ref.name)
+        if load.adapter is None:
             return
-        adapter = future.result()
-        for evicted in self.host.put(ref.key, adapter.to(torch.device("cpu"))):
+        cached = load.adapter.to(torch.device("cpu"))
+        for evicted in self.host.put(ref.key, cached, self.claims):
             self._observer.adapter_evicted(evicted.digest, "host")
-        seconds = time.perf_counter() - load.started
-        self._observer.adapter_loaded(ref.name, seconds, adapter.nbytes)
-        if ref.key not in self.slots:
-            self._allocate(ref, adapter)
+        self._uses.setdefault(ref.key, _Use()).loaded = True
+        seconds, queued = load.ended - load.asked, load.begun - load.asked
+        self._observer.adapter_loaded(ref.name, seconds, cached.nbytes, queued)
+        if ref.key not in self.slots and self.slots.can_allocate(footprint(load.adapter)):
+            self._allocate(ref, load.adapter, spare=True)

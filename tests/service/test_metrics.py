@@ -130,13 +130,20 @@ def test_no_series_grows_with_adapters() -> None:
     metrics.describe({"a": "1"}, {"b": "2"}, max_lora=8, residents=list)
     before = len(samples(metrics))
     for number in range(200):
-        metrics.adapter_loaded(f"a{number}", 0.1, 1000)
-        metrics.adapter_hit(f"a{number}")
+        metrics.adapter_loaded(f"a{number}", 0.1, 1000, 0.02)
+        metrics.adapter_sought(f"a{number}", ("slot", "host")[number % 2])
+        metrics.adapter_failed(f"a{number}")
+        metrics.adapter_refused(f"a{number}")
         metrics.adapter_evicted(f"{number:064x}", "slot")
         metrics.stepped(replace(STEP, running_adapters=(f"a{number}",)))
     assert len(samples(metrics)) - before <= 1
     assert value(metrics, "nibble:adapter_loads_total") == 200
-    assert value(metrics, "nibble:adapter_hits_total") == 200
+    assert value(metrics, "nibble:adapter_hits_total") == 100
+    for tier, count in (("slot", 100), ("host", 100), ("store", 0)):
+        assert value(metrics, "nibble:adapter_lookups_total", tier=tier) == count
+    assert value(metrics, "nibble:adapter_load_queue_seconds_count") == 200
+    assert value(metrics, "nibble:adapter_load_failures_total") == 200
+    assert value(metrics, "nibble:adapter_loads_refused_total") == 200
     assert value(metrics, "nibble:adapter_loaded_bytes_total") == 200_000
     assert value(metrics, "nibble:adapter_evictions_total", tier="slot") == 200
     assert value(metrics, "nibble:adapter_evictions_total", tier="host") == 0
@@ -151,6 +158,9 @@ def test_residents_are_asked_at_every_scrape() -> None:
     held.append(Resident("d", "unmerged", "", "host", 7))
     assert value(metrics, "nibble:adapters_resident", tier="host") == 1
     assert value(metrics, "nibble:adapter_bytes", tier="host") == 7
+    assert value(metrics, "nibble:adapter_loads_pending") == 0
+    held.append(Resident("f", "unmerged", "", "loading", 0))
+    assert value(metrics, "nibble:adapter_loads_pending") == 1
     assert samples(metrics)["vllm:cache_config_info", frozenset({("block_size", "16")})] == 1
     assert samples(metrics)["nibble:build_info", frozenset({("version", "1")})] == 1
 

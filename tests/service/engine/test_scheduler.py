@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
@@ -23,12 +25,23 @@ class Gate:
         self.places = places
         self.references: dict[str, int] = {}
         self.wanted: list[str] = []
+        self.leaving: set[str] = set()
+
+    def resident(self, ref: AdapterRef) -> bool:
+        return ref.digest in self.references
+
+    def make_way(self, refs: Seq[AdapterRef]) -> None:
+        """Let the slot of fewest references run empty for the first of them."""
+        self.leaving = set()
+        full = len(self.references) >= self.places
+        if full and any(ref.digest not in self.references for ref in refs):
+            self.leaving = {min(self.references, key=lambda digest: self.references[digest])}
 
     def acquire(self, ref: AdapterRef) -> bool:
-        if ref.digest in self.references:
+        if ref.digest in self.references and ref.digest not in self.leaving:
             self.references[ref.digest] += 1
             return True
-        if ref.digest not in self.wanted:
+        if ref.digest not in self.references and ref.digest not in self.wanted:
             self.wanted.append(ref.digest)
         return False
 
@@ -44,7 +57,8 @@ class Gate:
             idle = [digest for digest, count in self.references.items() if count == 0]
             if not idle:
                 return
-            del self.references[idle[0]]
+            first = next((digest for digest in idle if digest in self.leaving), idle[0])
+            del self.references[first]
         self.references[self.wanted.pop(0)] = 0
 
 
