@@ -111,6 +111,17 @@ def rank(name: str, value: Any) -> None:
         raise InvalidAdapter(f"rank {str(value)[:80]}, expected an integer from 1", name)
 
 
+def count(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise InvalidAdapter(f"{str(value)[:80]}, expected an integer from 1", name)
+
+
+def seed(name: str, value: Any) -> None:
+    """Of torch's generator."""
+    if value is not None and (type(value) is not int or not 0 <= value < 1 << 63):
+        raise InvalidAdapter(f"{str(value)[:80]}, expected a number from 0 to 2^63 - 1", name)
+
+
 def alpha(name: str, value: Any) -> None:
     if type(value) not in (int, float) or not math.isfinite(value) or value == 0:
         raise InvalidAdapter(f"alpha {str(value)[:80]}, expected a finite number but 0", name)

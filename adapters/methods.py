@@ -46,6 +46,7 @@ def refused(reason: str) -> Method:
 LORA_MEMORY, LORA_FLOPS = "4*r*(m + n)", "2*r*(m + n)"
 # A target is a layer's attention: m numbers in one token's keys, n in its queries.
 VIRTUAL_TOKENS = Method("prefix KV", "8*num_virtual_tokens*m", "4*num_virtual_tokens*n")
+PRIVATE_MEMORY, PRIVATE_FLOPS = "4*m*n", "2*m*n"
 
 _ROTATION = "it rotates the base's weights, and no operator or private matrix for that exists yet"
 _DENSE = "its update has full rank, and no operator or private matrix for that exists yet"
@@ -61,10 +62,12 @@ METHODS: Mapping[str, Method] = {
     "MISS": Method("low-rank", "4*r*m", LORA_FLOPS, shared="4*r*n"),
     "VBLORA": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
     "VERA": Method("low-rank", "4*(m + r)", "2*r*(m + n) + r + 2*m", shared=LORA_MEMORY),
-    "HRA": refused(_ROTATION),
-    "GRALORA": refused(_DENSE),
-    "RANDLORA": refused(_UNCHECKED),
-    "DELORA": refused(_UNCHECKED),
+    "HRA": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
+    "GRALORA": Method(
+        "low-rank", "4*(gralora_k*r + hybrid_r)*(m + n)", "2*(gralora_k*r + hybrid_r)*(m + n)"
+    ),
+    "RANDLORA": Method("private weights", PRIVATE_MEMORY, PRIVATE_FLOPS),
+    "DELORA": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
     "TINYLORA": refused(_FROM_BASE),
     "UNILORA": refused(_UNCHECKED),
     "PVERA": refused(_UNCHECKED),
@@ -81,13 +84,13 @@ METHODS: Mapping[str, Method] = {
     "PSOFT": refused(_FROM_BASE),
     # Private weights
     "LOKR": refused(_DENSE),
-    "FOURIERFT": refused(_DENSE),
+    "FOURIERFT": Method("private weights", PRIVATE_MEMORY, PRIVATE_FLOPS),
     "WAVEFT": refused(_DENSE),
-    "C3A": refused(_DENSE),
-    "HIRA": refused(_DENSE),
+    "C3A": Method("private weights", PRIVATE_MEMORY, PRIVATE_FLOPS),
+    "HIRA": Method("private weights", PRIVATE_MEMORY, PRIVATE_FLOPS),
     "GLORA": refused(_DENSE),
     "SUPERTUNING": refused(_DENSE),
-    "DEFT": refused(_DENSE),
+    "DEFT": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
     "FROD": refused(_FROM_BASE),
     "ADAMSS": refused(_FROM_BASE),
     "OSF": refused("it trains the base's weights themselves, so it is no adapter of a shared base"),

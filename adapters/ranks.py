@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from adapters.errors import InvalidAdapter, TooLarge
 from adapters.limits import Limits
@@ -22,6 +22,11 @@ def alpha_of(pattern: Mapping[str, float], default: float, path: str) -> float:
             "alpha_pattern",
         )
     return float(found[0])
+
+
+def ranks_of(pattern: Mapping[str, int], default: int, paths: Iterable[str]) -> dict[str, int]:
+    """The rank of each path: the first match's."""
+    return {path: int((matching(pattern, path) or [default])[0]) for path in paths}
 
 
 def check_rank(path: str, rank: int, limits: Limits, why: str = "") -> None:

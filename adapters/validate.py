@@ -9,11 +9,19 @@ from typing import Any
 from adapters.checked import Checked, Checker, Validated, numbers
 from adapters.checks.adalora import check_adalora
 from adapters.checks.beft import check_beft
+from adapters.checks.c3a import check_c3a
+from adapters.checks.deft import check_deft
+from adapters.checks.delora import check_delora
+from adapters.checks.fourierft import check_fourierft
+from adapters.checks.gralora import check_gralora
+from adapters.checks.hira import check_hira
+from adapters.checks.hra import check_hra
 from adapters.checks.ia3 import check_ia3
 from adapters.checks.ln_tuning import check_ln_tuning
 from adapters.checks.loha import check_loha
 from adapters.checks.miss import check_miss
 from adapters.checks.prefix import CHECKERS_OF_PREFIXES
+from adapters.checks.randlora import check_randlora
 from adapters.checks.saved_tables import with_saved_tables
 from adapters.checks.trainable_tokens import check_trainable_tokens
 from adapters.checks.vblora import check_vblora
@@ -84,6 +92,14 @@ CHECKERS: Mapping[str, Checker] = {
     "LORA": _check_lora,
     "ADALORA": check_adalora,
     "BEFT": check_beft,
+    "C3A": check_c3a,
+    "DEFT": check_deft,
+    "DELORA": check_delora,
+    "FOURIERFT": check_fourierft,
+    "GRALORA": check_gralora,
+    "HIRA": check_hira,
+    "HRA": check_hra,
+    "RANDLORA": check_randlora,
     "IA3": check_ia3,
     "LN_TUNING": check_ln_tuning,
     "LOHA": check_loha,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adapters.checked import Checked, Validated, numbers
-from adapters.checks.modules import linears_of, touched, whole_modules
-from adapters.config_rules import COMMON, Rule, apply_rules, flag, target_fields
+from adapters.checked import Checked
+from adapters.checks.draft import Draft
+from adapters.config_rules import COMMON, Rule, flag
 from adapters.limits import Limits
-from adapters.promises import PREFIX, Expected, consume
 from adapters.safetensors_header import Header
 from base.spec import BaseSpec
 
@@ -21,24 +20,7 @@ def check_beft(
 ) -> Checked:
     """Raises InvalidAdapter, naming the tensor or the field."""
     del limits  # no rank, no scale
-    apply_rules(config, RULES)
-    paths, saved = linears_of(target_fields(config), spec, "BEFT")
-    promised = whole_modules(spec, saved)
-    for path in paths:
-        shape = (1, spec.linears[path].out_features)
-        promised[f"{PREFIX}{path}.beft_bias"] = Expected(path, shape, "vector")
-    found = consume(header.tensors, promised, spec, paths)
-    return Checked(
-        Validated(
-            kind="beft",
-            rank=0,
-            targets=touched(paths, saved),
-            config={
-                "peft_type": "BEFT",
-                "target_modules": paths,
-                "modules_to_save": saved or None,
-            },
-            parameters=numbers(found),
-            memory_bytes=4 * numbers(found),
-        )
-    )
+    draft = Draft("BEFT", config, RULES, header, spec)
+    for path in draft.paths:
+        draft.promise(path, "beft_bias", 1, spec.linears[path].out_features, role="vector")
+    return draft.close("beft", 0)

@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adapters.checked import Checked, Validated, numbers
-from adapters.checks.modules import touched, whole_modules
-from adapters.config_rules import COMMON, Rule, apply_rules, target_fields, targets
-from adapters.errors import InvalidAdapter
+from adapters.checked import Checked
+from adapters.checks.draft import Draft
+from adapters.checks.modules import norms_of
+from adapters.config_rules import COMMON, Rule, targets
 from adapters.limits import Limits
-from adapters.promises import PREFIX, Expected, consume
 from adapters.safetensors_header import Header
-from adapters.targets import modules_of
 from base.spec import BaseSpec
 
 RULES: Mapping[str, Rule] = {**COMMON, "exclude_modules": targets}
@@ -26,30 +24,7 @@ def check_ln_tuning(
 ) -> Checked:
     """Raises InvalidAdapter, naming the tensor or the field."""
     del limits  # no rank, no scale
-    apply_rules(config, RULES)
-    found_targets, found_saved = modules_of(target_fields(config), spec)
-    paths, saved = sorted(found_targets), sorted(found_saved)
-    wrong = next((path for path in paths if path not in spec.norms), None)
-    if wrong:
-        raise InvalidAdapter(
-            f"{wrong} is no norm: use modules_to_save to replace it", "target_modules"
-        )
-    promised = whole_modules(spec, saved)
-    for path in paths:
-        name = f"{PREFIX}{path}.ln_tuning_layers.weight"
-        promised[name] = Expected(path, (spec.norms[path],), "saved")
-    found = consume(header.tensors, promised, spec, paths)
-    return Checked(
-        Validated(
-            kind="ln_tuning",
-            rank=0,
-            targets=touched(paths, saved),
-            config={
-                "peft_type": "LN_TUNING",
-                "target_modules": paths,
-                "modules_to_save": saved or None,
-            },
-            parameters=numbers(found),
-            memory_bytes=4 * numbers(found),
-        )
-    )
+    draft = Draft("LN tuning", config, RULES, header, spec, norms_of)
+    for path in draft.paths:
+        draft.promise(path, "ln_tuning_layers.weight", spec.norms[path], role="saved")
+    return draft.close("ln_tuning", 0)

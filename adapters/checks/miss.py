@@ -9,23 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adapters.checked import Checked, Validated, numbers
-from adapters.checks.modules import linears_of, touched, whole_modules
-from adapters.config_rules import (
-    COMMON,
-    LAYERS,
-    Rule,
-    apply_rules,
-    ignore,
-    one_of,
-    present,
-    rank,
-    target_fields,
-    targets,
-)
+from adapters.checked import Checked
+from adapters.checks.draft import Draft
+from adapters.config_rules import COMMON, LAYERS, Rule, ignore, one_of, present, rank, targets
 from adapters.errors import InvalidAdapter
 from adapters.limits import Limits
-from adapters.promises import PREFIX, Expected, consume
 from adapters.ranks import check_rank
 from adapters.safetensors_header import Header
 from base.spec import BaseSpec
@@ -53,37 +41,19 @@ def check_miss(
     config: Mapping[str, Any], header: Header, spec: BaseSpec, limits: Limits
 ) -> Checked:
     """Raises InvalidAdapter or TooLarge, naming the tensor or the field."""
-    apply_rules(config, RULES)
-    paths, saved = linears_of(target_fields(config), spec, "MiSS")
+    draft = Draft("MiSS", config, RULES, header, spec)
     r = int(present(config, "r"))
     mini = int(present(config, "mini_r")) if config.get("init_weights") == "mini" else None
     check_rank("every target", r, limits)
-    promised = whole_modules(spec, saved)
-    for path in paths:
-        linear = spec.linears[path]
+    shapes = [spec.linears[path] for path in draft.paths]
+    for path, linear in zip(draft.paths, shapes, strict=True):
         if r > linear.in_features:
             raise InvalidAdapter(f"{r} is wider than {path}, {linear.in_features}", "r")
         if mini and linear.out_features % mini:
             raise InvalidAdapter(f"{mini} divides not {linear.out_features}, {path}", "mini_r")
-        shape = (r, mini or linear.out_features)
-        promised[f"{PREFIX}{path}.miss_block"] = Expected(path, shape, "block", f" for rank {r}")
-    found = consume(header.tensors, promised, spec, paths)
-    sums = sum({spec.linears[path].in_features for path in paths})  # one A for each width
-    blocks = sum(spec.linears[path].out_features for path in paths)
-    return Checked(
-        Validated(
-            kind="miss",
-            rank=r,
-            targets=touched(paths, saved),
-            config={
-                "peft_type": "MISS",
-                "r": r,
-                "init_weights": "mini" if mini else True,
-                "mini_r": mini or 1,
-                "target_modules": paths,
-                "modules_to_save": saved or None,
-            },
-            parameters=numbers(found),
-            memory_bytes=4 * (r * (sums + blocks) + numbers(found, "saved")),
-        )
-    )
+        width = mini or linear.out_features
+        draft.promise(path, "miss_block", r, width, role="block", why=f" for rank {r}")
+    sums = sum({shape.in_features for shape in shapes})  # one A for each width
+    blocks = sum(shape.out_features for shape in shapes)
+    variant = {"init_weights": "mini" if mini else True, "mini_r": mini or 1}
+    return draft.close("miss", r, r * (sums + blocks), r=r, **variant)

@@ -21,27 +21,21 @@ from adapters.config_rules import (
     one_of,
     present,
     rank,
+    seed,
     target_fields,
 )
-from adapters.errors import InvalidAdapter
 from adapters.limits import Limits
 from adapters.promises import PREFIX, SHARED, Expected, consume
 from adapters.ranks import check_rank
 from adapters.safetensors_header import Header
 from base.spec import BaseSpec
 
-
-def _key(name: str, value: Any) -> None:
-    if value is not None and (type(value) is not int or not 0 <= value < 1 << 63):
-        raise InvalidAdapter(f"{str(value)[:80]}, expected a number from 0 to 2^63 - 1", name)
-
-
 RULES: Mapping[str, Rule] = {
     **COMMON,
     **LAYERS,
     **FAN_IN,
     "r": rank,
-    "projection_prng_key": _key,
+    "projection_prng_key": seed,
     "save_projection": flag,
     "vera_dropout": ignore,  # off at inference
     "d_initial": ignore,  # the file holds what became of it

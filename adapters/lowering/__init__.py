@@ -17,14 +17,22 @@ from base.load import Base
 
 from .adalora import lower_adalora
 from .beft import lower_beft
+from .c3a import lower_c3a
 from .checkpoint import UNWRAPPED, WRAPPED, AdapterCheckpoint
+from .deft import lower_deft
+from .delora import lower_delora
+from .fourierft import lower_fourierft
+from .gralora import lower_gralora
+from .hira import lower_hira
+from .hra import lower_hra
 from .ia3 import lower_ia3
 from .ln_tuning import lower_ln_tuning
 from .loha import lower_loha
 from .lora import lower_lora
-from .merged import merge
+from .merged import keep_dense, merge
 from .miss import lower_miss
 from .prefix import PREFIXES
+from .randlora import lower_randlora
 from .token_rows import lower_trainable_tokens
 from .vblora import lower_vblora
 from .vera import lower_vera
@@ -32,7 +40,8 @@ from .whole import lower_saved
 
 __all__ = ["FAMILIES", "lower"]
 
-Family = Callable[[Mapping[str, Any], AdapterCheckpoint, Base], dict[str, Delta]]
+# By module path: a Delta each, or a Dense, which is still to be computed.
+Family = Callable[[Mapping[str, Any], AdapterCheckpoint, Base], dict[str, Any]]
 
 FAMILIES: Mapping[str, Family] = {
     "lora": lower_lora,
@@ -40,6 +49,14 @@ FAMILIES: Mapping[str, Family] = {
     "dora": lower_lora,
     "adalora": lower_adalora,
     "beft": lower_beft,
+    "c3a": lower_c3a,
+    "deft": lower_deft,
+    "delora": lower_delora,
+    "fourierft": lower_fourierft,
+    "gralora": lower_gralora,
+    "hira": lower_hira,
+    "hra": lower_hra,
+    "randlora": lower_randlora,
     "ia3": lower_ia3,
     "ln_tuning": lower_ln_tuning,
     "loha": lower_loha,
@@ -90,6 +107,8 @@ def lower(
     notes: Mapping[str, float] = {}
     if placement == "merged":
         deltas, notes = merge(deltas, base, merged_dtype or manifest.merged_dtype)
+    else:
+        deltas = keep_dense(deltas, base)
     return LoweredAdapter(
         digest=manifest.digest,
         kind=manifest.kind,

@@ -1,4 +1,5 @@
-"""Merged placement: an adapter's own matrices, W' = g ⊙ (W p + Σ B d A), layer by layer."""
+"""An adapter's own matrices, layer by layer: merged placement, W' = g ⊙ (W p + Σ B d A), and the
+methods that have no other form (`dense.py`)."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from base.kernels import NF4Weight
 from base.load import Base
 from base.nf4 import NF4Linear
 
+from .dense import Dense
 from .dora import weight_rows
 
 _TILE_ROWS = 1024  # rows in float32 at a time; a multiple of 64, so that NF4 blocks end with tiles
@@ -27,7 +29,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @torch.no_grad()
 def merge(
-    deltas: Mapping[str, Delta], base: Base, dtype: MergedDtype
+    deltas: Mapping[str, Delta | Dense], base: Base, dtype: MergedDtype
 ) -> tuple[dict[str, Delta], dict[str, float]]:
     """Private matrices in place of deltas, and what keeping them in `dtype` cost.
 
@@ -38,7 +40,7 @@ def merge(
     merged: dict[str, Delta] = {}
     errors = []
     for path, delta in deltas.items():
-        if isinstance(delta, LinearDelta) and _changes_matrix(delta):
+        if isinstance(delta, Dense) or (isinstance(delta, LinearDelta) and _changes_matrix(delta)):
             quantized = base.spec.linears[path].quantized
             merged[path], error = _merge_linear(delta, base.linear(path), dtype, quantized)
         elif isinstance(delta, EmbeddingDelta):
@@ -55,14 +57,28 @@ def merge(
     }
 
 
+@torch.no_grad()
+def keep_dense(deltas: Mapping[str, Delta | Dense], base: Base) -> dict[str, Delta]:
+    """Unmerged placement: private matrices, in base.dtype, for what has no other form."""
+    return {
+        path: _kept(delta, base.dtype)[0] if isinstance(delta, Dense) else delta
+        for path, delta in deltas.items()
+    }
+
+
+def _kept(delta: Dense, dtype: torch.dtype) -> tuple[PrivateLinear, float]:
+    matrix, error = _rounded(delta.tiles(_TILE_ROWS), dtype)
+    return PrivateLinear(matrix, delta.bias), error
+
+
 def _changes_matrix(delta: LinearDelta) -> bool:
     return bool(delta.low_rank) or delta.g is not None or delta.p is not None
 
 
 def _merge_linear(
-    delta: LinearDelta, linear: NF4Linear | nn.Linear, dtype: MergedDtype, quantized: bool
+    delta: LinearDelta | Dense, linear: NF4Linear | nn.Linear, dtype: MergedDtype, quantized: bool
 ) -> tuple[PrivateLinear, float]:
-    tiles = _linear_tiles(delta, linear)
+    tiles = delta.tiles(_TILE_ROWS) if isinstance(delta, Dense) else _linear_tiles(delta, linear)
     bias = delta.bias
     if bias is None and linear.bias is not None:
         bias = linear.bias.detach().float()
@@ -76,15 +92,21 @@ def _merge_linear(
 def _linear_tiles(delta: LinearDelta, linear: NF4Linear | nn.Linear) -> Iterator[Tensor]:
     """The merged weight in float32, [rows of the tile, in] each."""
     for start in range(0, linear.out_features, _TILE_ROWS):
-        stop = min(start + _TILE_ROWS, linear.out_features)
-        tile = weight_rows(linear, start, stop)
-        if delta.p is not None:
-            tile = tile * delta.p.float()
-        for term in delta.low_rank:
-            B = term.B[start:stop].float()
-            own = (B if term.d is None else B * term.d.float()) @ term.A.float()
-            tile = tile + (own if term.s is None else own * term.s[start:stop, None].float())
-        yield tile if delta.g is None else tile * delta.g[start:stop, None].float()
+        yield _merged_rows(delta, linear, start, min(start + _TILE_ROWS, linear.out_features))
+
+
+def _merged_rows(
+    delta: LinearDelta, linear: NF4Linear | nn.Linear, start: int, stop: int
+) -> Tensor:
+    """The merged weight in float32: [stop - start, in]."""
+    tile = weight_rows(linear, start, stop)
+    if delta.p is not None:
+        tile = tile * delta.p.float()
+    for term in delta.low_rank:
+        B = term.B[start:stop].float()
+        own = (B if term.d is None else B * term.d.float()) @ term.A.float()
+        tile = tile + (own if term.s is None else own * term.s[start:stop, None].float())
+    return tile if delta.g is None else tile * delta.g[start:stop, None].float()
 
 
 def _merge_embedding(

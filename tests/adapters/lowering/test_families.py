@@ -7,6 +7,7 @@ so the oracle is always one adapter at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapters.delta import Delta, LinearDelta, PrivateLinear, PrivateNorm
+from adapters.delta import Delta, LinearDelta, LoweredAdapter, PrivateLinear, PrivateNorm
 from adapters.errors import InvalidAdapter
 from adapters.limits import Limits
 from adapters.lowering import lower
 from adapters.lowering.shared import _held
 from adapters.methods import METHODS
 from adapters.store import AdapterStore
+from service.conformance.recipes import RECIPES
 from tests.adapters.lowering.mixed_batch import Server
 from tests.oracle import (
     ATTENTION,
@@ -98,6 +100,56 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "lm_head": {"targets": ["lm_head", "up_proj"]},
         "modules_to_save": {"targets": ["v_proj"], "modules_to_save": ["norm"]},
     },
+    "hra": {
+        "every linear": {},
+        "Gram-Schmidt": {"apply_GS": True, "init_weights": False},
+        "odd rank": {"rank": 5, "init_weights": False},
+        "layers_to_transform": {"layers_to_transform": [1], "targets": ATTENTION},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+        "modules_to_save": {"targets": ["v_proj"], "modules_to_save": ["norm"]},
+    },
+    "delora": {
+        "every linear": {},
+        "patterns": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp.*": 5}},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+        "modules_to_save": {"targets": ["v_proj"], "modules_to_save": ["embed_tokens"]},
+    },
+    "gralora": {
+        "every linear": {},
+        "hybrid": {"hybrid_r": 3, "rank": 8, "gralora_k": 4},
+        "one block": {"gralora_k": 1},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+    },
+    "deft": {
+        "every linear": {},
+        "QR": {"decomposition_method": "qr", "alpha": None},
+        "projection alone": {"para": True},
+        "wider than the layer": {"rank": 40, "targets": ["k_proj"]},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+    },
+    "hira": {
+        "every linear": {},
+        "a pattern, which PEFT does not apply": {"rank_pattern": {"q_proj": 2}},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+        "modules_to_save": {"targets": ["v_proj"], "modules_to_save": ["norm"]},
+    },
+    "c3a": {
+        "every linear": {},
+        "patterns": {"block_size_pattern": {"q_proj": 32, "mlp.up_proj": 64}},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+    },
+    "fourierft": {
+        "every linear": {},
+        "patterns": {"n_frequency_pattern": {"q_proj": 32, "mlp.up_proj": 4096}},
+        "another seed": {"random_loc_seed": 3, "scaling": 300.0},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+    },
+    "randlora": {
+        "every linear": {},
+        "a rank that does not divide": {"rank": 7},
+        "sparse": {"sparse": True, "targets": ["down_proj", "k_proj"]},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+    },
     "beft": {
         "every linear": {},
         "lm_head": {"targets": ["lm_head", "v_proj"]},
@@ -117,26 +169,53 @@ def made(served: Server, path: Path, kind: str, **options: Any) -> Path:
     return make_adapter(path, served.directory, kind, **{**KINDS[kind], **options})
 
 
-@pytest.mark.parametrize(("kind", "variant"), CASES)
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])  # qwen3 has biases, llama has none
+PROMPTS = [random_tokens(n, seed=n) for n in (5, 17, 9, 3, 11)]
+Neighbour = tuple[LoweredAdapter | None, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def neighbours(
+    server: Servers, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], list[Neighbour]]:
+    """What stands before, between and after the adapter: a LoRA, the base, a DoRA."""
+
+    @cache
+    def make(architecture: str) -> list[Neighbour]:
+        directory, served = tmp_path_factory.mktemp("neighbours"), server(architecture)
+        lora = make_adapter(directory / "lora", served.directory, "lora", seed=1)
+        dora = make_adapter(directory / "dora", served.directory, "dora", seed=2)
+        return [
+            (d and served.lower(d), PeftOracle(served.directory, d).logits(PROMPTS[at]))
+            for at, d in ((0, lora), (2, None), (3, dora))
+        ]
+
+    return make
+
+
+# qwen3 has biases, llama has none
+@pytest.mark.parametrize(
+    ("architecture", "kind", "variant"),
+    [("qwen3", *case) for case in CASES]
+    + [("llama", kind, next(iter(VARIANTS[kind]))) for kind in VARIANTS],
+)
 def test_equals_peft_alone_in_a_mixed_batch(
-    architecture: str, kind: str, variant: str, server: Servers, tmp_path: Path
+    architecture: str,
+    kind: str,
+    variant: str,
+    server: Servers,
+    neighbours: Callable[[str], list[Neighbour]],
+    tmp_path: Path,
 ) -> None:
-    served = server(architecture)
+    served, (lora, base, dora) = server(architecture), neighbours(architecture)
     adapter = make_adapter(tmp_path / "a", served.directory, kind, **VARIANTS[kind][variant])
-    lora = make_adapter(tmp_path / "lora", served.directory, "lora", seed=1)
-    dora = make_adapter(tmp_path / "dora", served.directory, "dora", seed=2)
-    directories = [lora, adapter, None, dora, adapter]
-    lowered = {d: served.lower(d) for d in (lora, adapter, dora)}
-    prompts = [random_tokens(n, seed=n) for n in (5, 17, 9, 3, 11)]
-    got = served.run(
-        [(p, lowered[d] if d else None) for p, d in zip(prompts, directories, strict=True)]
-    )
-    oracles = {d: PeftOracle(served.directory, d) for d in (lora, adapter, dora, None)}
-    for logits, prompt, directory in zip(got, prompts, directories, strict=True):
-        assert relative_error(logits, oracles[directory].logits(prompt)) < BOUND
-    base = PeftOracle(served.directory).logits(prompts[1])
-    assert relative_error(got[1], base) > 1e-2  # the adapter says something
+    lowered, oracle = served.lower(adapter), PeftOracle(served.directory, adapter)
+    batch = [lora[0], lowered, base[0], dora[0], lowered]
+    got = served.run(list(zip(PROMPTS, batch, strict=True)))
+    want = [lora[1], oracle.logits(PROMPTS[1]), base[1], dora[1], oracle.logits(PROMPTS[4])]
+    for logits, expected in zip(got, want, strict=True):
+        assert relative_error(logits, expected) < BOUND
+    alone = served.run([(PROMPTS[1], None)])[0]
+    assert relative_error(got[1], alone) > 1e-2  # the adapter says something
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES)
@@ -186,7 +265,7 @@ def flops(delta: Delta) -> int:
     return total + sum(vector.numel() for vector in vectors if vector is not None)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "vblora"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not RECIPES[kind].begins_random])
 def test_as_initialised_it_equals_the_base(kind: str, server: Servers, tmp_path: Path) -> None:
     served, tokens = server("qwen3"), random_tokens(20)
     adapter = made(served, tmp_path / "a", kind, zero=True)
