@@ -20,6 +20,11 @@ class Name(StrEnum):
     mini = "mini"
 
 
+class Precision(StrEnum):
+    exact = "exact"
+    fast = "fast"
+
+
 Which = Annotated[Name, typer.Argument(help="The embedded base.")]
 Where = Annotated[Path, typer.Option(help="The directory of the model.")]
 
@@ -55,8 +60,15 @@ def evaluate(
     name: Which,
     directory: Where = MINI,
     card: Annotated[bool, typer.Option(help="Write the model card too.")] = True,
+    precision: Annotated[
+        Precision, typer.Option(help="fast: measure instead what products in 8 bits change.")
+    ] = Precision.exact,
+    items: Annotated[int, typer.Option(min=1, help="With fast: held-out items of each sort.")] = 25,
 ) -> None:
     """Measure the base on held-out data, fp32 and NF4 side by side."""
+    if precision is Precision.fast:
+        _compare_precisions(directory, items)
+        return
     from base.mini import card as model_card
     from base.mini.evaluate import evaluate as measure
 
@@ -68,6 +80,30 @@ def evaluate(
     Console().print(table)
     if card:
         model_card.write(directory)
+
+
+def _compare_precisions(directory: Path, items: int) -> None:
+    """Print what `fast` moves; the status is 1 where that is too much for a default."""
+    from base.mini.evaluate import Size
+    from base.mini.precision import BOUND, compare
+
+    moved = compare(directory, Size(items, 2 * items, items))
+    table = Table("held out", "exact", "fast", "movement", title="precision")
+    for group, rows in moved.exact.items():
+        for row, value in rows.items():
+            change = f"{100 * moved.of(group, row):+.2f} %"
+            table.add_row(
+                f"{group}: {row}", f"{value:.4f}", f"{moved.fast[group][row]:.4f}", change
+            )
+    console = Console()
+    console.print(table)
+    errors = ", ".join(f"{name} {100 * error:.2f} %" for name, error in moved.layers.items())
+    console.print(f"error of a layer's result: {errors}")
+    figures = ", ".join(f"{name} {100 * value:+.2f} %" for name, value in moved.summary.items())
+    verdict = "within" if moved.within_bound else "beyond"
+    console.print(f"moved: {figures}: {verdict} the {100 * BOUND} % that a default may cost")
+    if not moved.within_bound:
+        raise typer.Exit(1)
 
 
 @app.command()

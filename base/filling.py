@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from base import heap
 from base.checkpoint import Checkpoint
 from base.errors import UnservableBase
-from base.kernels import NF4Weight
+from base.kernels import NF4Weight, Precision, with_precision
 from base.nf4 import NF4Linear
 from base.prequantized import PrequantizedParts
 
@@ -30,6 +30,7 @@ class Filling:
         device: torch.device,
         dtype: torch.dtype,
         double_quant: bool,
+        precision: Precision = "exact",
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
@@ -39,6 +40,7 @@ class Filling:
         self.device = device
         self.dtype = dtype
         self.double_quant = double_quant
+        self.precision = precision
         self.parts = PrequantizedParts(checkpoint)
         self.expected: dict[str, Tensor] = dict(model.state_dict())  # on the meta device
         self.filled: set[str] = set()
@@ -144,7 +146,8 @@ class Filling:
 
     def _swap(self, path: str, layer: nn.Module, weight: NF4Weight) -> None:
         """The bias goes along: filled already, or on the meta device until its turn comes."""
-        self.model.set_submodule(path, NF4Linear(weight, layer._parameters["bias"]))
+        laid_out = with_precision(weight, self.precision)
+        self.model.set_submodule(path, NF4Linear(laid_out, layer._parameters["bias"]))
 
 
 def _ignored(model: Any) -> re.Pattern[str]:

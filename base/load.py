@@ -17,6 +17,7 @@ from base.errors import UnservableBase
 from base.filling import Filling
 from base.fingerprint import default_cache_dir, fingerprint
 from base.hub import Source, locate
+from base.kernels import PanelWeight, Precision
 from base.machine import choose_dtype, inspect
 from base.nf4 import NF4Linear
 from base.prequantized import refuse_foreign_quantization
@@ -47,6 +48,13 @@ class Base:
     _embeddings: Mapping[str, nn.Embedding] = field(repr=False)
     _norms: Mapping[str, nn.Module] = field(repr=False)
 
+    @property
+    def precision(self) -> Precision:
+        """How its products over NF4 are computed: what was asked for, where it can be had."""
+        layers = self._linears.values()
+        fast = any(isinstance(layer.weight, PanelWeight) for layer in layers)
+        return "fast" if fast else "exact"
+
     def linear(self, path: str) -> NF4Linear | nn.Linear:
         """The linear layer at a module path. Raises KeyError where the base has none."""
         return self._linears[path]
@@ -66,6 +74,7 @@ def load_base(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     double_quant: bool = False,
+    precision: Precision = "exact",
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Base:
@@ -75,7 +84,9 @@ def load_base(
     the peak is the NF4 base and about one tensor. Only safetensors are read, and no Python of the
     checkpoint runs. There is no network unless `source` is a hub id. `cache_dir` keeps the hashes
     of big weight files (default: $NIBBLE_HOME, else ~/.cache/nibble). A checkpoint that is already
-    in bitsandbytes' NF4 stays as it is, whatever `double_quant` says.
+    in bitsandbytes' NF4 stays as it is, whatever `double_quant` says. `precision` "fast" lays the
+    weights out for products in 8 bits, for a CPU with the C library; anywhere else it changes
+    nothing, and `Base.precision` says so.
     Raises UnservableBase, with the reason.
     """
     found = locate(str(source), revision)
@@ -87,7 +98,7 @@ def load_base(
     compute = _dtype(dtype, where)
     checkpoint = Checkpoint(found.directory)
     model = empty_model(config_json, compute)
-    Filling(model, checkpoint, where, compute, double_quant).run()
+    Filling(model, checkpoint, where, compute, double_quant, precision).run()
     model.to(where)
     attention = probe_attention(model, where)
     heap.trim()

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from base.kernels import NF4Weight, nf4_linear
+from base.kernels import Weight, nf4_linear
 
 _TILE_WEIGHTS = 1 << 22  # weights that are dequantised at a time: 16 MiB in float32
 
@@ -17,13 +17,14 @@ class NF4Linear(nn.Module):
     """y = x Wᵀ + b with a frozen W [out, in] in NF4: x [..., in] -> y [..., out].
 
     Differentiable with respect to x (and to a bias that asks for it); W has no gradient, and
-    neither pass keeps a float copy of it. `weight` is no Parameter: casting the module, as in
+    neither pass keeps a float copy of it. The layout of `weight` decides the precision of the
+    forward product (`base.kernels.with_precision`). It is no Parameter: casting the module, as in
     `module.to(torch.bfloat16)`, leaves its scales in float32, and only moves follow.
     """
 
-    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight: Weight = weight
         self.bias: nn.Parameter | None
         self.register_parameter(
             "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -66,7 +67,7 @@ class NF4Linear(nn.Module):
         return self
 
 
-def _row_square_norms(weight: NF4Weight) -> Tensor:
+def _row_square_norms(weight: Weight) -> Tensor:
     out, width = weight.shape
     rows = max(1, _TILE_WEIGHTS // width)
     tiles = (weight.dequantize_rows(i, min(i + rows, out)) for i in range(0, out, rows))

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from service.engine.config import EngineConfig
     from service.engine.request import AdapterRef
 
+NO_FAST = "products in 8 bits need a CPU, the C library, and rows that are multiples of 64"
 UPLOADS_AT_ONCE = 4
 SLOW_AT_ONCE = 8
 QUICK_AT_ONCE = 16  # look-ups and long prompts; the default would be six threads on two cores
@@ -164,8 +165,11 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         device=settings.device,
         dtype=settings.dtype,
         double_quant=settings.double_quant,
+        precision=settings.precision,
         revision=settings.revision,
     )
+    if base.precision != settings.precision:
+        logger.info("precision", asked=settings.precision, serving=base.precision, why=NO_FAST)
     if base.tokenizer is None:
         raise UnservableBase(f"{settings.base} has no tokenizer, so it cannot read a prompt")
     limits = Limits(max_weights_bytes=settings.max_upload_bytes, max_rank=settings.max_rank)
@@ -206,6 +210,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         spec=base.spec,
         dtype=dtype,
         device=base.device.type,
+        precision=base.precision,
         assembly=Assembly(base.tokenizer, engine.max_model_len),
         store=store,
         engine=engine,

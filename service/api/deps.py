@@ -76,6 +76,7 @@ class Serving:
     spec: BaseSpec
     dtype: str
     device: str
+    precision: str  # of the products over NF4: exact or fast
     assembly: Assembly
     store: AdapterStore
     engine: GenerationEngine

@@ -58,6 +58,7 @@ class Info(Outgoing):
     router: str
     base: BaseView
     kernels: str
+    precision: str
 
 
 class TokenizeBody(Incoming):
@@ -136,6 +137,7 @@ async def info(desk: DeskDep, serving: ServingDep) -> JSONResponse:
             "positions": spec.max_positions,
         },
         "kernels": native_status(),
+        "precision": serving.precision,
     }
     return JSONResponse(body)
 

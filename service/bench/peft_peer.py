@@ -127,7 +127,8 @@ def _linear4bit(linear: NF4Linear, dtype: torch.dtype) -> Any:
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState, get_4bit_type
 
-    weight: NF4Weight = linear.weight
+    weight = linear.weight
+    assert isinstance(weight, NF4Weight)
     assert not weight.is_nested
     layer = bnb.nn.Linear4bit(
         linear.in_features,

@@ -12,7 +12,7 @@ from base.machine import ARITHMETIC, Fit, Machine, choose_dtype, fits, inspect
 from service.commands.installation import shadowed, versions
 from service.commands.output import print_json, print_table
 from service.commands.server import Json
-from service.config import GIB, MIB
+from service.config import GIB, MIB, Settings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -26,7 +26,7 @@ def run(
 
     Ends with status 1 when something here would keep nibble from working.
     """
-    from base.kernels import native_status  # imports torch
+    from base.kernels import fast_status, native_status  # imports torch
 
     machine = inspect()
     dtype, why = choose_dtype(machine, device)
@@ -37,17 +37,27 @@ def run(
                 "machine": asdict(machine),
                 "dtype": {"name": dtype, "why": why},
                 "kernels": native_status(),
+                "precision": {"default": _default_precision(), "fast": fast_status()},
                 "fits": [_as_json(fit) for fit in fits(machine)],
                 "versions": versions(),
                 "problem": problem,
             }
         )
     else:
-        _print_machine(machine, {"dtype": f"{dtype}: {why}", "CPU kernels": native_status()})
+        computed = {
+            "dtype": f"{dtype}: {why}",
+            "CPU kernels": native_status(),
+            "precision": f"{_default_precision()} unless --precision; fast: {fast_status()}",
+        }
+        _print_machine(machine, computed)
         _print_fits(machine)
         typer.echo(f"\n{'problem: ' + problem if problem else 'nothing stands in the way'}")
     if problem:
         raise typer.Exit(1)
+
+
+def _default_precision() -> str:
+    return str(Settings.model_fields["precision"].default)
 
 
 def _print_machine(machine: Machine, more: Mapping[str, str]) -> None:

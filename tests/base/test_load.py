@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from base.errors import UnservableBase
+from base.kernels import fast_status
 from base.load import Base, load_base
 from base.nf4 import NF4Linear
 from tests.base.tiny import CONFIGS, SIZES, save_tiny, save_tokenizer
@@ -298,3 +299,28 @@ def rewrite(directory: Path, change: Any) -> None:
 
 def without(tensors: dict[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in tensors.items() if k != key}
+
+
+def test_fast_precision_lays_out_what_it_can(directory: Path, cache: Path) -> None:
+    save_tiny(CONFIGS["qwen3"], directory)
+    exact = load_base(directory, device="cpu", cache_dir=cache)
+    fast = load_base(directory, device="cpu", precision="fast", cache_dir=cache)
+    assert exact.precision == "exact"
+    assert fast.precision == ("exact" if fast_status().startswith("exact") else "fast")
+    assert fast.spec == exact.spec
+    for path in quantised(exact):
+        assert torch.equal(
+            nf4_linear(fast, path).weight.dequantize(), nf4_linear(exact, path).weight.dequantize()
+        )
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        wanted, got = (base.model(input_ids=ids).logits for base in (exact, fast))
+    assert (got - wanted).norm() <= 0.05 * wanted.norm()
+
+
+def test_rows_that_no_panel_can_hold_stay_exact(directory: Path, cache: Path) -> None:
+    config = LlamaConfig(**{**SIZES, "hidden_size": 72, "head_dim": 18, "intermediate_size": 100})
+    save_tiny(config, directory)
+    base = load_base(directory, device="cpu", precision="fast", cache_dir=cache)
+    assert base.precision == "exact"
+    assert_equal_to_transformers(base, directory)

@@ -82,6 +82,7 @@ def settings(
 ) -> Settings:
     return Settings(
         base=str(base_directory),
+        precision="exact",
         home=tmp_path_factory.mktemp("home"),
         adapters=adapter_directory,
         port=0,

@@ -22,6 +22,7 @@ def test_info(client: httpx.Client, server: Running) -> None:
     assert info.base.fingerprint == serving.spec.fingerprint
     assert info.max_total_tokens == info.max_input_tokens + 1 == 1024
     assert (info.model_dtype, info.model_device_type) == ("float32", "cpu")
+    assert info.precision == serving.precision
 
 
 def test_tokenize_says_where(client: httpx.Client, server: Running) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from base.kernels import native_status
+from base.kernels import fast_status, native_status
 from base.machine import SIZES, choose_dtype, inspect
 from service.commands import doctor
+from service.config import Settings
 
 
 def test_json_holds_machine_choice_and_fits() -> None:
@@ -19,6 +21,10 @@ def test_json_holds_machine_choice_and_fits() -> None:
     assert found["machine"]["cores"] == inspect().cores
     assert tuple(found["dtype"].values()) == choose_dtype(inspect())
     assert found["kernels"] == native_status()
+    assert found["precision"] == {
+        "default": Settings(home=Path("/nowhere")).precision,
+        "fast": fast_status(),
+    }
     assert [fit["size"] for fit in found["fits"]] == [size.label for size in SIZES]
     for fit in found["fits"]:
         for use in ("serving", "training"):

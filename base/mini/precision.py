@@ -1,0 +1,89 @@
+"""What the fast precision changes on the embedded base: each layer, perplexity, answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from base.load import Base, load_base
+from base.mini import held_out
+from base.mini.evaluate import SEED, Size, Table, measure
+from base.mini.packing import encode
+from base.nf4 import NF4Linear
+
+BOUND = 0.005  # what may move for `fast` to be the default: perplexity and shares of answers
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Both precisions on the same held-out items."""
+
+    exact: Table
+    fast: Table
+    layers: dict[str, float]  # |y_fast - y_exact| / |y_exact| for the same x, by kind of layer
+
+    def of(self, group: str, row: str) -> float:
+        """How far one figure moved: of a loss the change of its perplexity, by its share."""
+        before, after = self.exact[group][row], self.fast[group][row]
+        return math.exp(after - before) - 1 if group == "loss" else after - before
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """The figures that decide: over all texts, all tasks, all answers from context."""
+        losses = [self.of("loss", row) for row in self.exact["loss"]]
+        return {
+            "perplexity": sum(losses) / len(losses),
+            "tasks": self.of("tasks", "all"),
+            "context": self.of("context", "all"),
+        }
+
+    @property
+    def within_bound(self) -> bool:
+        return all(abs(value) < BOUND for value in self.summary.values())
+
+
+def compare(directory: Path, size: Size | None = None) -> Movement:
+    """Measure the base in `directory` in both precisions, on the CPU. Needs the C library."""
+    size = size or Size()
+    tok = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    fast = load_base(directory, device="cpu", dtype="float32", precision="fast")
+    if fast.precision != "fast":
+        raise RuntimeError("the fast precision needs the C library: python -m base.kernels.build")
+    exact = load_base(directory, device="cpu", dtype="float32")
+    return Movement(
+        measure(exact.model, tok, size), measure(fast.model, tok, size), layer_errors(fast, tok)
+    )
+
+
+@torch.inference_mode()
+def layer_errors(base: Base, tok: Tokenizer, items: int = 12) -> dict[str, float]:
+    """The error of each kind of layer (q_proj, down_proj, ...) over some questions, pooled."""
+    wrong: dict[str, float] = {}
+    whole: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+            assert isinstance(layer, NF4Linear)
+            right = nn.functional.linear(inputs[0], layer.weight.dequantize(), layer.bias)
+            wrong[name] = wrong.get(name, 0.0) + float((y - right).square().sum())
+            whole[name] = whole.get(name, 0.0) + float(right.square().sum())
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(watch(path.rpartition(".")[2]))
+        for path, module in base.model.named_modules()
+        if isinstance(module, NF4Linear)
+    ]
+    documents = [item.document for item in held_out.context_items(SEED, items // 6)]
+    for ids, _ in encode(tok, documents):
+        base.model(input_ids=torch.tensor([ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: math.sqrt(wrong[name] / whole[name]) for name in sorted(wrong)}
