@@ -3,16 +3,74 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from adapters.delta import Delta, LoweredAdapter
+from base.fused import Adapters
+from base.kernels import PLACES, AdapterTable, Spans
 
 from .segments import Segments
 
 _KEPT_STEPS = 16  # segmentations whose plans are kept: decode steps come back to the same ones
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Held:
+    """One adapter in the forms that steps want it, made once: what stays while it is resident."""
+
+    adapter: LoweredAdapter
+    parts: Mapping[str, Any]  # module path -> what its layer's `prepare` made
+    reads: frozenset[str]  # keys of norms that keep their input for it
+    table: AdapterTable | None  # its part of the fused layers
+    apart: frozenset[int]  # fused layers whose tables cannot say all of it
+
+
+class StepPlans(Mapping[str, Any]):
+    """Module path -> plan, for one segmentation of rows. A plan is made when it is asked for: in
+    fused layers nobody asks."""
+
+    def __init__(
+        self, layers: Mapping[str, AdaptedLayer], segments: Segments, owners: Sequence[_Held | None]
+    ) -> None:
+        self._layers = layers
+        self._segments = segments  # kept alive: the key that these plans are found by holds ids
+        self._owned = [(s, held) for s, held in zip(segments, owners, strict=True) if held]
+        self._reads = frozenset(key for _, held in self._owned for key in held.reads)
+        self._made: dict[str, Any] = {}
+        self.owners = {id(held.adapter) for _, held in self._owned}
+        tables = [(s.start, s.stop, held.table) for s, held in self._owned if held.table]
+        apart = frozenset(index for _, held in self._owned for index in held.apart)
+        self.adapters = Adapters(Spans([(a, b, t) for a, b, t in tables]), apart)
+
+    def get(self, path: str, default: Any = None) -> Any:
+        try:
+            plan = self._made[path]
+        except KeyError:
+            plan = self._made[path] = self._plan(path)
+        return default if plan is None else plan
+
+    def __getitem__(self, path: str) -> Any:
+        plan = self.get(path)
+        if plan is None:
+            raise KeyError(path)
+        return plan
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._reads or any(path in held.parts for _, held in self._owned)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(path for _, held in self._owned for path in held.parts))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _plan(self, path: str) -> Any:
+        parts = [(s.start, s.stop, h.parts[path]) for s, h in self._owned if path in h.parts]
+        return self._layers[path].plan(parts, self._segments.rows) if parts else None
 
 
 class OperatorContext:
@@ -27,12 +85,14 @@ class OperatorContext:
     def __init__(self) -> None:
         self.layers: dict[str, AdaptedLayer] = {}
         self.head: str | None = None  # path of the output head, whose rows are `logit_segments`
-        self.plans: dict[str, Any] = {}  # module path -> plan of the running step
+        self.places: Mapping[str, int] = {}  # path -> place in the tables of fused layers
+        self.plans: Mapping[str, Any] = {}  # module path -> plan of the running step
         self.inputs: dict[str, Tensor] = {}  # path of a norm -> its input, until a layer takes it
+        self.adapters = Adapters(Spans())  # of the running step, for fused layers
         self._segments = Segments()
         self._logit_segments = Segments()
-        self._kept: OrderedDict[Any, tuple[Segments, dict[str, Any]]] = OrderedDict()
-        self._terms: dict[int, tuple[LoweredAdapter, dict[str, Any]]] = {}
+        self._kept: OrderedDict[Any, StepPlans] = OrderedDict()
+        self._held: dict[int, _Held] = {}
 
     @property
     def segments(self) -> Segments:
@@ -54,51 +114,42 @@ class OperatorContext:
 
     def forget(self, digest: str) -> None:
         """Drop everything kept for an adapter; it must not be in the running step."""
-        held = {key for key, (adapter, _) in self._terms.items() if adapter.digest == digest}
-        for key in held:
-            del self._terms[key]
-        for kept in [k for k in self._kept if held & {owner for _, owner in k[1]}]:
+        gone = {key for key, held in self._held.items() if held.adapter.digest == digest}
+        for key in gone:
+            del self._held[key]
+        for kept in [k for k, plans in self._kept.items() if gone & plans.owners]:
             del self._kept[kept]
         for name in ("_segments", "_logit_segments"):
             if any(s.adapter and s.adapter.digest == digest for s in getattr(self, name)):
                 setattr(self, name, Segments())
-                self.plans = {}
+                self.plans, self.adapters = {}, Adapters(Spans())
 
     def _select(self) -> None:
-        plans = self._planned("tokens", self._segments)
-        head = self._planned("logits", self._logit_segments)
-        self.plans = {**plans, **head} if head else plans
+        tokens, logits = self._planned(self._segments), self._planned(self._logit_segments)
+        self.adapters = Adapters(Spans()) if tokens is None else tokens.adapters
+        at_head = None if logits is None or self.head is None else logits.get(self.head)
+        if tokens is None:
+            self.plans = {} if at_head is None else {str(self.head): at_head}
+        elif self.head is None:
+            self.plans = tokens
+        else:
+            self.plans = _WithHead(tokens, self.head, at_head)
 
-    def _planned(self, which: str, segments: Segments) -> dict[str, Any]:
+    def _planned(self, segments: Segments) -> StepPlans | None:
         if segments.plain:
-            return {}
-        key = (which, segments.key)
-        kept = self._kept.get(key)
+            return None
+        kept = self._kept.get(segments.key)
         if kept is None:
-            kept = self._kept[key] = (segments, self._plan(which, segments))
+            owners = [None if s.adapter is None else self._prepared(s.adapter) for s in segments]
+            kept = self._kept[segments.key] = StepPlans(self.layers, segments, owners)
             if len(self._kept) > _KEPT_STEPS:
                 self._kept.popitem(last=False)
         else:
-            self._kept.move_to_end(key)
-        return kept[1]
+            self._kept.move_to_end(segments.key)
+        return kept
 
-    def _plan(self, which: str, segments: Segments) -> dict[str, Any]:
-        parts: dict[str, list[tuple[int, int, Any]]] = {}
-        for segment in segments:
-            if segment.adapter is None:
-                continue
-            for path, part in self._prepared(segment.adapter).items():
-                if (path == self.head) == (which == "logits"):
-                    parts.setdefault(path, []).append((segment.start, segment.stop, part))
-        plans = {
-            path: self.layers[path].plan(found, segments.rows) for path, found in parts.items()
-        }
-        read = [norm for path, plan in plans.items() for norm in self.layers[path].reads(plan)]
-        return {**plans, **dict.fromkeys(map(kept_input, read), True)}
-
-    def _prepared(self, adapter: LoweredAdapter) -> dict[str, Any]:
-        """The adapter's deltas in the form its layers want them, made once."""
-        held = self._terms.get(id(adapter))
+    def _prepared(self, adapter: LoweredAdapter) -> _Held:
+        held = self._held.get(id(adapter))
         if held is None:
             missing = sorted(adapter.deltas.keys() - self.layers.keys())
             if missing:
@@ -106,9 +157,48 @@ class OperatorContext:
                     f"adapter {adapter.digest[:12]} has a delta for {missing[0]}, "
                     "which the operator does not wrap"
                 )
-            prepared = {p: self.layers[p].prepare(delta) for p, delta in adapter.deltas.items()}
-            held = self._terms[id(adapter)] = (adapter, prepared)
-        return held[1]
+            parts = {p: self.layers[p].prepare(delta) for p, delta in adapter.deltas.items()}
+            held = self._held[id(adapter)] = self._hold(adapter, parts)
+        return held
+
+    def _hold(self, adapter: LoweredAdapter, parts: Mapping[str, Any]) -> _Held:
+        reads = {n for p, part in parts.items() for n in self.layers[p].reads_of(part)}
+        apart = {self.places[norm] // PLACES for norm in reads if norm in self.places}
+        if not self.places:
+            return _Held(adapter, parts, frozenset(map(kept_input, reads)), None, frozenset())
+        table = AdapterTable(1 + max(self.places.values()))
+        for path in parts.keys() & self.places.keys():
+            place = self.places[path]
+            if not self.layers[path].put(parts[path], table, place):
+                apart.add(place // PLACES)
+        return _Held(adapter, parts, frozenset(map(kept_input, reads)), table, frozenset(apart))
+
+
+class _WithHead(Mapping[str, Any]):
+    """The plans of a step's tokens, but the output head has its own: other rows reach it."""
+
+    def __init__(self, tokens: StepPlans, head: str, at_head: Any) -> None:
+        self._tokens, self._head, self._at_head = tokens, head, at_head
+
+    def get(self, path: str, default: Any = None) -> Any:
+        if path != self._head:
+            return self._tokens.get(path, default)
+        return default if self._at_head is None else self._at_head
+
+    def __getitem__(self, path: str) -> Any:
+        plan = self.get(path)
+        if plan is None:
+            raise KeyError(path)
+        return plan
+
+    def __contains__(self, path: object) -> bool:
+        return self._at_head is not None if path == self._head else path in self._tokens
+
+    def __iter__(self) -> Iterator[str]:
+        return (path for path in {**dict.fromkeys(self._tokens), self._head: 0} if path in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def kept_input(path: str) -> str:
@@ -118,6 +208,8 @@ def kept_input(path: str) -> str:
 
 class AdaptedLayer(nn.Module):
     """A wrapped layer of the base: `inner` for the rows of no adapter, a plan for the others."""
+
+    in_tables = True  # what this wrapper adds is in the tables of fused layers, or they are told
 
     def __init__(self, path: str, inner: nn.Module, context: OperatorContext) -> None:
         super().__init__()
@@ -141,6 +233,16 @@ class AdaptedLayer(nn.Module):
         """The norms whose inputs this plan wants kept: they run before this layer."""
         del plan
         return ()
+
+    def reads_of(self, part: Any) -> Iterable[str]:
+        """The norms whose inputs one adapter's part wants kept."""
+        return self.reads(self.plan([(0, 1, part)], 1))
+
+    def put(self, part: Any, table: AdapterTable, place: int) -> bool:
+        """Write what `prepare` made to the adapter's table of the fused layers; False where a
+        table cannot say it, so that this layer must be called itself."""
+        del part, table, place
+        return False
 
     def wrong(self, delta: Delta) -> TypeError:
         return TypeError(f"{self.path} is no place for a {type(delta).__name__}")

@@ -13,7 +13,7 @@ from torch.nn import functional
 from adapters.delta import Bottleneck, Delta, LinearDelta, PrivateLinear, PrivateRows
 from adapters.maps import Scale, Shift
 from base import kernels
-from base.kernels import LowRankPlan, NF4Weight
+from base.kernels import AdapterTable, LowRankPlan, NF4Weight
 
 from .bottleneck import add_bottleneck
 from .layer import AdaptedLayer
@@ -146,6 +146,12 @@ class AdaptedLinear(AdaptedLayer):
             terms.append(kernels.LowRank(last.a, last.b, last.d, _float(delta.g), bias))
         scale = () if delta.p is None else (Scale(delta.p),)
         return _Terms(tuple(terms), (*scale, *delta.blocks), tuple(beside), after)
+
+    def put(self, part: Any, table: AdapterTable, place: int) -> bool:
+        if not isinstance(part, _Terms) or part.before or part.beside or part.after:
+            return False
+        table.put_terms(place, part.low_rank)
+        return True
 
     def _bias_beyond(self, delta: LinearDelta) -> Tensor | None:
         """What is left to add once the base's b is in y: b_eff - Q (g ⊙ b).

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from adapters.delta import Delta, PrivateNorm
+from base.kernels import AdapterTable
 
 from .layer import AdaptedLayer, kept_input
 
@@ -25,6 +29,14 @@ class AdaptedNorm(AdaptedLayer):
             own = {"weight": weight}
             y[:, start:stop] = torch.func.functional_call(self.inner, own, (x[:, start:stop],))
         return y
+
+    def put(self, part: Any, table: AdapterTable, place: int) -> bool:
+        table.put_norm(place, part)
+        return True
+
+    def reads_of(self, part: Any) -> Iterable[str]:
+        del part
+        return ()
 
     def prepare(self, delta: Delta) -> Tensor:
         if not isinstance(delta, PrivateNorm):

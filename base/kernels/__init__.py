@@ -16,20 +16,33 @@ import torch
 from torch import Tensor
 
 from . import cuda, native, reference
+from .decoder import PLACES, AdapterTable, DecoderHalves, LayerRecord, Room, Spans, StepRecord
+from .decoder import Linear as LinearPlace
+from .decoder import Norm as NormPlace
 from .lowrank import LowRank, LowRankPlan, Segment
 from .panels import PanelWeight, can_pack
 from .steps import Steps
 from .weight import NF4Weight
 
 __all__ = [
+    "PLACES",
+    "AdapterTable",
+    "DecoderHalves",
+    "LayerRecord",
+    "LinearPlace",
     "LowRank",
     "LowRankPlan",
     "NF4Weight",
+    "NormPlace",
     "PanelWeight",
     "Precision",
+    "Room",
     "Segment",
+    "Spans",
+    "StepRecord",
     "Steps",
     "Weight",
+    "decoder_halves",
     "dense_linear",
     "fast_status",
     "linears",
@@ -152,6 +165,11 @@ class _NF4Product(torch.autograd.Function):
 def steps() -> Steps | None:
     """The C functions beside the products, for float32 on the CPU; None where torch serves."""
     return None if _native is None else _native.steps
+
+
+def decoder_halves() -> DecoderHalves | None:
+    """Half a decoder layer in one call, for float32 on the CPU; None where torch serves."""
+    return None if _native is None else _native.halves
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

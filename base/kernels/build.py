@@ -71,7 +71,8 @@ def _compile(target: Path) -> None:
 
 def _units() -> dict[str, list[str]]:
     """Source files by name, each with the instruction sets it may use."""
-    units: dict[str, list[str]] = {"portable": [], "fast_portable": [], "dispatch": [], "pool": []}
+    names = ("portable", "fast_portable", "dispatch", "decoder", "pool")
+    units: dict[str, list[str]] = {name: [] for name in names}
     if platform.machine().lower() in ("x86_64", "amd64"):
         units |= {"avx2": _AVX2, "avx512": _AVX512, "fast_avx2": _AVX2, "fast_vnni": _VNNI}
     return units

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .decoder import DecoderHalves
 from .lowrank import LowRankPlan
 from .panels import PanelWeight
 from .steps import Steps
@@ -60,6 +61,7 @@ class Native:
         self._fast_linear = library.nibble_fast_linear
         self._fast_linear.argtypes = [ctypes.c_char_p, _I64, _PTR, _I64, _I64, ctypes.c_int]
         self.steps = Steps(library)
+        self.halves = DecoderHalves(library)
         self.isa = self.select(os.environ.get("NIBBLE_ISA"))
 
     def select(self, name: str | None = None) -> str:

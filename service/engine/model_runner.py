@@ -8,6 +8,7 @@ import torch
 
 from adapters.delta import LoweredAdapter
 from adapters.operator import Segments, install
+from base.fused import fuse
 from base.load import Base
 from service.engine import attention
 from service.engine.attention import KVCache
@@ -24,7 +25,10 @@ class ModelRunner:
         self.base = base
         self.cache = KVCache(base.spec, blocks, block_size, base.dtype, base.device)
         base.model.set_attn_implementation(attention.NAME)
+        self._decoder = fuse(base.model)
         self._operator = install(base.model, base.spec)
+        if self._decoder is not None:
+            self._operator.places = self._decoder.places
 
     @torch.inference_mode()
     def run(self, batch: Batch, adapters: Resident) -> torch.Tensor:
@@ -38,17 +42,24 @@ class ModelRunner:
         )
         self._operator.logit_segments = Segments.of((1, owners[i]) for i in batch.logit_chunks)
         with attention.step(batch, self.cache) as step:
-            logits: torch.Tensor = self.base.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                logits_to_keep=batch.logit_rows,
-            ).logits[0]
+            logits = self._forward(batch)
         if len(step.layers) != self.base.spec.num_layers:
             raise RuntimeError(
                 f"{len(step.layers)} of {self.base.spec.num_layers} layers used the paged attention"
             )
         return logits.float()
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        if self._decoder is not None:
+            self._decoder.step.adapters = self._operator.adapters
+            return self._decoder(batch.input_ids, batch.position_ids, batch.logit_rows)
+        logits: torch.Tensor = self.base.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=batch.logit_rows,
+        ).logits[0]
+        return logits
 
     def forget(self, digest: str) -> None:
         """Nothing of this adapter is needed any more: drop the plans that hold its tensors."""

@@ -1,11 +1,10 @@
 /* The exported functions: picks the instruction set once, owns the workspace, bounds the threads. */
+#include "dispatch.h"
 #include "kernels.h"
 #include "pool.h"
 
 #include <stdlib.h>
 #include <string.h>
-
-#define EXPORT __attribute__((visibility("default")))
 
 /* Multiply-adds that pay for waking one more thread. */
 #define WORK_PER_THREAD 32768

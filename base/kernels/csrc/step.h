@@ -3,6 +3,7 @@
  * Every function works on rows, or on single values, and does the same operations wherever a value
  * stands: the last ones of a width that is no multiple of VL go through the vector code too.
  */
+#include "dispatch.h"
 #include "kernels.h"
 #include "pool.h"
 #include "simd.h"
@@ -117,9 +118,6 @@ INLINE vf sigmoid_(vf x) {
 INLINE vf gelu_(vf x) {
     return x * sigmoid_(splat(1.5957691216057308f) * (x + splat(0.044715f) * (x * x * x)));
 }
-
-/* What is done to each value. */
-enum { GATE_SILU = 0, GATE_GELU = 1, EACH_SOFTCAP = 2, EACH_ADD = 3 };
 
 typedef struct {
     const float *a, *b;

@@ -1,0 +1,122 @@
+/* The two halves of a decoder layer around its attention, each as one call, for adapters that are
+ * low-rank terms and norms alone. Python has the same halves out of the same functions
+ * (base/fused), and takes them for every other adapter: the bits are the same.
+ *
+ * Each returns 0, or 1 when there is no memory for a workspace.
+ */
+#include "decoder.h"
+#include "dispatch.h"
+
+#include <stdlib.h>
+
+/* Grown, never shrunk, one for each calling thread. */
+static void *room(int64_t bytes) {
+    static _Thread_local void *memory = NULL;
+    static _Thread_local int64_t size = 0;
+    if (bytes > size) {
+        void *fresh = realloc(memory, (size_t)bytes);
+        if (!fresh) return NULL;
+        memory = fresh;
+        size = bytes;
+    }
+    return memory;
+}
+
+static int add_terms(const decoder_step *s, int64_t place, const float *x, int64_t in, float *y,
+                     int64_t out, int threads) {
+    int64_t count = 0, floats = 0;
+    for (int64_t i = 0; i < s->spans; i++) count += s->span[i].table[place].count;
+    if (!count) return 0;
+    lowrank_segment *segments = room(count * (int64_t)sizeof *segments), *next = segments;
+    if (!segments) return 1;
+    for (int64_t i = 0; i < s->spans; i++) {
+        const adapter_place *own = s->span[i].table + place;
+        const lowrank_segment *terms = own->terms;
+        for (int64_t j = 0; j < own->count; j++, next++) {
+            *next = terms[j];
+            next->start = s->span[i].start;
+            next->stop = s->span[i].stop;
+            floats += (next->stop - next->start) * next->rank;
+        }
+    }
+    return nibble_lowrank_add(segments, count, x, in, y, out, floats, threads);
+}
+
+/* Linears `first` to first + count - 1, all of x, each to its y. Those in panels are one product:
+ * x is rounded once for them. */
+static int linears(const decoder_layer *l, const decoder_step *s, int first, int count,
+                   const float *x, float *const *y, int threads) {
+    fast_product products[LINEARS];
+    int fast = 0;
+    for (int i = 0; i < count; i++) {
+        const decoder_linear *w = l->linear + first + i;
+        if (!w->exact)
+            products[fast++] = (fast_product){w->panels, w->bias, y[i], w->out, w->bits};
+        else if (nibble_nf4_linear(w->exact, x, s->tokens, w->bias, y[i], threads))
+            return 1;
+    }
+    if (fast && nibble_fast_linear(products, fast, x, l->linear[first].in, s->tokens, threads))
+        return 1;
+    for (int i = 0; i < count; i++) {
+        const decoder_linear *w = l->linear + first + i;
+        if (add_terms(s, l->first_place + first + i, x, w->in, y[i], w->out, threads)) return 1;
+    }
+    return 0;
+}
+
+/* y = norm(x), or sum = x + add and y = norm(sum); `heads` rows of `width` for each token. */
+static int norm(const decoder_layer *l, const decoder_step *s, int which, const float *x,
+                const float *add, float *sum, float *y, int64_t heads, int64_t width,
+                int threads) {
+    const int64_t place = l->first_place + LINEARS + which;
+    norm_call call = {.x = x, .add = add, .weight = l->norm[which], .sum = sum, .y = y,
+                      .rows = s->tokens * heads, .width = width, .each = heads, .eps = l->eps,
+                      .shift = l->shift};
+    norm_owner *own = room(s->spans * (int64_t)sizeof *own + 1);
+    if (!own) return 1;
+    for (int64_t i = 0; i < s->spans; i++)
+        if (s->span[i].table[place].norm)
+            own[call.owners++] = (norm_owner){s->span[i].start, s->span[i].stop,
+                                              s->span[i].table[place].norm};
+    call.own = own;
+    nibble_norm(&call, threads);
+    return 0;
+}
+
+/* From the residual stream h [tokens, hidden] to q [tokens, heads, dim], k, v [.., kv_heads, ..],
+ * normalised and rotated. */
+EXPORT int nibble_decoder_open(const decoder_layer *l, const decoder_step *s, const float *h,
+                               float *q, float *k, float *v, int threads) {
+    float *const qkv[] = {q, k, v};
+    if (norm(l, s, NORM_INPUT, h, NULL, NULL, s->normed, 1, l->hidden, threads) ||
+        linears(l, s, LINEAR_Q, 3, s->normed, qkv, threads))
+        return 1;
+    if (l->norm[NORM_Q] && norm(l, s, NORM_Q, q, NULL, NULL, q, l->heads, l->dim, threads))
+        return 1;
+    if (l->norm[NORM_K] && norm(l, s, NORM_K, k, NULL, NULL, k, l->kv_heads, l->dim, threads))
+        return 1;
+    nibble_rotary(q, s->cos, s->sin, s->tokens, l->heads, l->dim, threads);
+    nibble_rotary(k, s->cos, s->sin, s->tokens, l->kv_heads, l->dim, threads);
+    return 0;
+}
+
+/* From what attention gave, [tokens, heads, dim], to the next residual stream `to`; h stays. */
+EXPORT int nibble_decoder_close(const decoder_layer *l, const decoder_step *s, const float *h,
+                                const float *attended, float *to, int threads) {
+    const int64_t width = l->hidden;
+    float *const out[] = {s->out}, *const gate_up[] = {s->gate, s->up};
+    if (linears(l, s, LINEAR_O, 1, attended, out, threads)) return 1;
+    if (l->norm[NORM_AFTER_ATTENTION] &&
+        norm(l, s, NORM_AFTER_ATTENTION, s->out, NULL, NULL, s->out, 1, width, threads))
+        return 1;
+    if (norm(l, s, NORM_BEFORE_MLP, h, s->out, to, s->normed, 1, width, threads) ||
+        linears(l, s, LINEAR_GATE, 2, s->normed, gate_up, threads))
+        return 1;
+    nibble_each((int)l->gate, s->gate, s->up, 0.0f, s->gate, s->tokens * l->inner, threads);
+    if (linears(l, s, LINEAR_DOWN, 1, s->gate, out, threads)) return 1;
+    if (l->norm[NORM_AFTER_MLP] &&
+        norm(l, s, NORM_AFTER_MLP, s->out, NULL, NULL, s->out, 1, width, threads))
+        return 1;
+    nibble_each(EACH_ADD, to, s->out, 0.0f, to, s->tokens * width, threads);
+    return 0;
+}
