@@ -48,10 +48,11 @@ class Step:
         self._record = None
 
     def record(self, angles: tuple[Tensor, Tensor]) -> StepRecord:
-        """For cos and sin [T, dim]; made again only when another pair comes."""
+        """For cos and sin [.., T, dim]; made again only when another pair comes."""
         if self._record is None or self._angles is not angles:
             self._angles = angles
+            cos, sin = (t.contiguous() for t in angles)
             self._record = StepRecord(
-                *angles, self._adapters.spans, self._hidden, self._inner, self._room
+                cos, sin, self._adapters.spans, self._hidden, self._inner, self._room
             )
         return self._record

@@ -158,7 +158,7 @@ class StepRecord:
     def __init__(
         self, cos: Tensor, sin: Tensor, spans: Spans, hidden: int, inner: int, room: Room
     ) -> None:
-        self.tokens = int(cos.shape[0])
+        self.tokens = cos.numel() // cos.shape[-1]
         assert spans.tokens <= self.tokens, f"spans of {spans.tokens} in {self.tokens} tokens"
         self._kept = (cos, sin, spans)
         rows = room.of(self.tokens * 2 * (hidden + inner))
