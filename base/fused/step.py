@@ -37,6 +37,11 @@ class Step:
         self._record: StepRecord | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
 
+    def __deepcopy__(self, memo: object) -> Step:
+        """A copy of a fused module shares the step with it."""
+        del memo
+        return self
+
     @property
     def adapters(self) -> Adapters:
         return self._adapters
