@@ -38,6 +38,11 @@ class AdapterManifest:
     created: str = ""  # ISO 8601, UTC
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that stand before every prompt and take room in the context."""
+        return int(self.config.get("num_virtual_tokens") or 0)
+
     def to_json(self) -> str:
         return canonical_json(dataclasses.asdict(self))
 

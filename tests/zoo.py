@@ -32,7 +32,13 @@ class Specimen:
 
     def ref(self) -> AdapterRef:
         found = self.manifest
-        return AdapterRef(found.digest, found.name, found.placement, found.merged_dtype)
+        return AdapterRef(
+            found.digest,
+            found.name,
+            found.placement,
+            found.merged_dtype,
+            virtual_tokens=found.virtual_tokens,
+        )
 
 
 def specimen(directory: Path, base: Base, **fields: Any) -> Specimen:

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import copy
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters.delta import Delta, PrivateNorm
 from base.kernels import AdapterTable
 
-from .layer import AdaptedLayer, kept_input
+from .layer import AdaptedLayer, OperatorContext, kept_input
 
 
 class AdaptedNorm(AdaptedLayer):
     """A norm of the base, and the adapters' own scales: [1, T, ..., width] to the same shape."""
+
+    def __init__(self, path: str, inner: nn.Module, context: OperatorContext) -> None:
+        super().__init__(path, inner, context)
+        # `functional_call` puts the own scale into the module while it runs, and another thread
+        # may be running `inner`. In a tuple, so that it is no module of the model.
+        weight = inner.get_parameter("weight")
+        self._spare = (copy.deepcopy(inner, {id(weight): weight}),)
 
     def forward(self, x: Tensor) -> Tensor:
         plan = self.context.plans.get(self.path)
@@ -25,9 +34,10 @@ class AdaptedNorm(AdaptedLayer):
         if plan is None:
             return y
         y = y.clone()
+        (spare,) = self._spare
         for start, stop, weight in plan:
             own = {"weight": weight}
-            y[:, start:stop] = torch.func.functional_call(self.inner, own, (x[:, start:stop],))
+            y[:, start:stop] = torch.func.functional_call(spare, own, (x[:, start:stop],))
         return y
 
     def put(self, part: Any, table: AdapterTable, place: int) -> bool:

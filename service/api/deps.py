@@ -107,7 +107,13 @@ class Desk:
 
 def adapter_ref(manifest: AdapterManifest) -> AdapterRef:
     """What the engine is asked for when a request names this version."""
-    return AdapterRef(manifest.digest, manifest.name, manifest.placement, manifest.merged_dtype)
+    return AdapterRef(
+        manifest.digest,
+        manifest.name,
+        manifest.placement,
+        manifest.merged_dtype,
+        virtual_tokens=manifest.virtual_tokens,
+    )
 
 
 async def desk(request: Request) -> Desk:

@@ -46,6 +46,16 @@ class KVCache:
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
         self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
 
+    def fill(self, block: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys, values [layers, t, heads, width] at the beginning of a block; t <= its size.
+
+        They are kept as they are: positions are in them already.
+        """
+        count = keys.shape[1]
+        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+            self.keys[layer][block, :count] = k
+            self.values[layer][block, :count] = v
+
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros that take no memory on the host before they are written: torch would touch each."""

@@ -41,17 +41,16 @@ def build_batch(chunks: Seq[Chunk], block_size: int, device: torch.device) -> Ba
     for index, chunk in enumerate(ordered):
         sequence, stop = chunk.sequence, chunk.start + chunk.count
         ids += sequence.tokens[chunk.start : stop]
-        positions += range(chunk.start, stop)
-        slots += [
-            sequence.blocks[p // block_size] * block_size + p % block_size
-            for p in range(chunk.start, stop)
-        ]
+        places = range(sequence.virtual_tokens + chunk.start, sequence.virtual_tokens + stop)
+        positions += places
+        slots += [sequence.blocks[p // block_size] * block_size + p % block_size for p in places]
         first = starts[-1]
         starts.append(first + chunk.count)
         wanted = _logit_rows(chunk, first)
         rows += wanted
         owners += [index] * len(wanted)
-    used = [-(-(c.start + c.count) // block_size) for c in ordered]
+    lengths = [c.sequence.virtual_tokens + c.start + c.count for c in ordered]
+    used = [-(-length // block_size) for length in lengths]
     table = [
         c.sequence.blocks[:n] + [0] * (max(used) - n) for c, n in zip(ordered, used, strict=True)
     ]
@@ -62,9 +61,7 @@ def build_batch(chunks: Seq[Chunk], block_size: int, device: torch.device) -> Ba
         slot_mapping=torch.tensor(slots, device=device),
         block_tables=torch.tensor(table, dtype=torch.int32, device=device),
         query_start=torch.tensor(starts, dtype=torch.int32, device=device),
-        context_length=torch.tensor(
-            [c.start + c.count for c in ordered], dtype=torch.int32, device=device
-        ),
+        context_length=torch.tensor(lengths, dtype=torch.int32, device=device),
         logit_rows=torch.tensor(rows, dtype=torch.int64, device=device),
         logit_chunks=tuple(owners),
     )

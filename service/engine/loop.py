@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from adapters.delta import LoweredAdapter
-from adapters.errors import AdapterNotFound, InvalidAdapter
+from adapters.errors import AdapterNotFound
 from base.load import Base
 from service.engine.batch import Batch, build_batch
 from service.engine.config import EngineConfig
@@ -39,6 +39,7 @@ from service.engine.sampler import Sampled, Sampler
 from service.engine.scheduler import Chunk, Schedule, Scheduler
 from service.engine.sequence import Sequence
 from service.engine.stream import Stream
+from service.engine.trial import try_out
 from service.errors import (
     AdapterLoadFailed,
     Draining,
@@ -213,11 +214,10 @@ class Engine:
     def probe(self, adapter: LoweredAdapter) -> None:
         """Run an adapter that is not served yet over two tokens, between two steps.
 
-        Raises InvalidAdapter when it cannot be computed or its logits are not finite.
+        Raises InvalidAdapter: see `try_out`.
         """
         adapter = adapter.to(self.base.device)
-        while not self._ask(lambda: self._probe(adapter)):
-            time.sleep(0.01)  # all blocks are in use
+        self._ask(lambda: try_out(self._runner, adapter, self.max_model_len))
 
     def residents(self) -> list[Resident]:
         return self._ask(self._tiers.residents)
@@ -231,13 +231,16 @@ class Engine:
         self._ask(self._check_integrity)
 
     def _check(self, request: Request) -> None:
-        length, limit = len(request.prompt), self.max_model_len
+        length = len(request.prompt)
+        virtual = request.adapter.virtual_tokens if request.adapter else 0
+        limit = self.max_model_len - virtual
         if length == 0:
             raise InvalidRequest("the prompt has no tokens; give at least one", "inputs")
         if length >= limit:
+            behind = f", behind {virtual} virtual tokens of the adapter" if virtual else ""
             raise InvalidRequest(
                 f"the prompt has {length} tokens; prompt and output together have room for "
-                f"{limit}, so at most {limit - 1}",
+                f"{limit}{behind}, so at most {limit - 1}",
                 "inputs",
             )
         top = max(request.prompt)
@@ -327,7 +330,7 @@ class Engine:
         Computing a chunk twice is harmless, since keys and values land in the same places. When
         every group fails it is the engine's own fault.
         """
-        groups: dict[object, list[Chunk]] = {}
+        groups: dict[AdapterKey | None, list[Chunk]] = {}
         for chunk in step.chunks:
             ref = chunk.sequence.adapter
             groups.setdefault(ref.key if ref else None, []).append(chunk)
@@ -341,6 +344,7 @@ class Engine:
             except Exception as fault:
                 if key is None:
                     raise
+                self._pool.forget(key.digest)  # its virtual tokens may not have been written
                 for chunk in chunks:
                     self._end(
                         chunk.sequence, "error", GenerationFailed(f"the adapter failed: {fault}")
@@ -354,6 +358,8 @@ class Engine:
             for chunk in batch.chunks
             if (ref := chunk.sequence.adapter) is not None
         }
+        # Before the run, which may already share what is written.
+        self._runner.fill((f for f in step.fills if f.adapter in adapters), adapters)
         logits = self._runner.run(batch, adapters)
         self._scheduler.computed(batch.chunks)
         return self._deliver(batch, logits)
@@ -411,7 +417,8 @@ class Engine:
             return "stop_sequence"
         if sequence.generated >= sampling.max_new_tokens:
             return "length"
-        return "length" if len(sequence.tokens) >= self.max_model_len else None
+        length = sequence.virtual_tokens + len(sequence.tokens)
+        return "length" if length >= self.max_model_len else None
 
     def _end(
         self, sequence: Sequence, reason: FinishReason, error: ServiceError | None = None
@@ -510,28 +517,6 @@ class Engine:
             output = self._live.get(sequence_id)
             if output is not None:
                 self._end(output.sequence, "cancelled")
-
-    def _probe(self, adapter: LoweredAdapter) -> bool:
-        """False when there is no block to run it in."""
-        if not self._pool.can_allocate(1):
-            return False
-        tokens = [0, self.base.spec.vocab_size - 1]
-        ref = AdapterRef(adapter.digest, "probe")
-        request = Request("probe", tuple(tokens), adapter=ref)
-        sequence = Sequence(0, request, 0, 0, tokens, len(tokens), b"")
-        sequence.blocks = self._pool.allocate(1)
-        try:
-            chunk = Chunk(sequence, 0, len(tokens))
-            batch = build_batch([chunk], self.config.block_size, self.base.device)
-            finite = bool(self._runner.run(batch, {ref.key: adapter}).isfinite().all())
-        except Exception as error:
-            raise InvalidAdapter(f"a trial run failed: {error}") from error
-        finally:
-            self._pool.deallocate(sequence.blocks)
-            self._runner.forget(adapter.digest)
-        if not finite:
-            raise InvalidAdapter("its logits are not finite in a trial run of two tokens")
-        return True
 
     def _forget_drained(self) -> None:
         if not self._forgotten:

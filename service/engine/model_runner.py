@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -13,7 +13,9 @@ from base.load import Base
 from service.engine import attention
 from service.engine.attention import KVCache
 from service.engine.batch import Batch
+from service.engine.prefix import Fill
 from service.engine.request import AdapterKey
+from service.engine.sequence import Sequence
 
 Resident = Mapping[AdapterKey, LoweredAdapter]
 
@@ -31,17 +33,28 @@ class ModelRunner:
             self._operator.places = self._decoder.places
 
     @torch.inference_mode()
-    def run(self, batch: Batch, adapters: Resident) -> torch.Tensor:
+    def fill(self, fills: Iterable[Fill], adapters: Resident, cache: KVCache | None = None) -> None:
+        """Write virtual tokens of these adapters to their blocks."""
+        for part in fills:
+            prefix = adapters[part.adapter].prefix
+            if prefix is None:
+                raise ValueError(f"adapter {part.adapter.digest[:12]} has no virtual tokens")
+            span = slice(part.start, part.start + part.count)
+            (cache or self.cache).fill(part.block, prefix.keys[:, span], prefix.values[:, span])
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, adapters: Resident, cache: KVCache | None = None) -> torch.Tensor:
         """Logits [L, vocabulary] fp32 of the rows that the batch asks for; K and V are written.
 
-        Raises KeyError when a sequence's adapter is not in `adapters`: never the base instead.
+        `cache` in place of the engine's own is for a trial run. Raises KeyError when a sequence's
+        adapter is not in `adapters`: never the base instead.
         """
-        owners = [adapters[ref.key] if (ref := c.sequence.adapter) else None for c in batch.chunks]
+        owners = [_owner(chunk.sequence, adapters) for chunk in batch.chunks]
         self._operator.segments = Segments.of(
             (chunk.count, owner) for chunk, owner in zip(batch.chunks, owners, strict=True)
         )
         self._operator.logit_segments = Segments.of((1, owners[i]) for i in batch.logit_chunks)
-        with attention.step(batch, self.cache) as step:
+        with attention.step(batch, cache or self.cache) as step:
             logits = self._forward(batch)
         if len(step.layers) != self.base.spec.num_layers:
             raise RuntimeError(
@@ -64,3 +77,17 @@ class ModelRunner:
     def forget(self, digest: str) -> None:
         """Nothing of this adapter is needed any more: drop the plans that hold its tensors."""
         self._operator.forget(digest)
+
+
+def _owner(sequence: Sequence, adapters: Resident) -> LoweredAdapter | None:
+    """The sequence's adapter, with as many virtual tokens as the sequence leaves room for."""
+    if sequence.adapter is None:
+        return None
+    adapter = adapters[sequence.adapter.key]
+    found = adapter.prefix.tokens if adapter.prefix else 0
+    if found != sequence.virtual_tokens:
+        raise ValueError(
+            f"adapter {sequence.adapter.name!r} has {found} virtual tokens, and its request says "
+            f"{sequence.virtual_tokens}"
+        )
+    return adapter

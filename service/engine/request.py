@@ -51,6 +51,7 @@ class AdapterRef:
     name: str
     placement: Literal["unmerged", "merged"] = "unmerged"
     merged_dtype: Literal["bfloat16", "float32", "nf4"] = "bfloat16"  # read when merged
+    virtual_tokens: int = 0  # that stand before every prompt
 
     @property
     def key(self) -> AdapterKey:

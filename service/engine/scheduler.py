@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from service.engine.fairness import AccountKey, FairQueue, by_adapter
-from service.engine.kv_cache import BlockPool, chain_hash
+from service.engine.kv_cache import BlockPool
+from service.engine.prefix import Fill, block_hash, fills
 from service.engine.request import AdapterKey, AdapterRef
 from service.engine.sequence import Sequence, Status
 
@@ -59,6 +60,7 @@ class Schedule:
 
     chunks: list[Chunk] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    fills: list[Fill] = field(default_factory=list)  # to be written before the chunks run
     prefix_queried: int = 0
     prefix_hit: int = 0
 
@@ -151,7 +153,7 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence, tokens: int, step: Schedule) -> bool:
         """Blocks for the first `tokens` tokens, taken from younger sequences if need be."""
-        needed = self.pool.blocks_for(tokens) - len(sequence.blocks)
+        needed = self.pool.blocks_for(sequence.virtual_tokens + tokens) - len(sequence.blocks)
         while not self.pool.can_allocate(needed):
             youngest = self.running[-1]
             self._preempt(youngest, step)
@@ -216,13 +218,16 @@ class Scheduler:
         """Start the sequence if blocks for all its tokens are there, and one more for everybody
         who runs: otherwise the next step would only take them away again."""
         hit = self._known_prefix(sequence)
-        needed = self.pool.blocks_for(len(sequence.tokens) + 1) - len(hit)
+        virtual, size = sequence.virtual_tokens, self.pool.block_size
+        needed = self.pool.blocks_for(virtual + len(sequence.tokens) + 1) - len(hit)
         if not self.pool.can_allocate(needed + self.pool.idle(hit) + len(self.running)):
             return 0
         self.pool.share(hit)
         sequence.blocks = hit + self.pool.allocate(needed)
-        sequence.computed = len(hit) * self.pool.block_size
+        sequence.computed = max(len(hit) * size - virtual, 0)
         sequence.remembered = len(hit)
+        step.fills += fills(sequence, len(hit), size)
+        self._remember(sequence)  # blocks of virtual tokens: they are filled before anything runs
         if not sequence.admitted:
             sequence.admitted, sequence.cached = True, sequence.computed
             step.prefix_queried += sequence.prompt_length
@@ -237,20 +242,18 @@ class Scheduler:
 
     def _known_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks of its tokens; the last token is always computed, for its logits."""
+        full = (sequence.virtual_tokens + len(sequence.tokens) - 1) // self.pool.block_size
         if sequence.request.prompt_logprobs and not sequence.generated:
-            return []
-        full = (len(sequence.tokens) - 1) // self.pool.block_size
+            full = sequence.virtual_tokens // self.pool.block_size
         self._hash_blocks(sequence, full)
         return self.pool.lookup(sequence.hashes[:full])
 
     def _hash_blocks(self, sequence: Sequence, full: int) -> None:
-        size = self.pool.block_size
         for i in range(len(sequence.hashes), full):
-            previous = sequence.hashes[-1] if sequence.hashes else sequence.namespace
-            sequence.hashes.append(chain_hash(previous, sequence.tokens[i * size : (i + 1) * size]))
+            sequence.hashes.append(block_hash(sequence, i, self.pool.block_size))
 
     def _remember(self, sequence: Sequence) -> None:
-        full = sequence.computed // self.pool.block_size
+        full = (sequence.virtual_tokens + sequence.computed) // self.pool.block_size
         self._hash_blocks(sequence, full)
         owner = sequence.adapter.digest if sequence.adapter else ""
         for i in range(sequence.remembered, full):

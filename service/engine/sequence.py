@@ -20,6 +20,8 @@ class Status(Enum):
 class Sequence:
     """One of the `n` generations of a request: prompt and output tokens, and how far the cache is.
 
+    Token i stands at position `virtual_tokens` + i; `blocks` begin with the virtual tokens.
+
     `computed` counts the leading tokens whose keys and values are in the cache; a step computes
     tokens[computed : computed + count] and, when that reaches the end, samples the next token.
     """
@@ -45,6 +47,11 @@ class Sequence:
     @property
     def adapter(self) -> AdapterRef | None:
         return self.request.adapter
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens of its adapter that stand before its own, in the cache and in position."""
+        return self.adapter.virtual_tokens if self.adapter else 0
 
     @property
     def generated(self) -> int:
