@@ -107,8 +107,11 @@ class Catalog:
         )
         return self._one(query, f"{name}@{alias}")
 
-    def digest(self, digest: str) -> AdapterManifest:
-        query = _manifests().where(adapters.c.digest == digest).order_by(adapters.c.created.desc())
+    def digest(self, digest: str, *, living: bool = True) -> AdapterManifest:
+        """The newest row of a digest; `living` or not, those that live before the others."""
+        rows = _manifests() if living else sa.select(adapters.c.manifest)
+        order = (sa.case((ALIVE, 0), else_=1), adapters.c.created.desc())
+        query = rows.where(adapters.c.digest == digest).order_by(*order)
         return self._one(query, f"sha256:{digest}")
 
     def all_latest(self) -> list[AdapterManifest]:

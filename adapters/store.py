@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,6 +31,7 @@ from adapters.errors import (
 from adapters.limits import MIB, Limits
 from adapters.manifest import AdapterManifest, MergedDtype, Placement, adapter_digest
 from adapters.safetensors_header import open_regular
+from adapters.validate import Validated
 from adapters.validation_child import validate_in_child
 from base.spec import BaseSpec
 
@@ -44,6 +45,7 @@ VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 
 Probe = Callable[[AdapterManifest, Path], None]
+Check = Callable[[bytes, Path, BaseSpec, Limits, str | None], Validated]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +104,14 @@ class AdapterStore:
         merged_dtype: MergedDtype = "bfloat16",
         provenance: Mapping[str, Any] | None = None,
         probe: Probe | None = None,
+        check: Check = validate_in_child,
     ) -> AdapterManifest:
         """Check an upload and keep it as the next version of `name`; durable when this returns.
 
         `weights` is read once and stays where it is. The same content again, as the newest
         version's, returns that version. `probe` is the last check, on the staged file of an upload
-        that passed all others; what it raises refuses the upload.
+        that passed all others; what it raises refuses the upload. `check` makes the others:
+        `validate_here` where the files are the operator's own work, so that no child is needed.
 
         Raises InvalidAdapter, UnsupportedMedia, TooLarge, StoreUnavailable, StoreFull.
         """
@@ -115,7 +119,7 @@ class AdapterStore:
         with open_regular(weights) as source:
             staged = self._blobs.stage(source, limits.max_weights_bytes)
         try:
-            found = validate_in_child(config, staged.path, spec, limits, template)
+            found = check(config, staged.path, spec, limits, template)
             draft = AdapterManifest(
                 digest=adapter_digest(staged.sha256, found.config, spec.fingerprint),
                 name=name,
@@ -177,8 +181,22 @@ class AdapterStore:
             raise AdapterNotFound(name)
         return AdapterDescription(name, tuple(versions), self._catalog.aliases_of(name))
 
+    def pinned(self, digest: str) -> AdapterManifest:
+        """The adapter of a digest, even if it was retired: for requests that came before.
+
+        Raises AdapterNotFound.
+        """
+        return self._catalog.digest(digest, living=False)
+
     def delete(self, reference: str) -> tuple[AdapterManifest, ...]:
-        """Delete `name` with all its versions, or `name@version`; what was deleted.
+        """Retire and discard in one: for when nothing is being served. Raises as `retire`."""
+        gone = self.retire(reference)
+        self.discard(gone)
+        return gone
+
+    def retire(self, reference: str) -> tuple[AdapterManifest, ...]:
+        """Delete `name` with all its versions, or `name@version`; what was deleted. From now on
+        nobody finds it, but its weights stay for those who did, until `discard` or a sweep.
 
         Raises AdapterNotFound; AdapterInUse where an alias still points there.
         """
@@ -186,11 +204,14 @@ class AdapterStore:
         if at and not VERSION.fullmatch(tag):
             raise AdapterNotFound(reference)
         with self._blobs.exclusive():
-            gone = self._catalog.delete(name, int(tag) if at else None, _now())
+            return tuple(self._catalog.delete(name, int(tag) if at else None, _now()))
+
+    def discard(self, retired: Iterable[AdapterManifest]) -> None:
+        """Remove the weights of these, but for those that a living row needs."""
+        with self._blobs.exclusive():
             needed = self._catalog.weights_in_use()
-            for sha256 in {manifest.weights_sha256 for manifest in gone} - needed:
+            for sha256 in {manifest.weights_sha256 for manifest in retired} - needed:
                 self._blobs.delete(sha256)
-        return tuple(gone)
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
         """Point `name@alias` to a version. Raises InvalidAdapter (the alias), AdapterNotFound."""

@@ -80,6 +80,23 @@ def validate_in_child(
     return _verdict(done, limits)
 
 
+def validate_here(
+    config: bytes,
+    weights: Path,
+    spec: BaseSpec,
+    limits: Limits,
+    template: str | None = None,
+) -> Validated:
+    """The same checks in this process: only for files that are the caller's own, since nothing
+    bounds the memory and the time that they take. Raises as `validate_in_child`."""
+    found = validate(config, weights, spec, limits)
+    if template is not None:
+        from adapters.template import check_template  # jinja2: only where there is a template
+
+        check_template(template, limits)
+    return found
+
+
 def _spec_fields(spec: BaseSpec) -> dict[str, Any]:
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     return fields | {
@@ -143,16 +160,13 @@ def _cap(what: int, amount: int, more: int = 0) -> None:
 
 def _answer(question: dict[str, Any], limits: Limits) -> dict[str, Any]:
     try:
-        found = validate(
+        found = validate_here(
             base64.b64decode(question["config"]),
             Path(question["weights"]),
             _spec(question["spec"]),
             limits,
+            question["template"],
         )
-        if question["template"] is not None:
-            from adapters.template import check_template  # jinja2: only where there is a template
-
-            check_template(question["template"], limits)
     except InvalidAdapter as error:
         return {"error": type(error).__name__, "reason": error.reason, "where": error.where}
     return dataclasses.asdict(found)

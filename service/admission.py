@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Literal
 
 from service.errors import Draining, Overloaded, ServiceError
@@ -31,14 +32,20 @@ class Ticket:
         self._admission = admission
         self._preparing = True
         self._held = True
+        self._meanwhile = ExitStack()
         self._since = time.monotonic()
         admission.preparing += 1
         admission.inside += 1
+
+    def meanwhile(self, held: AbstractContextManager[None]) -> None:
+        """Enter `held`, and leave it when the request is prepared or over."""
+        self._meanwhile.enter_context(held)
 
     def prepared(self) -> None:
         if self._preparing:
             self._preparing = False
             self._admission.preparing -= 1
+            self._meanwhile.close()
 
     def release(self) -> None:
         """Idempotent: the reply's end and a client's going may both call it."""

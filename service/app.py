@@ -176,7 +176,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
     store = open_store(settings)
 
     def fetch(ref: AdapterRef) -> LoweredAdapter:
-        manifest = store.resolve(f"sha256:{ref.digest}")
+        manifest = store.pinned(ref.digest)
         return lower(
             manifest,
             store.weights_path(manifest),
@@ -232,6 +232,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         max_waiting=settings.max_queue,
         host_cache_bytes=settings.host_cache_bytes,
         slot_bytes=settings.slot_bytes,
+        max_loads=settings.max_cold_loads,
     )
 
 

@@ -131,8 +131,10 @@ class Client:
             )
         return found
 
-    def adapters(self) -> Any:
-        return self._call("GET", "/adapters")
+    def adapters(self, resident: str | None = None) -> Any:
+        """`resident`: only those in this tier (slot, host, loading, store), or true or false."""
+        query = {} if resident is None else {"resident": resident}
+        return self._call("GET", "/adapters", params=query)
 
     def adapter(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self._call("GET", f"/adapters/{quote(name, safe='@:')}")

@@ -173,6 +173,13 @@ class Settings(BaseSettings):
     host_cache_bytes: Bytes = _setting(
         "Budget for adapters kept ready in memory.", "Engine", 2 * GIB, ge=MIB, le=TIB
     )
+    max_cold_loads: int = _setting(
+        "Adapters that may be on their way to memory; requests for more are refused with 429.",
+        "Engine",
+        64,
+        ge=1,
+        le=100_000,
+    )
 
     @classmethod
     def settings_customise_sources(

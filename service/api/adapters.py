@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
@@ -59,10 +59,17 @@ _FORM: dict[str, Any] = {
 }
 
 
-class ResidencyView(Outgoing):
-    """Where an adapter is now, besides the store."""
+_TIERS = ("slot", "host", "loading", "store")  # the nearest first
+ResidentQuery = Annotated[
+    Literal["true", "false", "slot", "host", "loading", "store"] | None,
+    Query(description="Only those in this tier; true: in memory or on its way there."),
+]
 
-    tier: Literal["slot", "host"]
+
+class ResidencyView(Outgoing):
+    """Where an adapter is now, besides the store, or that it is on its way."""
+
+    tier: Literal["slot", "host", "loading"]
     placement: str
     merged_dtype: str = Field(description="Of the private weights; empty when unmerged.")
     bytes: int
@@ -89,6 +96,11 @@ class AdapterView(Outgoing):
     template: bool = Field(description="Whether it brings a chat template of its own.")
     base_fingerprint: str
     created: str
+    tier: Literal["slot", "host", "loading", "store"] = Field(
+        description="The nearest place where it is: on the device, in memory, on its way, on disk."
+    )
+    hits: int = Field(description="Requests' sequences that used it since the server started.")
+    last_used: float | None = Field(description="Seconds since the epoch; null: not yet.")
     residency: list[ResidencyView]
 
 
@@ -176,12 +188,13 @@ async def upload(request: Request, desk: DeskDep, serving: ServingDep) -> JSONRe
     return _reply(_view(manifest, []), 201, manifest)
 
 
-@router.get("", responses={200: {"model": AdapterList}, **refusals(503)})
-async def list_adapters(serving: ServingDep) -> JSONResponse:
+@router.get("", responses={200: {"model": AdapterList}, **refusals(422, 503)})
+async def list_adapters(serving: ServingDep, resident: ResidentQuery = None) -> JSONResponse:
     """The newest version of every adapter, and where each is now."""
     manifests = await asyncio.to_thread(serving.store.list)
-    residents = await asyncio.to_thread(serving.engine.residents)
-    return JSONResponse({"adapters": [_view(m, residents) for m in manifests]})
+    residents = _by_digest(await asyncio.to_thread(serving.engine.residents))
+    views = [_view(one, residents.get(one.digest, ())) for one in manifests]
+    return JSONResponse({"adapters": [view for view in views if _wanted(view["tier"], resident)]})
 
 
 @router.get(
@@ -290,8 +303,9 @@ def _one_of(arrived: Upload, name: str, allowed: Sequence[str], default: str) ->
 
 
 def _delete(name: str, serving: Serving) -> Sequence[AdapterManifest]:
-    """Delete the rows, then free slots and blocks of every digest that no row names any more."""
-    gone = serving.store.delete(name)
+    """Delete the rows; when all that was accepted before has ended, free slots and blocks of every
+    digest that no row names any more; then remove the weights."""
+    gone = serving.store.retire(name)
     for one in {adapter_ref(manifest): manifest for manifest in gone}.values():
         try:
             other = serving.store.resolve(f"sha256:{one.digest}")
@@ -300,6 +314,7 @@ def _delete(name: str, serving: Serving) -> Sequence[AdapterManifest]:
         else:
             if adapter_ref(other).key != adapter_ref(one).key:
                 _unpin(one, serving)
+    serving.store.discard(gone)
     return gone
 
 
@@ -321,7 +336,21 @@ def _reply(body: dict[str, Any], status: int, manifest: AdapterManifest) -> JSON
     return JSONResponse(body, status, {"x-adapter-digest": manifest.digest})
 
 
+def _by_digest(residents: Sequence[Resident]) -> dict[str, list[Resident]]:
+    found: dict[str, list[Resident]] = {}
+    for one in residents:
+        found.setdefault(one.digest, []).append(one)
+    return found
+
+
+def _wanted(tier: str, resident: str | None) -> bool:
+    if resident in (None, tier):
+        return True
+    return resident in ("true", "false") and (tier != "store") == (resident == "true")
+
+
 def _view(manifest: AdapterManifest, residents: Sequence[Resident]) -> dict[str, Any]:
+    mine = [one for one in residents if one.digest == manifest.digest]
     return {
         "name": manifest.name,
         "version": manifest.version,
@@ -337,7 +366,10 @@ def _view(manifest: AdapterManifest, residents: Sequence[Resident]) -> dict[str,
         "template": manifest.template is not None,
         "base_fingerprint": manifest.base_fingerprint,
         "created": manifest.created,
-        "residency": [_residency(one) for one in residents if one.digest == manifest.digest],
+        "tier": min((one.tier for one in mine), key=_TIERS.index, default="store"),
+        "hits": sum(one.hits for one in mine),
+        "last_used": max((one.last_used for one in mine), default=0.0) or None,
+        "residency": [_residency(one) for one in mine if one.tier != "store"],
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ class EventStream(Protocol):
 
 
 class Report(Protocol):
-    """What a load cost; `service.engine.loop.LoadReport` is the real one."""
+    """What a load cost; `service.residency.tiers.LoadReport` is the real one."""
 
     @property
     def placement(self) -> str: ...
@@ -60,6 +61,7 @@ class GenerationEngine(Protocol):
     @property
     def alive(self) -> bool: ...
     def submit(self, request: Generation) -> EventStream: ...
+    def reserved(self, ref: AdapterRef | None) -> AbstractContextManager[None]: ...
     def load(self, ref: AdapterRef) -> Report: ...
     def pin(self, ref: AdapterRef) -> None: ...
     def unpin(self, ref: AdapterRef) -> None: ...

@@ -271,6 +271,8 @@ async def _start(body: GenerateBody, desk: Desk, serving: Serving) -> _Started:
     ticket = desk.admission.admit()
     try:
         manifest = await _adapter(body.parameters.adapter_id, serving)
+        # A cold adapter is on its way while the prompt is read.
+        ticket.meanwhile(serving.engine.reserved(adapter_ref(manifest) if manifest else None))
         prompt = await _prompt(body, manifest, serving)
         generation = _generation(body.parameters, prompt, manifest, serving)
         origin = Origin(

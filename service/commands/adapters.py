@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,8 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Push, list, show and remove the adapters of a running server.",
 )
+COLUMNS = ("name", "version", "kind", "rank", "placement", "memory_bytes", "tier", "digest")
+USE_COLUMNS = ("name", "version", "kind", "tier", "bytes", "running", "hits", "last used", "pinned")
 Name = Annotated[str, typer.Argument(help="name, name@version, name@alias or sha256:…")]
 
 
@@ -48,16 +51,28 @@ def push(
 
 
 @app.command("list")
-def list_(url: Url = None, as_json: Json = False) -> None:
-    """List the adapters by name."""
+def list_(
+    resident: Annotated[
+        bool, typer.Option("--resident", help="Only those in memory, with their use.")
+    ] = False,
+    tier: Annotated[
+        Literal["slot", "host", "loading", "store"] | None,
+        typer.Option(help="Only those in this tier, with their use."),
+    ] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """List the adapters by name, and where they are."""
     with connect(url, as_json) as client:
-        found = client.adapters()
+        found = client.adapters(tier or ("true" if resident else None))
     if as_json:
         print_json(found)
         return
     rows = found["adapters"] if isinstance(found, dict) else found
-    columns = ("name", "version", "kind", "rank", "placement", "memory_bytes", "digest")
-    print_table(columns, [[_cell(row.get(c)) for c in columns] for row in rows])
+    if resident or tier:
+        print_table(USE_COLUMNS, [_use(row) for row in rows])
+    else:
+        print_table(COLUMNS, [[_cell(row.get(c)) for c in COLUMNS] for row in rows])
 
 
 @app.command()
@@ -109,6 +124,23 @@ def _print_one(adapter: Mapping[str, Any], as_json: bool) -> None:
         print_json(adapter)
     else:
         print_table(("field", "value"), [(key, _cell(value)) for key, value in adapter.items()])
+
+
+def _use(adapter: Mapping[str, Any]) -> list[str]:
+    """A row of USE_COLUMNS: an adapter may be resident in more than one placement."""
+    places = adapter["residency"]
+    last = adapter["last_used"]
+    return [
+        adapter["name"],
+        str(adapter["version"]),
+        adapter["kind"],
+        adapter["tier"],
+        str(sum(place["bytes"] for place in places)),
+        str(sum(place["running"] for place in places)),
+        str(adapter["hits"]),
+        datetime.fromtimestamp(last).isoformat(" ", "seconds") if last else "-",
+        "yes" if any(place["pinned"] for place in places) else "-",
+    ]
 
 
 def _cell(value: Any) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -96,3 +98,24 @@ def test_empty_waits_for_the_last_one() -> None:
         assert await admission.empty(10)
 
     asyncio.run(run())
+
+
+def test_what_is_held_meanwhile_ends_with_the_preparation() -> None:
+    ended: list[str] = []
+
+    @contextmanager
+    def held(name: str) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            ended.append(name)
+
+    admission = ready()
+    one, other = admission.admit(), admission.admit()
+    one.meanwhile(held("one"))
+    other.meanwhile(held("other"))
+    one.prepared()
+    assert ended == ["one"]
+    other.release()  # refused before it was prepared
+    other.prepared()
+    assert ended == ["one", "other"]

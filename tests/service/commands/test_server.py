@@ -107,6 +107,11 @@ def test_an_adapter_from_push_to_removal(url: str, adapter: Path) -> None:
     assert base["details"]["adapter"] is None
     assert base["details"]["tokens"] != reply["details"]["tokens"]
 
+    (used,) = nibble_json("adapters", "list", "--resident", *to)["adapters"]
+    assert (used["tier"], used["hits"]) == ("slot", 4)
+    assert "mine" in nibble("adapters", "list", "--resident", *to)
+    assert nibble_json("adapters", "list", "--tier", "store", *to) == {"adapters": []}
+
     nibble("adapters", "alias", "mine", "prod", "--drop", *to)
     assert nibble_json("adapters", "show", "mine", *to)["aliases"] == {}
     nibble("adapters", "remove", "mine", *to)
