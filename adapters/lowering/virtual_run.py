@@ -51,7 +51,11 @@ def run_virtual_tokens(embeddings: Tensor, base: Base, deltas: Mapping[str, Delt
 
 
 def _twin(base: Base) -> Any:
-    """A model without wrappers around its layers, which share their weights with the base's."""
+    """A model without wrappers around its layers, which share their weights with the base's.
+
+    The norms are those that were loaded: a fused layer that finds them calls its modules one by
+    one, and reads nothing of the step that the engine is in.
+    """
     model, spec = base.model, base.spec
     leaves: dict[str, Any] = {path: base.linear(path) for path in spec.linears}
     leaves |= {path: base.embedding(path) for path in spec.embeddings}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
-
-import copy
 
 import torch
 from torch import Tensor, nn
