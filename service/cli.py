@@ -22,6 +22,10 @@ OWN = {
     "generate": ("service.commands.generate:app", "Ask a running server for a text."),
     "adapters": ("service.commands.adapters:app", "Push, list, show and remove adapters."),
     "config": ("service.commands.config:app", "Print the effective configuration."),
+    "conformance": (
+        "service.commands.conformance:app",
+        "Check every kind of adapter against PEFT, in mixed batches.",
+    ),
     "doctor": ("service.commands.doctor:app", "Tell what this machine is and what fits on it."),
 }
 # One line for each known group, so that `nibble --help` need not import it.

@@ -61,7 +61,7 @@ class PeftOracle:
         double_quant: bool = False,
     ) -> None:
         if isinstance(base, str | Path):
-            model = copy.deepcopy(_dequantised_model(str(base), double_quant))
+            model = copy.deepcopy(dequantised_model(str(base), double_quant))
         else:
             model = _model_of(base)
         if adapter is not None:
@@ -141,7 +141,7 @@ def nf4_round(weight: torch.Tensor, double_quant: bool = False) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
-def _dequantised_model(directory: str, double_quant: bool) -> Any:
+def dequantised_model(directory: str, double_quant: bool) -> Any:
     """The checkpoint in fp32, its decoder linears rounded to NF4. Copy before changing it."""
     from transformers import AutoModelForCausalLM
 

@@ -5,6 +5,7 @@ One row in `RECIPES` for a kind. `make_adapter` lets PEFT itself save it.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from service.conformance.oracle import VIRTUAL_KINDS, ready_peft
+from service.conformance.oracle import VIRTUAL_KINDS, dequantised_model, ready_peft
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -86,6 +87,11 @@ RECIPES: Mapping[str, Recipe] = {
     ),
 }
 
+# Served, and no method of PEFT: who compares them, and with what.
+ELSEWHERE: Mapping[str, str] = {
+    "bottleneck": "tests/adapters/lowering/test_bottleneck.py, with the blocks run as written",
+}
+
 # By a part of a tensor's name, the first that fits: what it becomes. Noise has the strength of
 # `make_adapter`. What no row names stays as PEFT initialised it.
 _Fill = Callable[[Tensor, Tensor, float], Tensor]
@@ -123,20 +129,23 @@ def make_adapter(
     *,
     rank: int = 4,
     alpha: float | None = None,
-    targets: Targets = ALL_LINEARS,
+    targets: Targets | None = None,
     seed: int = 0,
     zero: bool = False,
     strength: float = 0.1,
+    over_nf4: bool = False,
     **config: Any,
 ) -> Path:
     """Save a random adapter by PEFT itself, for the base in the directory `base`.
 
     kind      a row of `RECIPES`: "lora" | "rslora" | "dora" | "ia3" | ...
-    targets   module names as PEFT takes them, "lm_head" and "embed_tokens" among them
+    targets   module names as PEFT takes them, "lm_head" and "embed_tokens" among them; by default
+              the recipe's
     alpha     2 * rank by default
     zero      keep PEFT's initialisation, which changes nothing for most kinds
     strength  standard deviation of the random B; magnitudes and saved modules move with it, and
               embedding factors too
+    over_nf4  start over the weights as NF4 rounds them, where a start depends on them (DoRA)
     config    any other field of the method's config: rank_pattern, alpha_pattern, lora_bias, bias,
               modules_to_save, layers_to_transform, exclude_modules, ...
 
@@ -147,7 +156,11 @@ def make_adapter(
 
     ready_peft()
     directory, recipe = Path(directory), RECIPES[kind]
-    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
+    targets = targets or recipe.targets or ()
+    if over_nf4:
+        model = copy.deepcopy(dequantised_model(str(base), False))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         settings = _config_class(recipe.peft_type or kind.upper())(
