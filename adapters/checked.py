@@ -26,10 +26,15 @@ class Validated:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a kind's own checks say: `Validated`, and which tensors must hold only numbers > 0."""
+    """What a kind's own checks say, and what is left to look for in the numbers themselves.
+
+    positive  tensors that must hold only numbers > 0
+    indices   tensors [k, n] of whole numbers, and what row i of them counts below: k bounds
+    """
 
     validated: Validated
     positive: frozenset[str] = frozenset()
+    indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 Checker = Callable[[Mapping[str, Any], Header, BaseSpec, Limits], Checked]

@@ -48,7 +48,6 @@ LORA_MEMORY, LORA_FLOPS = "4*r*(m + n)", "2*r*(m + n)"
 VIRTUAL_TOKENS = Method("prefix KV", "8*num_virtual_tokens*m", "4*num_virtual_tokens*n")
 PRIVATE_MEMORY, PRIVATE_FLOPS = "4*m*n", "2*m*n"
 
-_ROTATION = "it rotates the base's weights, and no operator or private matrix for that exists yet"
 _DENSE = "its update has full rank, and no operator or private matrix for that exists yet"
 _FROM_BASE = "it starts from a decomposition of the base's weights, which NF4 has rounded"
 _UNCHECKED = "its conversion has not been checked against PEFT yet"
@@ -61,6 +60,8 @@ METHODS: Mapping[str, Method] = {
     "LOHA": Method("low-rank", "4*r**2*(m + n)", "2*r**2*(m + n)"),
     "MISS": Method("low-rank", "4*r*m", LORA_FLOPS, shared="4*r*n"),
     "VBLORA": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
+    "PEANUT": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
+    "POLY": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
     "VERA": Method("low-rank", "4*(m + r)", "2*r*(m + n) + r + 2*m", shared=LORA_MEMORY),
     "HRA": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
     "GRALORA": Method(
@@ -76,11 +77,16 @@ METHODS: Mapping[str, Method] = {
     "IA3": Method("scales", "4*m", "m"),
     "BEFT": Method("bias", "4*m", "m"),
     "LN_TUNING": Method("norm", "4*m"),
-    "ROAD": refused(_ROTATION),
+    "ROAD": Method("operator", "8*m", "3*m"),
     # Rotations and other structured updates
-    "OFT": refused(_ROTATION),
-    "BOFT": refused(_ROTATION),
-    "SHIRA": refused(_DENSE),
+    "OFT": Method("operator", "4*n*oft_block_size", "2*n*oft_block_size"),
+    "BOFT": Method(
+        "operator",
+        "4*(boft_n_butterfly_factor*n*boft_block_size + m)",
+        "2*boft_n_butterfly_factor*n*boft_block_size + m",
+        shared="4*(boft_n_butterfly_factor - 1)*n",
+    ),
+    "SHIRA": Method("operator", "8*r*(m + n) + 4*(m + 1)", "2*r*(m + n)"),
     "PSOFT": refused(_FROM_BASE),
     # Private weights
     "LOKR": refused(_DENSE),
@@ -104,13 +110,17 @@ METHODS: Mapping[str, Method] = {
     # n: the width of the table. A tied head has the same rows; only there do they cost products.
     "TRAINABLE_TOKENS": Method("embedding rows", "(8 + 4*n)*len(token_indices)"),
     # What runs beside the layers
+    # AdapterHub's, no method of PEFT; m: the width of the residual stream.
+    "BOTTLENECK": Method("operator", "4*(2*m*r + m + r)", "4*m*r + 2*m + 2*r"),
     "ADAPTION_PROMPT": refused(
         "it adds gated attention to whole layers, which the operator does not run"
     ),
-    "PEANUT": refused("it is not linear: it puts small networks over the weights"),
     "SHADOW": refused("it runs a network of its own beside the decoder's layers"),
-    "XLORA": refused(_ROUTED),
-    "POLY": refused(_ROUTED),
+    "XLORA": refused(
+        "a classifier weighs its LoRAs anew for each token, by the hidden states of a first pass "
+        "without them: two passes for a step, which the engine does not run; serve its LoRAs each "
+        "by itself"
+    ),
 }
 
 REFUSED_METHODS: Mapping[str, str] = {

@@ -19,7 +19,7 @@ from typing import Any
 from adapters.errors import InvalidAdapter, TooLarge, UnsupportedMedia
 from adapters.limits import Limits
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4}
 MAX_NAME = 512
 MAX_DIMENSIONS = 4
 
@@ -41,7 +41,7 @@ class TensorEntry:
     """Where one tensor lies: bytes [start, stop) of the file."""
 
     name: str
-    dtype: str  # "F32" | "F16" | "BF16"
+    dtype: str  # "F32" | "F16" | "BF16"; "I32" for indices alone
     shape: tuple[int, ...]
     start: int
     stop: int

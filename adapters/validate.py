@@ -9,6 +9,8 @@ from typing import Any
 from adapters.checked import Checked, Checker, Validated, numbers
 from adapters.checks.adalora import check_adalora
 from adapters.checks.beft import check_beft
+from adapters.checks.boft import check_boft
+from adapters.checks.bottleneck import check_bottleneck, is_adapter_hub
 from adapters.checks.c3a import check_c3a
 from adapters.checks.deft import check_deft
 from adapters.checks.delora import check_delora
@@ -20,9 +22,14 @@ from adapters.checks.ia3 import check_ia3
 from adapters.checks.ln_tuning import check_ln_tuning
 from adapters.checks.loha import check_loha
 from adapters.checks.miss import check_miss
+from adapters.checks.oft import check_oft
+from adapters.checks.peanut import check_peanut
+from adapters.checks.poly import check_poly
 from adapters.checks.prefix import CHECKERS_OF_PREFIXES
 from adapters.checks.randlora import check_randlora
+from adapters.checks.road import check_road
 from adapters.checks.saved_tables import with_saved_tables
+from adapters.checks.shira import check_shira
 from adapters.checks.trainable_tokens import check_trainable_tokens
 from adapters.checks.vblora import check_vblora
 from adapters.checks.vera import check_vera
@@ -32,7 +39,7 @@ from adapters.limits import Limits
 from adapters.lora_layout import canonical_config, match_lora
 from adapters.methods import REFUSED_METHODS
 from adapters.safetensors_header import Header, open_regular, read_header
-from adapters.tensor_values import check_values
+from adapters.tensor_values import check_indices, check_values
 from base.spec import BaseSpec
 
 __all__ = ["CHECKERS", "Validated", "checker", "validate"]
@@ -49,12 +56,15 @@ def validate(config: bytes, weights: Path, spec: BaseSpec, limits: Limits) -> Va
     if len(config) > limits.max_config_bytes:
         raise TooLarge(f"{len(config)} bytes, limit {limits.max_config_bytes}", "config")
     table = read_config(config)
-    check = checker(table.get("peft_type"))
+    check = checker("BOTTLENECK" if is_adapter_hub(table) else table.get("peft_type"))
     check_fingerprint(table, spec.fingerprint)
     with open_regular(weights) as fd:
         header = read_header(fd, limits)
         checked = check(with_saved_tables(table, header, spec, fd), header, spec, limits)
         for name, entry in header.tensors.items():
+            if name in checked.indices:
+                check_indices(fd, entry, checked.indices[name])
+                continue
             check_values(fd, entry, limits.max_value, positive=name in checked.positive)
     return checked.validated
 
@@ -92,6 +102,8 @@ CHECKERS: Mapping[str, Checker] = {
     "LORA": _check_lora,
     "ADALORA": check_adalora,
     "BEFT": check_beft,
+    "BOFT": check_boft,
+    "BOTTLENECK": check_bottleneck,
     "C3A": check_c3a,
     "DEFT": check_deft,
     "DELORA": check_delora,
@@ -104,6 +116,11 @@ CHECKERS: Mapping[str, Checker] = {
     "LN_TUNING": check_ln_tuning,
     "LOHA": check_loha,
     "MISS": check_miss,
+    "OFT": check_oft,
+    "PEANUT": check_peanut,
+    "POLY": check_poly,
+    "ROAD": check_road,
+    "SHIRA": check_shira,
     "TRAINABLE_TOKENS": check_trainable_tokens,
     "VBLORA": check_vblora,
     "VERA": check_vera,

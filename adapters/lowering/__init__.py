@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters.delta import Delta, LinearDelta, LoweredAdapter
+from adapters.delta import Bottleneck, Delta, LinearDelta, LoweredAdapter
 from adapters.errors import InvalidAdapter
 from adapters.manifest import AdapterManifest, MergedDtype, Placement
 from base.load import Base
 
 from .adalora import lower_adalora
 from .beft import lower_beft
+from .boft import lower_boft
+from .bottleneck import lower_bottleneck
 from .c3a import lower_c3a
 from .checkpoint import UNWRAPPED, WRAPPED, AdapterCheckpoint
 from .deft import lower_deft
@@ -31,8 +33,13 @@ from .loha import lower_loha
 from .lora import lower_lora
 from .merged import keep_dense, merge
 from .miss import lower_miss
+from .oft import lower_oft
+from .peanut import lower_peanut
+from .poly import lower_poly
 from .prefix import PREFIXES
 from .randlora import lower_randlora
+from .road import lower_road
+from .shira import lower_shira
 from .token_rows import lower_trainable_tokens
 from .vblora import lower_vblora
 from .vera import lower_vera
@@ -49,6 +56,8 @@ FAMILIES: Mapping[str, Family] = {
     "dora": lower_lora,
     "adalora": lower_adalora,
     "beft": lower_beft,
+    "boft": lower_boft,
+    "bottleneck": lower_bottleneck,
     "c3a": lower_c3a,
     "deft": lower_deft,
     "delora": lower_delora,
@@ -61,6 +70,11 @@ FAMILIES: Mapping[str, Family] = {
     "ln_tuning": lower_ln_tuning,
     "loha": lower_loha,
     "miss": lower_miss,
+    "oft": lower_oft,
+    "peanut": lower_peanut,
+    "poly": lower_poly,
+    "road": lower_road,
+    "shira": lower_shira,
     "trainable_tokens": lower_trainable_tokens,
     "vblora": lower_vblora,
     "vera": lower_vera,
@@ -121,5 +135,7 @@ def lower(
 
 
 def _rank(delta: Delta) -> int:
+    if isinstance(delta, Bottleneck):
+        return delta.rank
     terms = delta.low_rank if isinstance(delta, LinearDelta) else ()
     return sum(term.rank for term in terms)

@@ -1,20 +1,23 @@
-"""An adapter's own matrices, layer by layer: merged placement, W' = g ⊙ (W p + Σ B d A), and the
-methods that have no other form (`dense.py`)."""
+"""An adapter's own matrices, layer by layer: merged placement, W' = Q (g ⊙ (W R p + Σ B d A + S)),
+and the methods that have no other form (`dense.py`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from adapters.delta import (
+    Bottleneck,
     Delta,
     EmbeddingDelta,
     LinearDelta,
     PrivateEmbedding,
     PrivateLinear,
 )
+from adapters.errors import InvalidAdapter
 from adapters.manifest import MergedDtype
 from base.kernels import NF4Weight
 from base.load import Base
@@ -43,6 +46,9 @@ def merge(
         if isinstance(delta, Dense) or (isinstance(delta, LinearDelta) and _changes_matrix(delta)):
             quantized = base.spec.linears[path].quantized
             merged[path], error = _merge_linear(delta, base.linear(path), dtype, quantized)
+        elif isinstance(delta, Bottleneck):
+            reason = "a bottleneck is not linear, so that no matrix holds it; expected 'unmerged'"
+            raise InvalidAdapter(reason, "placement")
         elif isinstance(delta, EmbeddingDelta):
             merged[path], error = _merge_embedding(delta, base.embedding(path).weight, dtype)
         else:
@@ -72,7 +78,8 @@ def _kept(delta: Dense, dtype: torch.dtype) -> tuple[PrivateLinear, float]:
 
 
 def _changes_matrix(delta: LinearDelta) -> bool:
-    return bool(delta.low_rank) or delta.g is not None or delta.p is not None
+    others = (delta.g, delta.p, delta.sparse, delta.pairs)
+    return bool(delta.low_rank or delta.blocks) or any(part is not None for part in others)
 
 
 def _merge_linear(
@@ -99,13 +106,31 @@ def _merged_rows(
     delta: LinearDelta, linear: NF4Linear | nn.Linear, start: int, stop: int
 ) -> Tensor:
     """The merged weight in float32: [stop - start, in]."""
+    pairs = delta.pairs
+    if pairs is None:
+        return _rows_before_pairs(delta, linear, start, stop)
+    group = 2 * pairs.half  # Q mixes the rows of a group
+    first, last = start // group * group, -(-stop // group) * group
+    tile = _rows_before_pairs(delta, linear, first, last)
+    pairs = replace(pairs, own=pairs.own[first:last], other=pairs.other[first:last])
+    return pairs(tile.t()).t()[start - first : stop - first].contiguous()
+
+
+def _rows_before_pairs(
+    delta: LinearDelta, linear: NF4Linear | nn.Linear, start: int, stop: int
+) -> Tensor:
+    """g ⊙ (W R p + Σ B d A + S): [stop - start, in] in float32."""
     tile = weight_rows(linear, start, stop)
+    for block_map in reversed(delta.blocks):
+        tile = block_map.transposed(tile)
     if delta.p is not None:
         tile = tile * delta.p.float()
     for term in delta.low_rank:
         B = term.B[start:stop].float()
         own = (B if term.d is None else B * term.d.float()) @ term.A.float()
         tile = tile + (own if term.s is None else own * term.s[start:stop, None].float())
+    if delta.sparse is not None:
+        tile = tile + delta.sparse.dense_rows(start, stop, linear.in_features)
     return tile if delta.g is None else tile * delta.g[start:stop, None].float()
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
 from adapters.activations import ACTIVATIONS
 from adapters.delta import Bottleneck
+from base import kernels
 
 
 def add_bottleneck(y: Tensor, delta: Bottleneck, stream: Tensor | None) -> None:
@@ -15,10 +15,8 @@ def add_bottleneck(y: Tensor, delta: Bottleneck, stream: Tensor | None) -> None:
     if stream is not None and delta.reads_stream:
         z = stream if z is None else z + stream
     assert z is not None, "a bottleneck reads the layer's output, the stream or both"
-    dtype = delta.down.dtype
-    inner = functional.linear(z.to(dtype), delta.down, delta.down_bias.to(dtype))
-    inner = ACTIVATIONS[delta.activation](inner)
-    own = functional.linear(inner, delta.up, delta.up_bias.to(dtype))
+    inner = kernels.dense_linear(z, delta.down, delta.down_bias)
+    own = kernels.dense_linear(ACTIVATIONS[delta.activation](inner), delta.up, delta.up_bias)
     if stream is not None and delta.extra:
         own = own + delta.extra * stream
-    y += own.to(y.dtype)
+    y += own

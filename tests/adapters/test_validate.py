@@ -142,7 +142,7 @@ def test_ranks_of_a_and_b_agree(save: Saver, spec: BaseSpec, tmp_path: Path) -> 
     assert refusal(saved.config, weights, spec).where == Q0 + "lora_B.weight"
 
 
-@pytest.mark.parametrize("peft_type", ["OFT", "PROMPT_TUNING", "lora", None, 3, ["LORA"]])
+@pytest.mark.parametrize("peft_type", ["XLORA", "OSF", "lora", None, 3, ["LORA"]])
 def test_other_methods_are_refused_by_name(save: Saver, spec: BaseSpec, peft_type: object) -> None:
     saved = save(targets=["q_proj"])
     error = refusal(saved.with_fields(peft_type=peft_type), saved.weights, spec)

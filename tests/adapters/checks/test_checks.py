@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from adapters.checks import (
     adalora,
     beft,
+    boft,
     c3a,
     deft,
     delora,
@@ -26,8 +27,13 @@ from adapters.checks import (
     ln_tuning,
     loha,
     miss,
+    oft,
+    peanut,
+    poly,
     prefix,
     randlora,
+    road,
+    shira,
     vblora,
     vera,
 )
@@ -45,6 +51,12 @@ RULES = {
     "ln_tuning": ln_tuning.RULES,
     "beft": beft.RULES,
     "miss": miss.RULES,
+    "oft": oft.RULES,
+    "boft": boft.RULES,
+    "road": road.RULES,
+    "shira": shira.RULES,
+    "peanut": peanut.RULES,
+    "poly": poly.RULES,
     "vblora": vblora.RULES,
     "vera": vera.RULES,
     "c3a": c3a.RULES,
@@ -78,7 +90,8 @@ def is_copy(kind: str, name: str) -> bool:
 
 
 def test_each_method_is_here() -> None:
-    assert {kind.upper() for kind in RULES} | {"LORA", "TRAINABLE_TOKENS"} == set(CHECKERS)
+    elsewhere = {"LORA", "TRAINABLE_TOKENS", "BOTTLENECK"}
+    assert {kind.upper() for kind in RULES} | elsewhere == set(CHECKERS)
 
 
 @pytest.mark.parametrize("kind", RULES)
@@ -136,7 +149,7 @@ def test_numbers_are_finite(kind: str, save: Saver, spec: BaseSpec, tmp_path: Pa
     tensors = load_file(str(saved.weights))
     for name, tensor in tensors.items():
         bad = tensor.clone()
-        bad.view(-1)[-1] = float("nan")
+        bad.view(-1)[-1] = float("nan") if tensor.is_floating_point() else -1
         save_file(tensors | {name: bad}, str(tmp_path / "w"))
         assert refusal(saved.config, tmp_path / "w", spec).where == name
 

@@ -155,6 +155,64 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "lm_head": {"targets": ["lm_head", "v_proj"]},
         "modules_to_save": {"targets": ["v_proj"], "modules_to_save": ["norm"]},
     },
+    "oft": {
+        "every linear": {},
+        "one block for all, by Cayley's own transform": {
+            "block_share": True,
+            "use_cayley_neumann": False,
+            "modules_to_save": ["norm"],
+        },
+        "by the number of blocks, constrained": {
+            "r": 5,  # which gives way to 4
+            "oft_block_size": 0,
+            "coft": True,
+            "eps": 1.5,
+        },
+        "a size that does not divide": {
+            "oft_block_size": 24,
+            "num_cayley_neumann_terms": 2,
+            "targets": ["lm_head", "down_proj"],
+            "layers_to_transform": [1],
+        },
+    },
+    "boft": {
+        "every linear": {},
+        "three factors": {"boft_block_size": 4, "boft_n_butterfly_factor": 3},
+        "by the number of blocks": {
+            "boft_block_size": 0,
+            "boft_block_num": 4,
+            "boft_n_butterfly_factor": 2,
+            "targets": ["lm_head", "up_proj"],
+            "modules_to_save": ["norm"],
+        },
+    },
+    "road": {
+        "every linear": {},
+        "road_2 in large groups": {"variant": "road_2", "group_size": 32},
+        "road_4": {
+            "variant": "road_4",
+            "targets": ["lm_head", "v_proj"],
+            "modules_to_save": ["norm"],
+        },
+    },
+    "shira": {
+        "every linear": {},
+        "lm_head": {"targets": ["lm_head", "k_proj"], "rank": 2, "modules_to_save": ["norm"]},
+    },
+    "peanut": {
+        "every linear": {},
+        "no hidden layer": {"depth": 0, "act_fn": "tanh", "targets": ["lm_head", "up_proj"]},
+        "three hidden layers": {"depth": 3, "act_fn": "gelu", "modules_to_save": ["norm"]},
+    },
+    "poly": {
+        "every linear": {},
+        "in splits": {
+            "n_splits": 4,
+            "n_skills": 3,
+            "targets": ["lm_head", "o_proj"],
+            "modules_to_save": ["norm"],
+        },
+    },
     "ln_tuning": {
         "some norms": {"targets": NORMS},
         "norms as regex": {"targets": r".*layernorm"},
@@ -261,6 +319,9 @@ def flops(delta: Delta) -> int:
         total += 2 * (term.A.numel() + term.B.numel())
         total += 0 if term.d is None else term.d.numel()
         total += 0 if term.s is None else 2 * term.s.numel()
+    total += sum(2 * block_map.blocks.numel() for block_map in delta.blocks)
+    total += 0 if delta.sparse is None else 2 * delta.sparse.values.numel()
+    total += 0 if delta.pairs is None else 3 * delta.pairs.own.numel()
     vectors = (delta.g, delta.p, delta.bias)
     return total + sum(vector.numel() for vector in vectors if vector is not None)
 
@@ -284,8 +345,8 @@ def test_merged_in_float32_equals_unmerged(
     assert not any(isinstance(d, LinearDelta) and d.low_rank for d in merged.deltas.values())
     got = served.run([(tokens, served.lower(adapter)), (tokens, merged)])
     assert relative_error(got[0], got[1]) < BOUND
-    if kind == "beft":
-        return  # PEFT cannot merge a bias into a layer that has none
+    if kind in ("beft", "poly"):
+        return  # PEFT cannot merge a bias into a layer that has none, nor Poly at all
     want = PeftOracle(served.directory, adapter, merged="float32").logits(tokens)
     assert relative_error(got[1], want) < BOUND
 
@@ -349,8 +410,8 @@ def test_vera_shares_its_matrices(server: Servers, tmp_path: Path) -> None:
     # What the kernels hold is the very same memory.
     layer = served.context.layers[Q0]
     prepared = layer.prepare(LinearDelta((terms[0],)))
-    assert prepared.alone[0].b.data_ptr() == terms[0].B.data_ptr()
-    assert prepared.alone[0].a.data_ptr() == terms[0].A.data_ptr()
+    assert prepared.beside[0].term.b.data_ptr() == terms[0].B.data_ptr()
+    assert prepared.beside[0].term.a.data_ptr() == terms[0].A.data_ptr()
 
 
 def test_shared_matrices_leave_with_their_last_adapter(server: Servers, tmp_path: Path) -> None:
