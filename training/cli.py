@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -26,12 +26,15 @@ from base.errors import UnservableBase
 from base.load import Base, load_base
 from base.mini import MINI
 from training import checkpoint, showcase
-from training.config import TrainConfig, read_config
+from training.config import TrainConfig, assignments, read_config
 from training.data import Example, examples, read_rows
 from training.errors import TrainingError
 from training.evaluate import exact_match
+from training.interrupts import interrupts
 from training.methods import METHODS, attach
-from training.recipe import Step, train
+from training.plan import described, make_plan
+from training.recipe import Step, Trained, train
+from training.run_directory import RunDirectory
 from training.tasks import TASKS
 
 app = typer.Typer(help="Train adapters over the NF4 base and measure them.", no_args_is_help=True)
@@ -39,6 +42,10 @@ console = Console()
 
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="mini, a directory, or a hub id.", show_default="mini")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any field of the schema: --set eval.every=50; may be repeated."),
 ]
 
 
@@ -56,40 +63,109 @@ def run(
     batch_size: Annotated[int | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     out: Annotated[Path | None, typer.Option(help="Where the adapter goes.")] = None,
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
 ) -> None:
-    """Train one adapter and write it in PEFT's format."""
-    flags = {
-        "base": base,
-        "data.train": data,
-        "data.eval": eval_data,
-        "method.kind": method,
-        "method.rank": rank,
-        "method.alpha": alpha,
-        "optim.learning_rate": learning_rate,
-        "optim.steps": steps,
-        "optim.batch_size": batch_size,
-        "seed": seed,
-        "out": out,
-    }
+    """Train one adapter and write it in PEFT's format.
+
+    Ctrl-C ends after the running step and leaves the adapter and a checkpoint.
+    """
     with _refusals():
-        _run(read_config(config, flags))
+        flags = _flags(locals())
+        _run(read_config(config, {**flags, **assignments(settings or [])}), resume)
 
 
-def _run(config: TrainConfig) -> None:
+def _run(config: TrainConfig, resume: bool) -> None:
+    directory = RunDirectory(config.out)
+    state = directory.resume(config) if resume else None
     base = _load(config.base)
     data = _read(base, config.data.train, config)
     held_out = _read(base, config.data.eval, config) if config.data.eval else []
     torch.manual_seed(config.seed)
     adapter = attach(base, config)
-    with _progress() as progress:
-        done = train(base, adapter, data, held_out, config, _bar(progress, "train", config))
+    if state is None:
+        directory.begin(config)
+    with _progress() as progress, interrupts() as asked:
+        bar = _bar(progress, "train", config)
+
+        def report(step: Step) -> None:
+            directory.note(step)
+            bar(step)
+
+        done = train(
+            base,
+            adapter,
+            data,
+            held_out,
+            config,
+            report,
+            resume=state,
+            keep=lambda kept: directory.keep(config, kept),
+            asked_to_stop=asked,
+        )
     adapter.save(config.out)
+    console.print(_outcome(config, done))
+    if done.ended == "asked":
+        raise typer.Exit(130)
+
+
+def _outcome(config: TrainConfig, done: Trained) -> str:
     evaluation = "" if done.eval_loss is None else f", held out {done.eval_loss:.4f}"
-    console.print(
-        f"{config.out}: {done.parameters:,} parameters, {done.tokens:,} tokens in "
-        f"{done.seconds:.0f} s ({done.tokens / done.seconds:,.0f} tokens/s), "
+    if done.best_step is not None:
+        evaluation += f" (the weights of step {done.best_step:,})"
+    why = {
+        "asked": f"stopped at step {done.steps:,}: go on with --resume. ",
+        "patience": f"ended at step {done.steps:,}: the held-out loss no longer falls. ",
+        "minutes": f"ended at step {done.steps:,}: the minutes are used up. ",
+        "tokens": f"ended at step {done.steps:,}: the tokens are used up. ",
+    }.get(done.ended, "")
+    return (
+        f"{why}{config.out}: {done.parameters:,} parameters, {done.tokens:,} tokens in "
+        f"{done.seconds:.0f} s ({done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s), "
         f"loss {done.loss:.4f}{evaluation}"
     )
+
+
+@app.command(name="plan")
+def show_plan(
+    config: Annotated[Path | None, typer.Argument(help="YAML; flags win over it.")] = None,
+    base: BaseOption = None,
+    data: Annotated[Path | None, typer.Option(help="JSON Lines to learn from.")] = None,
+    eval_data: Annotated[Path | None, typer.Option("--eval", help="JSON Lines held out.")] = None,
+    method: Annotated[str | None, typer.Option(help=", ".join(METHODS))] = None,
+    steps: Annotated[int | None, typer.Option()] = None,
+    batch_size: Annotated[int | None, typer.Option()] = None,
+    settings: Settings = None,
+) -> None:
+    """Say what a run would do, cost and learn from, after three trial steps; nothing is written."""
+    with _refusals():
+        found = read_config(config, {**_flags(locals()), **assignments(settings or [])})
+        model = _load(found.base)
+        torch.manual_seed(found.seed)
+        plan = make_plan(model, _read(model, found.data.train, found), found)
+        console.print(described(plan, found, model.tokenizer))
+    if plan.too_large:
+        raise typer.Exit(1)
+
+
+_FLAGS = {
+    "base": "base",
+    "data": "data.train",
+    "eval_data": "data.eval",
+    "method": "method.kind",
+    "rank": "method.rank",
+    "alpha": "method.alpha",
+    "learning_rate": "optim.learning_rate",
+    "steps": "optim.steps",
+    "batch_size": "optim.batch_size",
+    "seed": "seed",
+    "out": "out",
+}
+
+
+def _flags(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The command's flags by the fields of the schema that they set."""
+    return {field: given[flag] for flag, field in _FLAGS.items() if flag in given}
 
 
 @app.command(name="eval")

@@ -173,6 +173,22 @@ class OptimConfig(_Frozen):
     max_grad_norm: float = Field(default=1.0, gt=0.0)
 
 
+class EvalConfig(_Frozen):
+    """The loss on `data.eval` while training; the adapter that is kept is the best one seen."""
+
+    every: int | None = Field(default=None, ge=1, description="steps; without it, at the end")
+    patience: int | None = Field(
+        default=None, ge=1, description="stop after so many evaluations without a better loss"
+    )
+
+
+class BudgetConfig(_Frozen):
+    """Where a run ends even if steps are left; what it has learnt by then is kept."""
+
+    minutes: float | None = Field(default=None, gt=0.0)
+    tokens: int | None = Field(default=None, ge=1)
+
+
 class TrainConfig(_Frozen):
     """One run. A run with the same config on the same machine gives the same weights."""
 
@@ -180,6 +196,9 @@ class TrainConfig(_Frozen):
     data: DataConfig
     method: AnyMethod = MethodConfig()
     optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    budget: BudgetConfig = BudgetConfig()
+    checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
     seed: int = Field(default=0, ge=0)
     out: Path = Path("adapter")
 
@@ -196,9 +215,30 @@ def read_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
     if isinstance(values.get("method"), dict):
         values["method"].setdefault("kind", "lora")
     try:
-        return TrainConfig.model_validate(values)
+        config = TrainConfig.model_validate(values)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    wanted = [f for f in ("every", "patience") if getattr(config.eval, f) is not None]
+    if wanted and config.data.eval is None:
+        raise ConfigError(f"eval.{wanted[0]} needs data.eval, the file to evaluate on")
+    return config
+
+
+def assignments(settings: list[str]) -> dict[str, Any]:
+    """["eval.every=50", …] -> {"eval.every": 50, …}; a value is read as YAML.
+
+    Raises ConfigError where one has no "=".
+    """
+    found: dict[str, Any] = {}
+    for setting in settings:
+        field, equals, value = setting.partition("=")
+        if not equals or not field:
+            raise ConfigError(f"{setting!r}: field=value is needed, as in optim.steps=100")
+        try:
+            found[field] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{setting!r} is not YAML: {error}") from None
+    return found
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -214,6 +254,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        values = values.setdefault(key, {})
+    for depth, key in enumerate(keys[:-1], start=1):
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            place = ".".join(keys[:depth])
+            raise ConfigError(f"{place} is {inner!r}: it has no field {keys[depth]}")
+        values = inner
     values[keys[-1]] = value

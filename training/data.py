@@ -174,20 +174,46 @@ def pad_id(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def batches(data: Sequence[Example], size: int, pad: int, seed: int) -> Iterator[TrainBatch]:
+class Batches:
     """Endless batches, epoch after epoch, each of examples of similar length.
 
     An epoch is shuffled, cut into stretches of 32 batches, and only these are sorted by length:
-    little padding, and still a new mixture each time.
+    little padding, and still a new mixture each time. An epoch's order is a function of the seed
+    and its number, so the cursor says all that a run needs to go on where it stopped.
     """
-    chance = random.Random(seed)
-    size = min(size, len(data))
-    while True:
+
+    def __init__(self, data: Sequence[Example], size: int, pad: int, seed: int) -> None:
+        self._data, self._size, self._pad, self._seed = data, min(size, len(data)), pad, seed
+        self._epoch, self._next = 0, 0
+        self._groups = self._order()
+
+    @property
+    def cursor(self) -> tuple[int, int]:
+        """(epoch, batches of it that have been given out)."""
+        return self._epoch, self._next
+
+    @cursor.setter
+    def cursor(self, cursor: tuple[int, int]) -> None:
+        self._epoch, self._next = cursor
+        self._groups = self._order()
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        return self
+
+    def __next__(self) -> TrainBatch:
+        if self._next == len(self._groups):
+            self.cursor = (self._epoch + 1, 0)
+        group = self._groups[self._next]
+        self._next += 1
+        return collate([self._data[i] for i in group], self._pad)
+
+    def _order(self) -> list[list[int]]:
+        chance = random.Random(f"{self._seed} {self._epoch}")
+        data, size = self._data, self._size
         order = chance.sample(range(len(data)), len(data))
         groups = []
         for start in range(0, len(order), 32 * size):
             stretch = sorted(order[start : start + 32 * size], key=lambda i: len(data[i].tokens))
             groups += [stretch[i : i + size] for i in range(0, len(stretch), size)]
         chance.shuffle(groups)
-        for group in groups:
-            yield collate([data[i] for i in group], pad)
+        return groups

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from base.load import Base
 from training.config import OptimConfig, TrainConfig
-from training.data import IGNORED, Example, TrainBatch, batches, collate, pad_id
+from training.data import IGNORED, Batches, Example, TrainBatch, collate, pad_id
 from training.methods import Attached
 
 FLOOR = 0.1  # of the rate, where the cosine ends
@@ -26,7 +27,8 @@ class Step:
     number: int  # from 1
     loss: float  # mean over the tokens of the batch that bear loss
     learning_rate: float
-    tokens: int  # of all kinds, padding left out
+    tokens: int  # of all kinds, padding left out, since the run began
+    eval_loss: float | None = None  # where this step was evaluated
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,111 @@ class Trained:
     seconds: float
     parameters: int  # that were trained
     loss: float  # mean of the last tenth of the steps
-    eval_loss: float | None  # mean over the loss tokens of the evaluation data
+    eval_loss: float | None  # of the weights that are kept
+    ended: str = "steps"  # or "tokens", "minutes", "patience", "asked"
+    best_step: int | None = None  # whose weights are kept, where the run was evaluated on its way
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run is: with the weights, the optimiser and torch's generator, all of its state."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    best_loss: float | None = None
+    best_step: int | None = None
+    worse: int = 0  # evaluations since the best one
+
+
+class Run:
+    """One training run, a step at a time; `state` and `restore` make it resume bit for bit."""
+
+    def __init__(
+        self, base: Base, adapter: Attached, data: Sequence[Example], config: TrainConfig
+    ) -> None:
+        self.base, self.adapter, self.config = base, adapter, config
+        self.parameters = adapter.parameters()
+        self.optimizer = adamw(adapter, config.optim)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: rate(step, config.optim)
+        )
+        pad = pad_id(base.tokenizer)
+        self.batches = Batches(data, config.optim.batch_size, pad, config.seed)
+        self.progress = Progress()
+        self.best: dict[str, Any] | None = None  # the adapter's state at the best evaluation
+
+    def step(self) -> Step:
+        """One update."""
+        started = time.perf_counter()
+        batch, progress = next(self.batches), self.progress
+        self.adapter.train(True)
+        loss = batch_loss(self.base, batch, self.adapter)
+        penalty = self.adapter.penalty()
+        (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm)
+        self.optimizer.step()
+        progress.step += 1
+        self.adapter.after_update(progress.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.adapter.train(False)
+        progress.tokens += int(batch.attention_mask.sum())
+        progress.losses.append(loss.item())
+        learning_rate = float(self.schedule.get_last_lr()[0])
+        self.schedule.step()
+        progress.seconds += time.perf_counter() - started
+        return Step(progress.step, progress.losses[-1], learning_rate, progress.tokens)
+
+    def evaluate(self, held_out: Sequence[Example]) -> float:
+        """The loss on `held_out`; the best weights so far are kept."""
+        progress = self.progress
+        loss = mean_loss(self.base, held_out, self.config.optim.batch_size, self.adapter)
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
+            self.best = self.adapter.state()
+        else:
+            progress.worse += 1
+        return loss
+
+    @property
+    def ended(self) -> str | None:
+        """Why there is no further step, if there is none."""
+        progress, config = self.progress, self.config
+        if progress.step >= config.optim.steps:
+            return "steps"
+        if config.budget.tokens is not None and progress.tokens >= config.budget.tokens:
+            return "tokens"
+        if config.budget.minutes is not None and progress.seconds >= 60 * config.budget.minutes:
+            return "minutes"
+        if config.eval.patience is not None and progress.worse >= config.eval.patience:
+            return "patience"
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next steps depend on."""
+        return {
+            "adapter": self.adapter.state(),
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "cursor": self.batches.cursor,
+            "progress": asdict(self.progress),
+            "random": torch.get_rng_state(),
+            "device_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.adapter.restore(state["adapter"])
+        self.best = state["best"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.batches.cursor = state["cursor"]
+        self.progress = Progress(**state["progress"])
+        torch.set_rng_state(state["random"])
+        if state["device_random"]:
+            torch.cuda.set_rng_state_all(state["device_random"])
 
 
 def train(
@@ -48,40 +154,53 @@ def train(
     held_out: Sequence[Example],
     config: TrainConfig,
     report: Callable[[Step], None],
+    *,
+    resume: dict[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda state: None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Train the attached adapter in place; `report` hears of each step."""
+    """Train the attached adapter in place; `report` hears of each step.
+
+    `keep` is given the run's state every `config.checkpoint_every` steps and at the end; `resume`
+    is one of these. A run that was evaluated on its way ends with its best weights.
+    """
     torch.manual_seed(config.seed)
-    parameters = adapter.parameters()
-    optim = config.optim
-    optimizer = adamw(adapter, optim)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, optim))
-    stream = batches(data, optim.batch_size, pad_id(base.tokenizer), config.seed)
-    losses: list[float] = []
-    tokens = 0
-    start = time.perf_counter()
-    adapter.train(True)
-    for number in range(1, optim.steps + 1):
-        batch = next(stream)
-        loss = batch_loss(base, batch, adapter)
-        penalty = adapter.penalty()
-        (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm)
-        optimizer.step()
-        adapter.after_update(number)
-        optimizer.zero_grad(set_to_none=True)
-        tokens += int(batch.attention_mask.sum())
-        losses.append(loss.item())
-        report(Step(number, losses[-1], float(schedule.get_last_lr()[0]), tokens))
-        schedule.step()
-    adapter.train(False)
-    last = losses[-max(1, len(losses) // 10) :]
+    run = Run(base, adapter, data, config)
+    if resume is not None:
+        run.restore(resume)
+    stopped = False
+    while run.ended is None and not stopped:
+        step = run.step()
+        if _due(step.number, config) and held_out:
+            step = Step(**{**asdict(step), "eval_loss": run.evaluate(held_out)})
+        report(step)
+        stopped = asked_to_stop()
+        if step.number % config.checkpoint_every == 0 or stopped or run.ended:
+            keep(run.state())
+    return _finished(run, held_out, "asked" if stopped and run.ended is None else run.ended or "")
+
+
+def _due(step: int, config: TrainConfig) -> bool:
+    every = config.eval.every
+    return every is not None and (step % every == 0 or step == config.optim.steps)
+
+
+def _finished(run: Run, held_out: Sequence[Example], ended: str) -> Trained:
+    progress, loss = run.progress, run.progress.best_loss
+    if run.best is not None:
+        run.adapter.restore(run.best)
+    elif held_out and ended != "asked":
+        loss = mean_loss(run.base, held_out, run.config.optim.batch_size, run.adapter)
+    last = progress.losses[-max(1, len(progress.losses) // 10) :]
     return Trained(
-        steps=optim.steps,
-        tokens=tokens,
-        seconds=time.perf_counter() - start,
-        parameters=sum(parameter.numel() for parameter in parameters),
-        loss=sum(last) / len(last),
-        eval_loss=mean_loss(base, held_out, optim.batch_size, adapter) if held_out else None,
+        steps=progress.step,
+        tokens=progress.tokens,
+        seconds=progress.seconds,
+        parameters=sum(parameter.numel() for parameter in run.parameters),
+        loss=sum(last) / len(last) if last else math.nan,
+        eval_loss=loss,
+        ended=ended,
+        best_step=progress.best_step,
     )
 
 

@@ -11,8 +11,8 @@ from adapters.template import render_chat
 from base.load import Base
 from training.data import (
     IGNORED,
+    Batches,
     Example,
-    batches,
     collate,
     encode,
     examples,
@@ -100,7 +100,7 @@ def test_every_epoch_shows_every_example_once_and_the_seed_decides_the_order() -
     data = [Example((i, 1, *([2] * (i % 7))), 1) for i in range(10, 60)]
 
     def epochs(seed: int) -> list[list[int]]:
-        stream = batches(data, 8, 0, seed)
+        stream = Batches(data, 8, 0, seed)
         return [batch.input_ids[:, 0].tolist() for batch in itertools.islice(stream, 14)]
 
     seen = epochs(3)
@@ -115,6 +115,6 @@ def test_batches_hold_examples_of_similar_length() -> None:
     data = [Example((1,) * (length + 2), 1) for length in range(64)]
     padding = [
         int((batch.attention_mask == 0).sum())
-        for batch in itertools.islice(batches(data, 8, 0, 0), 8)
+        for batch in itertools.islice(Batches(data, 8, 0, 0), 8)
     ]
     assert padding == [28] * 8  # eight adjacent lengths: 7 + 6 + … + 0

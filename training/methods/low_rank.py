@@ -98,6 +98,14 @@ class LowRankAdapter:
     def after_update(self, step: int) -> None:
         pass
 
+    def state(self) -> dict[str, Any]:
+        return {"parameters": [p.detach().clone() for p in self.parameters()]}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        for parameter, kept in zip(self.parameters(), state["parameters"], strict=True):
+            parameter.copy_(kept)
+
     def save(self, out: Path) -> None:
         """An adapter that did not start at zero is saved as one of twice its rank."""
         config = self.config

@@ -41,6 +41,12 @@ class Attached(Protocol):
     def after_update(self, step: int) -> None:
         """Hears that step `step`, from 1, updated the weights; the gradients are still there."""
 
+    def state(self) -> dict[str, Any]:
+        """All that training has changed, beyond the parameters too: what `restore` takes."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, bit for bit."""
+
     def save(self, out: Path) -> None:
         """Write PEFT's two files to the directory `out`, which is made."""
 

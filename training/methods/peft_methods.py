@@ -27,6 +27,7 @@ from training.methods.method import Method
 from training.methods.targets import last_part, put, targets
 
 _NAME = "default"
+_IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 class FrozenLinear(nn.Linear):
@@ -116,6 +117,23 @@ class PeftAdapter:
     def after_update(self, step: int) -> None:
         if self.config.peft_type == "ADALORA":
             self.model.base_model.update_and_allocate(step)
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"parameters": [p.detach().clone() for p in self.parameters()]}
+        allocator = getattr(self.model.base_model, "rankallocator", None)
+        if allocator is not None:  # AdaLoRA's memory of how much each part matters
+            state["importance"] = {name: dict(getattr(allocator, name)) for name in _IMPORTANCE}
+            state["rank_pattern"] = self.config.rank_pattern
+        return state
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        if state.get("rank_pattern") is not None:
+            self.config.rank_pattern = state["rank_pattern"]
+        for parameter, kept in zip(self.parameters(), state["parameters"], strict=True):
+            parameter.copy_(kept)
+        for name, memory in state.get("importance", {}).items():
+            getattr(self.model.base_model.rankallocator, name).update(memory)
 
     def save(self, out: Path) -> None:
         with warnings.catch_warnings():

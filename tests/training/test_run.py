@@ -1,0 +1,225 @@
+"""A run's life: resumed bit for bit, ended early, interrupted, planned."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from base.load import Base
+from tests.training.runs import run_of
+from training.cli import app
+from training.config import TrainConfig
+from training.data import Batches, Example
+from training.errors import ConfigError
+from training.methods import attach
+from training.methods.files import WEIGHTS
+from training.plan import make_plan
+from training.recipe import Step, mean_loss, train
+from training.run_directory import RunDirectory
+
+STOP = 2
+PAIRS = [Example((10 + i, 50 + 3 * i, 90 + i, STOP), 1) for i in range(12)]
+
+
+def _train(
+    base: Base, config: TrainConfig, cut: int | None = None, resume: Any = None, held: Any = ()
+) -> tuple[list[torch.Tensor], Any, list[Step], str]:
+    """The weights at the end, the last state that was kept, the steps, and why it ended."""
+    torch.manual_seed(config.seed)
+    adapter = attach(base, config)
+    kept: list[Any] = []
+    steps: list[Step] = []
+    done = train(
+        base,
+        adapter,
+        PAIRS,
+        held,
+        config,
+        steps.append,
+        resume=resume,
+        keep=kept.append,
+        asked_to_stop=lambda: cut is not None and steps[-1].number == cut,
+    )
+    weights = [p.detach().clone() for p in adapter.parameters()]
+    adapter.detach()
+    return weights, kept[-1], steps, done.ended
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("lora", {"rank": 2, "dropout": 0.2}),
+        ("dora", {"rank": 2}),
+        ("adalora", {"rank": 2, "initial_rank": 4}),
+        ("p_tuning", {"virtual_tokens": 3, "hidden": 16}),
+    ],
+)
+@pytest.mark.parametrize("cut", [1, 5])
+def test_a_resumed_run_ends_with_the_same_bits(
+    base: Base, tmp_path: Path, kind: str, method: dict[str, Any], cut: int
+) -> None:
+    config = run_of(kind, optim={"steps": 8, "batch_size": 5}, **method)
+    whole, _, steps, _ = _train(base, config)
+    _, state, first, ended = _train(base, config, cut=cut)
+    assert (ended, len(first)) == ("asked", cut)
+    directory = RunDirectory(tmp_path)
+    directory.begin(config)
+    directory.keep(config, state)
+    torch.manual_seed(123)  # what a new process starts with does not matter
+    resumed, _, rest, ended = _train(base, config, resume=directory.resume(config))
+    assert ended == "steps"
+    assert [s.loss for s in (*first, *rest)] == [s.loss for s in steps]
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_a_run_that_is_killed_goes_on_and_leaves_the_same_file(
+    base_directory: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"say {i}", "completion": f"word {i * 7}"} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def command(out: str, *more: str) -> list[str]:
+        flags = ["--base", str(base_directory), "--data", str(data), "--out", str(tmp_path / out)]
+        sets = ["--set", "checkpoint_every=3", "--set", "method.dropout=0.1"]
+        program = "from training.cli import app; app()"
+        return [sys.executable, "-c", program, "run", "--steps", "40", *flags, *sets, *more]
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = CliRunner().invoke(app, command("whole")[3:])
+    assert whole.exit_code == 0, whole.output
+    victim = subprocess.Popen(command("cut"), env=env, stdout=subprocess.DEVNULL)
+    log = tmp_path / "cut" / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 7):
+        assert victim.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    victim.kill()
+    victim.wait()
+    assert not (tmp_path / "cut" / WEIGHTS).exists()
+    subprocess.run(command("cut", "--resume"), env=env, check=True, capture_output=True)
+    assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    numbers = [json.loads(line)["number"] for line in log.read_text().splitlines()]
+    assert numbers == list(range(1, 41))
+
+
+def test_ctrl_c_leaves_an_adapter_and_a_checkpoint(base_directory: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    program = "from training.cli import app; app()"
+    flags = ["--base", str(base_directory), "--data", str(data), "--out", str(tmp_path / "a")]
+    run = subprocess.Popen(
+        [sys.executable, "-c", program, "run", "--steps", "100000", *flags],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "a" / "run" / "log.jsonl"
+    while not log.exists():
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "go on with --resume" in " ".join(said.split())
+    assert (tmp_path / "a" / WEIGHTS).exists()
+    assert (tmp_path / "a" / "run" / "checkpoint.pt").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(base: Base, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    config = run_of(optim={"steps": 2})
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        directory.resume(config)
+    directory.begin(config)
+    directory.keep(config, _train(base, config)[1])
+    with pytest.raises(ConfigError, match=r"another optim.*'steps': 2.*'steps': 3"):
+        directory.resume(run_of(optim={"steps": 3}))
+
+
+def test_patience_ends_a_run_and_the_best_weights_are_kept(base: Base) -> None:
+    config = run_of(rank=4, optim={"steps": 60, "learning_rate": 0.3}).model_copy(
+        update={
+            "eval": TrainConfig.model_fields["eval"].default.model_copy(
+                update={"every": 2, "patience": 3}
+            )
+        }
+    )
+    held = [Example((200 + i, 300 + i, STOP), 1) for i in range(4)]  # learning does not help there
+    torch.manual_seed(0)
+    adapter = attach(base, config)
+    steps: list[Step] = []
+    done = train(base, adapter, PAIRS, held, config, steps.append)
+    losses = {s.number: s.eval_loss for s in steps if s.eval_loss is not None}
+    assert done.ended == "patience"
+    assert done.steps < 60
+    assert done.eval_loss == min(losses.values())
+    assert done.best_step == min(losses, key=lambda number: losses[number])
+    assert mean_loss(base, held, 6, adapter) == pytest.approx(done.eval_loss, rel=1e-6)
+    adapter.detach()
+
+
+def test_a_budget_of_tokens_ends_a_run(base: Base) -> None:
+    config = run_of(rank=2).model_copy(
+        update={
+            "budget": TrainConfig.model_fields["budget"].default.model_copy(update={"tokens": 60})
+        }
+    )
+    _, _, steps, ended = _train(base, config)
+    assert ended == "tokens"
+    assert len(steps) == 3  # of 6 examples of 4 tokens each
+
+
+def test_the_cursor_says_where_the_data_stands() -> None:
+    stream = Batches(PAIRS, 5, 0, seed=3)
+    seen = [next(stream).input_ids for _ in range(8)]
+    again = Batches(PAIRS, 5, 0, seed=3)
+    for _ in range(4):
+        next(again)
+    other = Batches(PAIRS, 5, 0, seed=3)
+    other.cursor = again.cursor
+    assert all(torch.equal(next(other).input_ids, want) for want in seen[4:])
+
+
+def test_a_plan_counts_and_leaves_the_base_alone(base: Base) -> None:
+    before = base.model(input_ids=torch.tensor([[3, 4, 5]])).logits
+    plan = make_plan(base, PAIRS, run_of(rank=2, targets=("q_proj",), optim={"steps": 10}))
+    shapes = [s for path, s in base.spec.linears.items() if path.endswith("q_proj")]
+    assert plan.parameters == sum(2 * (s.in_features + s.out_features) for s in shapes)
+    assert (plan.examples, plan.tokens, plan.loss_tokens, plan.longest) == (12, 48, 36, 4)
+    assert plan.epochs == 5.0
+    assert plan.peak_bytes > 0
+    assert plan.seconds_per_step > 0
+    assert torch.equal(base.model(input_ids=torch.tensor([[3, 4, 5]])).logits, before)
+
+
+def test_the_command_shows_the_plan(base_directory: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    result = CliRunner().invoke(
+        app, ["plan", "--base", str(base_directory), "--data", str(data), "--set", "optim.steps=7"]
+    )
+    assert result.exit_code == 0, result.output
+    for said in ("steps: 7", "trained parameters", "peak memory", "what bears loss"):
+        assert said in result.output
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [("optim.steps", "field=value"), ("optim.stepz=3", "stepz"), ("seed.x=3", "seed")],
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, setting: str, said: str) -> None:
+    flags = ["--data", "x.jsonl", "--seed", "1", "--set", setting]
+    result = CliRunner().invoke(app, ["run", *flags])
+    assert result.exit_code == 2
+    assert said in result.output

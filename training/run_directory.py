@@ -1,0 +1,92 @@
+"""A run on disk: its config, its log, its checkpoint, and at the end the adapter itself.
+
+out/adapter_config.json, adapter_model.safetensors   the adapter, once the run has ended
+out/run/config.yaml                                  the resolved config
+out/run/log.jsonl                                    a line for each step
+out/run/checkpoint.pt                                what `--resume` goes on from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+
+from training.config import TrainConfig
+from training.errors import ConfigError
+from training.recipe import Step
+
+
+class RunDirectory:
+    """The directory `out/run` of one run."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / "run"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    def begin(self, config: TrainConfig) -> None:
+        """A new run: what an earlier one left here is removed."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for left in (self.checkpoint, self.log):
+            left.unlink(missing_ok=True)
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        (self.path / "config.yaml").write_text(text, encoding="utf-8")
+
+    def resume(self, config: TrainConfig) -> dict[str, Any]:
+        """The last checkpoint. Raises ConfigError where there is none, or it is another run's."""
+        try:
+            kept: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
+        except FileNotFoundError:
+            raise ConfigError(f"{self.checkpoint}: no checkpoint to resume from") from None
+        except Exception as error:
+            raise ConfigError(f"{self.checkpoint}: {error}") from None
+        now = _decisive(config)
+        unlike = sorted(key for key in now if kept["config"].get(key) != now[key])
+        if unlike:
+            raise ConfigError(
+                f"{self.checkpoint} was made with another {unlike[0]}: "
+                f"{kept['config'].get(unlike[0])!r}, now {now[unlike[0]]!r}"
+            )
+        self._cut_log(kept["run"]["progress"]["step"])
+        state: dict[str, Any] = kept["run"]
+        return state
+
+    def keep(self, config: TrainConfig, state: dict[str, Any]) -> None:
+        """Write a checkpoint: whole, or not at all."""
+        written = self.checkpoint.with_suffix(".tmp")
+        with written.open("wb") as file:
+            torch.save({"config": _decisive(config), "run": state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        written.replace(self.checkpoint)
+
+    def note(self, step: Step) -> None:
+        """One line of the log."""
+        line = {key: value for key, value in asdict(step).items() if value is not None}
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _cut_log(self, step: int) -> None:
+        """Take off the lines after the checkpoint: these steps are run again."""
+        if not self.log.exists():
+            return
+        lines = self.log.read_text(encoding="utf-8").splitlines()[:step]
+        self.log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _decisive(config: TrainConfig) -> dict[str, Any]:
+    """What must not change between a run and its continuation."""
+    fields: dict[str, Any] = config.model_dump(mode="json")
+    return {key: fields[key] for key in ("base", "data", "method", "optim", "eval", "seed")}
