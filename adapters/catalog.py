@@ -7,7 +7,7 @@ A version that was acknowledged once keeps its number for ever: deletion only ma
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,34 +24,18 @@ from adapters.errors import (
     StoreUnavailable,
 )
 from adapters.manifest import AdapterManifest
+from adapters.tables import adapters, arms, metadata, served, totals
+from adapters.traffic import Arm
+
+__all__ = ["Catalog", "check_alias", "check_name", "metadata"]
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 MIGRATIONS = Path(__file__).with_name("migrations")
-HEAD = "0001"
+HEAD = "0002"
 BUSY_SECONDS = 10
 ATTEMPTS = 5
 
-metadata = sa.MetaData()
-adapters = sa.Table(
-    "adapters",
-    metadata,
-    sa.Column("name", sa.String(64), primary_key=True),
-    sa.Column("version", sa.Integer, primary_key=True),
-    sa.Column("digest", sa.String(64), nullable=False, index=True),
-    sa.Column("weights_sha256", sa.String(64), nullable=False, index=True),
-    sa.Column("manifest", sa.Text, nullable=False),  # AdapterManifest.to_json
-    sa.Column("created", sa.String(32), nullable=False),
-    sa.Column("deleted", sa.String(32)),
-)
-aliases = sa.Table(
-    "aliases",
-    metadata,
-    sa.Column("name", sa.String(64), primary_key=True),
-    sa.Column("alias", sa.String(64), primary_key=True),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.ForeignKeyConstraint(["name", "version"], ["adapters.name", "adapters.version"]),
-)
 ALIVE = adapters.c.deleted.is_(None)
 
 
@@ -84,8 +68,7 @@ class Catalog:
         if self._engine.dialect.name == "sqlite":
             _tune_sqlite(self._engine)
         self._writer = self._engine.execution_options(writing=True)
-        with self._errors():
-            self._migrate()
+        self._migrate()
 
     def close(self) -> None:
         self._engine.dispose()
@@ -100,12 +83,20 @@ class Catalog:
         query = _manifests().where(adapters.c.name == name, adapters.c.version == version)
         return self._one(query, f"{name}@{version}")
 
-    def alias(self, name: str, alias: str) -> AdapterManifest:
-        same = sa.and_(aliases.c.name == adapters.c.name, aliases.c.version == adapters.c.version)
+    def alias(self, name: str, alias: str) -> tuple[Arm, ...]:
+        """The arms of an alias, the largest share first."""
+        same = sa.and_(arms.c.name == adapters.c.name, arms.c.version == adapters.c.version)
         query = (
-            _manifests().join(aliases, same).where(aliases.c.name == name, aliases.c.alias == alias)
+            sa.select(adapters.c.manifest, arms.c.weight)
+            .where(ALIVE, arms.c.name == name, arms.c.alias == alias)
+            .join(arms, same)
+            .order_by(arms.c.weight.desc(), arms.c.version)
         )
-        return self._one(query, f"{name}@{alias}")
+        with self.reading() as connection:
+            rows = connection.execute(query).all()
+        if not rows:
+            raise AdapterNotFound(f"{name}@{alias}")
+        return tuple(Arm(AdapterManifest.from_json(row.manifest), row.weight) for row in rows)
 
     def digest(self, digest: str, *, living: bool = True) -> AdapterManifest:
         """The newest row of a digest; `living` or not, those that live before the others."""
@@ -132,16 +123,22 @@ class Catalog:
     def everything(self) -> list[AdapterManifest]:
         return self._many(_manifests().order_by(adapters.c.name, adapters.c.version))
 
-    def aliases_of(self, name: str) -> dict[str, int]:
-        query = sa.select(aliases.c.alias, aliases.c.version).where(aliases.c.name == name)
-        with self._errors(), self._engine.connect() as connection:
-            rows = connection.execute(query.order_by(aliases.c.alias)).all()
-        return {row.alias: row.version for row in rows}
+    def aliases_of(self, name: str) -> dict[str, dict[int, float]]:
+        """Alias -> version -> weight, the largest share first."""
+        query = sa.select(arms).where(arms.c.name == name)
+        with self.reading() as connection:
+            rows = connection.execute(
+                query.order_by(arms.c.alias, arms.c.weight.desc(), arms.c.version)
+            ).all()
+        found: dict[str, dict[int, float]] = {}
+        for row in rows:
+            found.setdefault(row.alias, {})[row.version] = row.weight
+        return found
 
     def weights_in_use(self) -> set[str]:
         """Addresses of all blobs that a living row needs."""
         query = sa.select(adapters.c.weights_sha256).where(ALIVE)
-        with self._errors(), self._engine.connect() as connection:
+        with self.reading() as connection:
             return set(connection.execute(query).scalars())
 
     # Writing
@@ -153,7 +150,7 @@ class Catalog:
         """
         for _ in range(ATTEMPTS):
             try:
-                with self._errors(), self._writing() as connection:
+                with self.writing() as connection:
                     return _insert(connection, draft)
             except IntegrityError:  # another process took this number first
                 continue
@@ -162,41 +159,55 @@ class Catalog:
     def delete(self, name: str, version: int | None, when: str) -> list[AdapterManifest]:
         """Mark one version, or all of a name, as deleted; what was. Raises AdapterInUse."""
         which = [adapters.c.name == name]
-        held = [aliases.c.name == name]
+        held = [arms.c.name == name]
         if version is not None:
             which.append(adapters.c.version == version)
-            held.append(aliases.c.version == version)
-        with self._errors(), self._writing() as connection:
+            held.append(arms.c.version == version)
+        with self.writing() as connection:
             rows = connection.execute(_manifests().where(*which)).scalars().all()
             if not rows:
                 raise AdapterNotFound(name if version is None else f"{name}@{version}")
-            holder = connection.execute(sa.select(aliases.c.alias).where(*held)).scalars().first()
+            holder = connection.execute(sa.select(arms.c.alias).where(*held)).scalars().first()
             if holder is not None:
                 raise AdapterInUse(f"the alias {name}@{holder} points to it: move or drop it first")
             connection.execute(sa.update(adapters).where(*which, ALIVE).values(deleted=when))
         return [AdapterManifest.from_json(row) for row in rows]
 
-    def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Point an alias of `name` to one of its living versions."""
-        key = (aliases.c.name == name, aliases.c.alias == alias)
-        living = _manifests().where(adapters.c.name == name, adapters.c.version == version)
-        with self._errors(), self._writing() as connection:
-            if connection.execute(living).first() is None:
-                raise AdapterNotFound(f"{name}@{version}")
-            connection.execute(sa.delete(aliases).where(*key))
-            connection.execute(sa.insert(aliases).values(name=name, alias=alias, version=version))
+    def set_alias(self, name: str, alias: str, shares: Mapping[int, float]) -> None:
+        """Point an alias of `name` to living versions of it: version -> weight."""
+        key = (arms.c.name == name, arms.c.alias == alias)
+        own = {"name": name, "alias": alias}
+        with self.writing() as connection:
+            for version in shares:
+                living = _manifests().where(adapters.c.name == name, adapters.c.version == version)
+                if connection.execute(living).first() is None:
+                    raise AdapterNotFound(f"{name}@{version}")
+            connection.execute(sa.delete(arms).where(*key))
+            rows = [{**own, "version": v, "weight": weight} for v, weight in shares.items()]
+            connection.execute(sa.insert(arms), rows)
 
     def drop_alias(self, name: str, alias: str) -> None:
-        key = (aliases.c.name == name, aliases.c.alias == alias)
-        with self._errors(), self._writing() as connection:
-            if connection.execute(sa.delete(aliases).where(*key)).rowcount == 0:
+        """Take an alias away, and what was counted under it."""
+        with self.writing() as connection:
+            key = (arms.c.name == name, arms.c.alias == alias)
+            if connection.execute(sa.delete(arms).where(*key)).rowcount == 0:
                 raise AdapterNotFound(f"{name}@{alias}")
+            for table in (served, totals):
+                mine = (table.c.name == name, table.c.alias == alias)
+                connection.execute(sa.delete(table).where(*mine))
 
     # The connection
 
     @contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        with self._writer.begin() as connection:
+    def reading(self) -> Iterator[sa.Connection]:
+        """A connection to read by. Raises StoreUnavailable."""
+        with self._errors(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """One transaction. Raises StoreUnavailable, StoreFull, IntegrityError."""
+        with self._errors(), self._writer.begin() as connection:
             yield connection
 
     @contextmanager
@@ -212,18 +223,18 @@ class Catalog:
             raise kind(f"the catalog failed: {words}") from error
 
     def _one(self, query: sa.Select[str], reference: str) -> AdapterManifest:
-        with self._errors(), self._engine.connect() as connection:
+        with self.reading() as connection:
             row = connection.execute(query.limit(1)).scalars().first()
         if row is None:
             raise AdapterNotFound(reference)
         return AdapterManifest.from_json(row)
 
     def _many(self, query: sa.Select[str]) -> list[AdapterManifest]:
-        with self._errors(), self._engine.connect() as connection:
+        with self.reading() as connection:
             return [AdapterManifest.from_json(row) for row in connection.execute(query).scalars()]
 
     def _migrate(self) -> None:
-        with self._writing() as connection:
+        with self.writing() as connection:
             if sa.inspect(connection).has_table("alembic_version"):
                 at = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
                 if at == HEAD:

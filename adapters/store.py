@@ -30,7 +30,9 @@ from adapters.errors import (
 )
 from adapters.limits import MIB, Limits
 from adapters.manifest import AdapterManifest, MergedDtype, Placement, adapter_digest
+from adapters.outcomes import Outcomes
 from adapters.safetensors_header import open_regular
+from adapters.traffic import Arm
 from adapters.validate import Validated
 from adapters.validation_child import validate_in_child
 from base.spec import BaseSpec
@@ -54,7 +56,7 @@ class AdapterDescription:
 
     name: str
     versions: tuple[AdapterManifest, ...]  # oldest first; the last is what the bare name means
-    aliases: Mapping[str, int]  # alias -> version
+    aliases: Mapping[str, Mapping[int, float]]  # alias -> version -> weight, the largest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class AdapterStore:
         self._step: Step = step or (lambda name: None)
         self._blobs: BlobStore = open_blobs(blobs, cache, self._step)
         self._catalog = Catalog(catalog)
+        self.outcomes = Outcomes(self._catalog)
         self._verified: set[str] = set()
         self._verifying = threading.Lock()
 
@@ -154,8 +157,21 @@ class AdapterStore:
     def resolve(self, reference: str) -> AdapterManifest:
         """The adapter behind `name`, `name@3`, `name@alias` or `sha256:<hex>`.
 
+        Where an alias shares its traffic it is the version with the largest share: see `arms`.
         Raises AdapterNotFound.
         """
+        return self.arms(reference)[0].manifest
+
+    def arms(self, reference: str) -> tuple[Arm, ...]:
+        """All versions that answer for a reference, the largest share first. One, but for an alias
+        that shares its traffic. Raises AdapterNotFound."""
+        named = alias_of(reference)
+        if named is None:
+            return (Arm(self._version(reference)),)
+        with _as_not_found(reference):
+            return self._catalog.alias(check_name(named[0]), check_alias(named[1]))
+
+    def _version(self, reference: str) -> AdapterManifest:
         scheme, colon, digest = reference.partition(":")
         if colon:
             if scheme == "sha256" and DIGEST.fullmatch(digest):
@@ -166,9 +182,7 @@ class AdapterStore:
             check_name(name)
             if not at:
                 return self._catalog.latest(name)
-            if VERSION.fullmatch(tag):
-                return self._catalog.version(name, int(tag))
-            return self._catalog.alias(name, check_alias(tag))
+            return self._catalog.version(name, int(tag))
 
     def list(self) -> list[AdapterManifest]:
         """The newest version of every name."""
@@ -213,12 +227,13 @@ class AdapterStore:
             for sha256 in {manifest.weights_sha256 for manifest in retired} - needed:
                 self._blobs.delete(sha256)
 
-    def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Point `name@alias` to a version. Raises InvalidAdapter (the alias), AdapterNotFound."""
-        self._catalog.set_alias(name, check_alias(alias), version)
+    def set_alias(self, name: str, alias: str, shares: Mapping[int, float]) -> None:
+        """Point `name@alias` to versions: version -> weight. Raises InvalidAdapter (the alias),
+        AdapterNotFound."""
+        self._catalog.set_alias(name, check_alias(alias), shares)
 
     def drop_alias(self, name: str, alias: str) -> None:
-        """Raises AdapterNotFound."""
+        """Take an alias away, with what was counted under it. Raises AdapterNotFound."""
         self._catalog.drop_alias(name, alias)
 
     def weights_path(self, manifest: AdapterManifest) -> Path:
@@ -315,6 +330,12 @@ class AdapterStore:
         with open_regular(weights) as fd:
             same = os.fstat(fd).st_size == newest.weights_bytes
         return newest if same and _sha256(weights) == newest.weights_sha256 else None
+
+
+def alias_of(reference: str) -> tuple[str, str] | None:
+    """(name, alias), where the reference is one; None for a name, a version or a digest."""
+    name, at, tag = reference.partition("@")
+    return (name, tag) if at and ":" not in reference and not VERSION.fullmatch(tag) else None
 
 
 def read_small(path: Path, limit: int, where: str) -> bytes:

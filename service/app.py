@@ -27,20 +27,19 @@ from adapters.limits import Limits
 from adapters.store import AdapterStore
 from base.errors import UnservableBase
 from service.admission import Admission
-from service.api import adapters, errors, generate, meta, page
+from service.api import adapters, errors, feedback, generate, meta, page
 from service.api.connection import HEAD_BYTES, connection_class
 from service.api.deps import Desk, Serving
 from service.api.door import Bounds, Door
 from service.api.upload import FORM_BYTES, sweep
 from service.config import Settings
+from service.experiments import Experiments
 from service.log import configure_logging
 from service.metrics import Metrics
 
 if TYPE_CHECKING:
-    from adapters.delta import LoweredAdapter
     from adapters.manifest import AdapterManifest
     from service.engine.config import EngineConfig
-    from service.engine.request import AdapterRef
 
 NO_FAST = "products in 8 bits need a CPU, the C library, and rows that are multiples of 64"
 UPLOADS_AT_ONCE = 4
@@ -81,7 +80,8 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
     )
     app.add_middleware(Door, bounds=bounds)
     errors.register(app)
-    for router in (generate.router, adapters.router, meta.router, page.router):
+    routes = (generate, adapters, feedback, meta, page)
+    for router in (module.router for module in routes):
         app.include_router(router)
     return app
 
@@ -147,6 +147,7 @@ def _fail(app: FastAPI, reason: str) -> None:
 
 def _close(loaded: Serving) -> None:
     loaded.engine.stop()
+    loaded.experiments.close()
     loaded.store.close()
 
 
@@ -156,6 +157,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
     from base.kernels import native_status
     from base.load import load_base
     from service.engine.loop import Engine
+    from service.fetch import Fetch
     from service.prompt.assembly import Assembly
 
     if settings.hf_token is not None:
@@ -175,21 +177,11 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
     limits = Limits(max_weights_bytes=settings.max_upload_bytes, max_rank=settings.max_rank)
     store = open_store(settings)
 
-    def fetch(ref: AdapterRef) -> LoweredAdapter:
-        manifest = store.pinned(ref.digest)
-        return lower(
-            manifest,
-            store.weights_path(manifest),
-            base,
-            placement=ref.placement,
-            merged_dtype=ref.merged_dtype,
-        )
-
     def probe(draft: AdapterManifest, weights: Path) -> None:
         engine.probe(lower(draft, weights, base))
 
     config = _engine_config(settings)
-    engine = Engine(base, fetch, config, metrics)
+    engine = Engine(base, Fetch(store, base), config, metrics)
     engine.start()
     if settings.adapters is not None:
         found = store.load_directory(settings.adapters, base.spec, limits, probe)
@@ -216,6 +208,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         engine=engine,
         limits=limits,
         probe=probe,
+        experiments=Experiments(store),
     )
 
 

@@ -13,10 +13,13 @@ from pydantic import ConfigDict, Field
 
 from adapters.errors import AdapterNotFound
 from adapters.manifest import AdapterManifest, MergedDtype, Placement
-from service.api.deps import DeskDep, Serving, ServingDep, adapter_ref
+from adapters.store import AdapterDescription
+from adapters.traffic import MAX_ARMS
+from service.api.deps import DeskDep, Serving, ServingDep
 from service.api.errors import Refused
 from service.api.upload import Upload, received
 from service.api.wire import Incoming, Outgoing, PathName, refusals
+from service.engine.request import AdapterRef
 from service.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -110,11 +113,22 @@ class VersionView(Outgoing):
     created: str
 
 
+class ShareView(Outgoing):
+    """One version behind an alias, and its share of the requests."""
+
+    version: int
+    weight: float
+    digest: str
+
+
 class AdapterDescriptionView(AdapterView):
     """One adapter with all that is known under its name."""
 
     versions: list[VersionView]
-    aliases: dict[str, int]
+    aliases: dict[str, int | list[ShareView]] = Field(
+        description="The version that each alias points to; several where it shares its traffic."
+    )
+    provenance: dict[str, Any] = Field(description="How this version came about.")
 
 
 class AdapterList(Outgoing):
@@ -130,20 +144,33 @@ class Deleted(Outgoing):
     deleted: list[VersionView]
 
 
-class AliasBody(Incoming):
-    """What an alias points to: a version, or the digest of one."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 1}]})
+class Share(Incoming):
+    """A version, or the digest of one, and its share beside the others': 90 and 10, or 0.9 and
+    0.1. A share of 0 keeps a version at hand and sends it nothing."""
 
     version: int | None = Field(default=None, ge=1, le=999_999_999)
     digest: str | None = Field(default=None, pattern=r"^(sha256:)?[0-9a-f]{64}$")
+    weight: float = Field(ge=0, le=1e6)
+
+
+class AliasBody(Incoming):
+    """What an alias points to: a version, the digest of one, or several that share its traffic."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"version": 1}, {"split": [{"version": 1, "weight": 100}]}]}
+    )
+
+    version: int | None = Field(default=None, ge=1, le=999_999_999)
+    digest: str | None = Field(default=None, pattern=r"^(sha256:)?[0-9a-f]{64}$")
+    split: list[Share] | None = Field(default=None, min_length=1, max_length=MAX_ARMS)
 
 
 class AliasView(Outgoing):
     name: str
     alias: str
-    version: int
+    version: int = Field(description="Of the largest share.")
     digest: str
+    split: list[ShareView] | None = Field(default=None, description="Where it shares its traffic.")
 
 
 class LoadView(Outgoing):
@@ -207,7 +234,8 @@ async def show(name: PathName, serving: ServingDep) -> JSONResponse:
     residents = await asyncio.to_thread(serving.engine.residents)
     body = _view(manifest, residents) | {
         "versions": [_version(one) for one in described.versions],
-        "aliases": dict(described.aliases),
+        "aliases": _aliases(described),
+        "provenance": dict(manifest.provenance),
     }
     return _reply(body, 200, manifest)
 
@@ -226,21 +254,30 @@ async def delete(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResp
 async def set_alias(
     name: PathName, alias: PathName, body: AliasBody, serving: ServingDep
 ) -> JSONResponse:
-    """Point `name@alias` to a version of the adapter; requests that run are not touched."""
-    target = await asyncio.to_thread(_target, name, body, serving)
-    await asyncio.to_thread(serving.store.set_alias, name, alias, target.version)
-    return _reply(
-        {"name": name, "alias": alias, "version": target.version, "digest": target.digest},
-        200,
-        target,
-    )
+    """Point `name@alias` to a version of the adapter, or share its requests among several.
+
+    Requests that run are not touched. A client that gives a `client_key` stays at one version; a
+    change of weights moves only clients to versions whose share grew.
+    """
+    shares = await asyncio.to_thread(_shares, name, body, serving)
+    weights = {one.version: weight for one, weight in shares}
+    await asyncio.to_thread(serving.store.set_alias, name, alias, weights)
+    target = max(shares, key=lambda share: share[1])[0]
+    split = [_share(one.version, weight, one.digest) for one, weight in shares]
+    body_of_reply = {
+        "name": name,
+        "alias": alias,
+        "version": target.version,
+        "digest": target.digest,
+    }
+    return _reply(body_of_reply | ({"split": split} if body.split else {}), 200, target)
 
 
 @router.delete(
     "/{name}/aliases/{alias}", responses={200: {"model": AliasDropped}, **refusals(404, 422, 503)}
 )
 async def drop_alias(name: PathName, alias: PathName, serving: ServingDep) -> JSONResponse:
-    """Take an alias away; the versions stay."""
+    """Take an alias away, and the figures of its experiment; the versions stay."""
     await asyncio.to_thread(serving.store.drop_alias, name, alias)
     return JSONResponse({"name": name, "alias": alias})
 
@@ -249,7 +286,7 @@ async def drop_alias(name: PathName, alias: PathName, serving: ServingDep) -> JS
 async def load(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Bring an adapter to its slot now, so that no request has to wait for it."""
     manifest = await asyncio.to_thread(serving.store.resolve, name)
-    report = await desk.slowly(serving.engine.load, adapter_ref(manifest))
+    report = await desk.slowly(serving.engine.load, AdapterRef.of(manifest))
     body = {
         "name": manifest.name,
         "version": manifest.version,
@@ -267,7 +304,7 @@ async def load(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONRespon
 async def pin(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Load an adapter and keep it in its slot, whatever else comes."""
     manifest = await asyncio.to_thread(serving.store.resolve, name)
-    await desk.slowly(serving.engine.pin, adapter_ref(manifest))
+    await desk.slowly(serving.engine.pin, AdapterRef.of(manifest))
     return _reply(_pinned(manifest, True), 200, manifest)
 
 
@@ -306,13 +343,15 @@ def _delete(name: str, serving: Serving) -> Sequence[AdapterManifest]:
     """Delete the rows; when all that was accepted before has ended, free slots and blocks of every
     digest that no row names any more; then remove the weights."""
     gone = serving.store.retire(name)
-    for one in {adapter_ref(manifest): manifest for manifest in gone}.values():
+    for one in {AdapterRef.of(manifest): manifest for manifest in gone}.values():
         try:
             other = serving.store.resolve(f"sha256:{one.digest}")
         except AdapterNotFound:
             serving.engine.forget(one.digest)
+            for composed in serving.sums.of(one.digest):
+                serving.engine.forget(composed)
         else:
-            if adapter_ref(other).key != adapter_ref(one).key:
+            if AdapterRef.of(other).key != AdapterRef.of(one).key:
                 _unpin(one, serving)
     serving.store.discard(gone)
     return gone
@@ -320,16 +359,55 @@ def _delete(name: str, serving: Serving) -> Sequence[AdapterManifest]:
 
 def _unpin(manifest: AdapterManifest, serving: Serving) -> None:
     with suppress(KeyError):  # it has no slot: nothing is pinned
-        serving.engine.unpin(adapter_ref(manifest))
+        serving.engine.unpin(AdapterRef.of(manifest))
 
 
-def _target(name: str, body: AliasBody, serving: Serving) -> AdapterManifest:
-    if (body.version is None) == (body.digest is None):
-        raise InvalidRequest("give either version or digest", "version")
-    for one in serving.store.describe(name).versions:
-        if one.version == body.version or one.digest == (body.digest or "").removeprefix("sha256:"):
+def _shares(name: str, body: AliasBody, serving: Serving) -> list[tuple[AdapterManifest, float]]:
+    """The versions that an alias is to point to, each with its weight."""
+    if sum(given is not None for given in (body.version, body.digest, body.split)) != 1:
+        raise InvalidRequest("give either version, digest or split", "version")
+    versions = serving.store.describe(name).versions
+    if body.split is None:
+        return [(_target(name, body.version, body.digest, versions, "version"), 1.0)]
+    found: dict[int, tuple[AdapterManifest, float]] = {}
+    for place, share in enumerate(body.split):
+        where = f"split.{place}"
+        one = _target(name, share.version, share.digest, versions, f"{where}.version")
+        if one.version in found:
+            raise InvalidRequest(f"version {one.version} is there twice", where)
+        found[one.version] = (one, share.weight)
+    if not any(weight for _, weight in found.values()):
+        raise InvalidRequest("all weights are 0: one must be more", "split")
+    return list(found.values())
+
+
+def _target(
+    name: str,
+    version: int | None,
+    digest: str | None,
+    versions: Sequence[AdapterManifest],
+    where: str,
+) -> AdapterManifest:
+    if (version is None) == (digest is None):
+        raise InvalidRequest("give either version or digest", where)
+    for one in versions:
+        if one.version == version or one.digest == (digest or "").removeprefix("sha256:"):
             return one
-    raise AdapterNotFound(f"{name}@{body.version or body.digest}")
+    raise AdapterNotFound(f"{name}@{version or digest}")
+
+
+def _aliases(described: AdapterDescription) -> dict[str, Any]:
+    digests = {one.version: one.digest for one in described.versions}
+    return {
+        alias: next(iter(arms))
+        if len(arms) == 1
+        else [_share(version, weight, digests[version]) for version, weight in arms.items()]
+        for alias, arms in described.aliases.items()
+    }
+
+
+def _share(version: int, weight: float, digest: str) -> dict[str, Any]:
+    return {"version": version, "weight": weight, "digest": digest}
 
 
 def _reply(body: dict[str, Any], status: int, manifest: AdapterManifest) -> JSONResponse:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, Protocol, TypeVar
@@ -14,30 +14,25 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, Protocol, TypeVar
 from fastapi import Depends, Request
 
 from adapters.limits import Limits
-from adapters.manifest import AdapterManifest
 from adapters.store import AdapterStore, Probe
 from base.spec import BaseSpec
 from service.admission import Admission
 from service.api.errors import Refused
 from service.config import Settings
 from service.engine.observer import StepReport
-from service.engine.request import AdapterRef, Event
+from service.engine.request import AdapterRef
 from service.engine.request import Request as Generation
+from service.engine.stream import EventStream
+from service.experiments import Experiments
 from service.metrics import Metrics
 from service.prompt.assembly import Assembly
+from service.selection import Sums
 
 if TYPE_CHECKING:  # it brings torch, which is not here yet when the first request comes
     from service.residency.tiers import Resident
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class EventStream(Protocol):
-    """The events of one generation; `service.engine.stream.Stream` is the real one."""
-
-    def __aiter__(self) -> AsyncIterator[Event]: ...
-    def cancel(self) -> None: ...
 
 
 class Report(Protocol):
@@ -84,6 +79,8 @@ class Serving:
     engine: GenerationEngine
     limits: Limits
     probe: Probe  # the last check of an upload: lower it, and run it over some tokens
+    experiments: Experiments
+    sums: Sums = field(default_factory=Sums)
 
 
 @dataclass(slots=True)
@@ -105,17 +102,6 @@ class Desk:
         """Run something slow in a thread. Not undone when the client goes: it is shielded."""
         call = partial(work, *arguments, **named)
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.slow, call))
-
-
-def adapter_ref(manifest: AdapterManifest) -> AdapterRef:
-    """What the engine is asked for when a request names this version."""
-    return AdapterRef(
-        manifest.digest,
-        manifest.name,
-        manifest.placement,
-        manifest.merged_dtype,
-        virtual_tokens=manifest.virtual_tokens,
-    )
 
 
 async def desk(request: Request) -> Desk:

@@ -50,6 +50,9 @@ from service.errors import (
 
 MAX_ECHO = 80  # characters of a bad value that an error repeats
 MAX_LISTED = 5  # errors of one body that a reply lists
+UNNAMED = frozenset(  # parts of a place that are no field: where it was, and tags of unions
+    {"body", "path", "query", "text", "messages", "list", "object"}
+)
 PRIVATE = frozenset({"inputs", "content", "template"})  # never repeated, whatever is wrong
 
 logger = structlog.get_logger("nibble.http")
@@ -237,7 +240,7 @@ def _invalid_body(error: RequestValidationError) -> Failure:
 
 def _where(loc: Sequence[Any]) -> str:
     """('body', 'inputs', 'messages', 0, 'role') -> 'inputs.0.role'; tags of unions left out."""
-    parts = [str(part) for part in loc if part not in ("body", "path", "query", "text", "messages")]
+    parts = [str(part) for part in loc if part not in UNNAMED]
     return ".".join(parts)[: 2 * MAX_ECHO]
 
 

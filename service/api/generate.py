@@ -15,24 +15,26 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
-from adapters.manifest import AdapterManifest
+from adapters.compose import MAX_PARTS, MAX_WEIGHT, Term, parse_terms
+from adapters.errors import InvalidAdapter
+from adapters.outcomes import Ending
 from service.admission import Ticket
 from service.api.deps import (
     Desk,
     DeskDep,
-    EventStream,
     Serving,
     ServingDep,
-    adapter_ref,
     unless_gone,
 )
 from service.api.generation import Collector, Origin, completion, stream_events
 from service.api.generation_schema import Completion, StreamEvent
 from service.api.sse import EventReply
 from service.api.wire import (
+    MAX_CLIENT_KEY,
     MAX_SEQUENCES,
     MAX_TOKENS,
     MAX_TOP_TOKENS,
+    ClientKey,
     Count,
     Fraction,
     Incoming,
@@ -43,9 +45,12 @@ from service.api.wire import (
     TokenId,
     refusals,
 )
+from service.engine.request import Finished, Sampling
 from service.engine.request import Request as Generation
-from service.engine.request import Sampling
+from service.engine.stream import EventStream
 from service.errors import InvalidRequest
+from service.experiments import Watched, outcome_of
+from service.selection import MAX_REFERENCE, Selection, select
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -59,12 +64,57 @@ class Message(Incoming):
     content: str
 
 
+class AdapterPart(Incoming):
+    """One adapter of a sum, and its weight."""
+
+    adapter_id: Reference
+    weight: float = Field(default=1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT)
+
+
+def _form(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list):
+        return "list"
+    return "object" if isinstance(value, dict | AdapterPart) else None
+
+
+AdapterId = Annotated[
+    Annotated[str, Field(min_length=1, max_length=MAX_PARTS * MAX_REFERENCE), Tag("text")]
+    | Annotated[
+        list[
+            Annotated[
+                Annotated[Reference, Tag("text")] | Annotated[AdapterPart, Tag("object")],
+                Discriminator(
+                    _form,
+                    custom_error_type="adapter_part",
+                    custom_error_message="should be a string or an object with adapter_id",
+                ),
+            ]
+        ],
+        Field(min_length=1, max_length=MAX_PARTS),
+        Tag("list"),
+    ],
+    Discriminator(
+        _form,
+        custom_error_type="adapter_id",
+        custom_error_message="should be a string or a list of adapters",
+    ),
+]
+
+
 class Parameters(Incoming):
     """How to generate. What is left out has the default of text-generation clients: greedy."""
 
-    adapter_id: Reference | None = Field(
+    adapter_id: AdapterId | None = Field(
         default=None,
-        description="`name`, `name@version`, `name@alias` or `sha256:<digest>`; none: the base.",
+        description="`name`, `name@version`, `name@alias` or `sha256:<digest>`; none: the base. "
+        'Several, `"a:0.7,b:0.3"` or a list, are added with their weights.',
+    )
+    client_key: ClientKey | None = Field(
+        default=None,
+        description="Whoever asks: an alias that shares its traffic keeps a client at one version. "
+        "The header `x-client-key` does the same.",
     )
     adapter_source: Literal["local"] = Field(
         default="local", description="Only adapters that were uploaded here; nothing is fetched."
@@ -139,6 +189,19 @@ class Parameters(Incoming):
         return value
 
     @property
+    def terms(self) -> tuple[Term, ...]:
+        """The adapters that are named. Raises InvalidRequest."""
+        if isinstance(self.adapter_id, str):
+            try:
+                return parse_terms(self.adapter_id)
+            except InvalidAdapter as error:
+                raise InvalidRequest(error.reason, error.where) from error
+        return tuple(
+            Term(part) if isinstance(part, str) else Term(part.adapter_id, part.weight)
+            for part in self.adapter_id or ()
+        )
+
+    @property
     def sequences(self) -> int:
         return max(self.n, self.best_of)
 
@@ -209,7 +272,7 @@ async def generate(
     """Generate, and reply when it is done. With `"stream": true` like /generate_stream."""
     if body.stream:
         return await generate_stream(body, request, desk, serving)
-    return await unless_gone(request, _complete(body, desk, serving))
+    return await unless_gone(request, _complete(body, request, desk, serving))
 
 
 @router.post(
@@ -225,7 +288,7 @@ async def generate_stream(
             "a stream cannot take back what it sent: best_of must be 1, or take n",
             "parameters.best_of",
         )
-    started = await unless_gone(request, _start(body, desk, serving))
+    started = await unless_gone(request, _start(body, request, desk, serving))
     events = stream_events(started.stream, started.origin, request.scope["request_id"])
     return EventReply(events, started.close, started.origin.headers)
 
@@ -252,8 +315,8 @@ class _Started:
         self.ticket.release()
 
 
-async def _complete(body: GenerateBody, desk: Desk, serving: Serving) -> Response:
-    started = await _start(body, desk, serving)
+async def _complete(body: GenerateBody, request: Request, desk: Desk, serving: Serving) -> Response:
+    started = await _start(body, request, desk, serving)
     try:
         collector = Collector(started.origin)
         async for event in started.stream:
@@ -265,25 +328,28 @@ async def _complete(body: GenerateBody, desk: Desk, serving: Serving) -> Respons
         started.close()
 
 
-async def _start(body: GenerateBody, desk: Desk, serving: Serving) -> _Started:
+async def _start(body: GenerateBody, request: Request, desk: Desk, serving: Serving) -> _Started:
     """Admission, adapter, prompt, engine: in the order of their cost."""
     _check_pairs(body, serving)
+    client = _client_key(body.parameters, request)
     ticket = desk.admission.admit()
     try:
-        manifest = await _adapter(body.parameters.adapter_id, serving)
+        selection = await _selection(body.parameters, client, desk, serving)
         # A cold adapter is on its way while the prompt is read.
-        ticket.meanwhile(serving.engine.reserved(adapter_ref(manifest) if manifest else None))
-        prompt = await _prompt(body, manifest, serving)
-        generation = _generation(body.parameters, prompt, manifest, serving)
+        ticket.meanwhile(serving.engine.reserved(selection.ref if selection else None))
+        prompt = await _prompt(body, selection, serving)
+        generation = _generation(
+            request.scope["request_id"], body.parameters, prompt, selection, serving
+        )
         origin = Origin(
             generation,
-            manifest,
+            selection,
             best_of=body.parameters.best_of > 1,
             details=body.parameters.wants_details,
             prefix=body.inputs if body.parameters.return_full_text else "",  # type: ignore[arg-type]
             decode=serving.assembly.decode,
         )
-        return _Started(serving.engine.submit(generation), origin, ticket)
+        return _Started(_submitted(generation, selection, serving), origin, ticket)
     except BaseException:
         ticket.release()
         raise
@@ -323,25 +389,66 @@ def _check_pairs(body: GenerateBody, serving: Serving) -> None:
             )
 
 
-async def _adapter(reference: str | None, serving: Serving) -> AdapterManifest | None:
-    if reference is None:
+def _client_key(given: Parameters, request: Request) -> str | None:
+    """Who asks, by the parameter or else by the header."""
+    header = request.headers.get("x-client-key")
+    if header and len(header) > MAX_CLIENT_KEY:
+        raise InvalidRequest(
+            f"{len(header)} characters; should have at most {MAX_CLIENT_KEY}", "x-client-key"
+        )
+    return given.client_key or header or None
+
+
+async def _selection(
+    given: Parameters, client: str | None, desk: Desk, serving: Serving
+) -> Selection | None:
+    if given.adapter_id is None:
         return None
-    return await asyncio.to_thread(serving.store.resolve, reference)
+    found = await asyncio.to_thread(
+        select,
+        given.terms,
+        serving.store,
+        client=client,
+        max_rank=serving.limits.max_rank,
+        max_bytes=desk.settings.slot_bytes,
+    )
+    serving.sums.note(found.ref)
+    return found
+
+
+def _submitted(
+    generation: Generation, selection: Selection | None, serving: Serving
+) -> EventStream:
+    """Hand it to the engine; what comes of a request through an alias is noted."""
+    stream = serving.engine.submit(generation)
+    via = selection.via if selection else None
+    if selection is None or via is None:
+        return stream
+    version = selection.parts[0].manifest.version
+
+    def note(ending: Ending, ends: tuple[Finished, ...]) -> None:
+        serving.experiments.record(outcome_of(generation.id, via, version, ending, ends))
+
+    return Watched(stream, generation.n, note)
 
 
 async def _prompt(
-    body: GenerateBody, manifest: AdapterManifest | None, serving: Serving
+    body: GenerateBody, selection: Selection | None, serving: Serving
 ) -> tuple[int, ...]:
     truncate = body.parameters.truncate
     if isinstance(body.inputs, str):
         return await serving.assembly.text(body.inputs, truncate)
     messages = [{"role": m.role, "content": m.content} for m in body.inputs]
-    template = manifest.template if manifest else None
+    template = selection.template if selection else None
     return await serving.assembly.chat(messages, template, truncate)
 
 
 def _generation(
-    given: Parameters, prompt: tuple[int, ...], manifest: AdapterManifest | None, serving: Serving
+    request_id: str,
+    given: Parameters,
+    prompt: tuple[int, ...],
+    selection: Selection | None,
+    serving: Serving,
 ) -> Generation:
     samples = given.samples
     # Drawn here, small enough for every JSON reader, so that the reply's seed repeats the text.
@@ -364,10 +471,10 @@ def _generation(
         top_logprobs=given.top_n_tokens,
     )
     return Generation(
-        id=secrets.token_hex(8),
+        id=request_id,
         prompt=prompt,
         sampling=sampling,
-        adapter=adapter_ref(manifest) if manifest else None,
+        adapter=selection.ref if selection else None,
         n=given.sequences,
         prompt_logprobs=given.decoder_input_details,
     )

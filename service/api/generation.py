@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapters.manifest import AdapterManifest
-from service.api.deps import EventStream
 from service.api.errors import failure
 from service.engine.request import Event, Finished, Request, Token
+from service.engine.stream import EventStream
 from service.errors import Draining, ServiceError
+from service.selection import Selection
 
 Json = dict[str, Any]
 
@@ -20,7 +20,7 @@ class Origin:
     """What a reply has to know of its request."""
 
     request: Request
-    manifest: AdapterManifest | None
+    selection: Selection | None
     best_of: bool
     details: bool
     prefix: str  # put before every output
@@ -28,19 +28,11 @@ class Origin:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        return {"x-adapter-digest": self.manifest.digest} if self.manifest else {}
+        return {"x-adapter-digest": self.selection.digest} if self.selection else {}
 
     @property
     def adapter(self) -> Json | None:
-        found = self.manifest
-        if found is None:
-            return None
-        return {
-            "name": found.name,
-            "version": found.version,
-            "digest": found.digest,
-            "placement": found.placement,
-        }
+        return described(self.selection) if self.selection else None
 
     def seed(self, end: Finished) -> int | None:
         return end.seed if self.request.sampling.do_sample else None
@@ -55,6 +47,36 @@ class Origin:
             {"id": token, "text": text, "logprob": logprob}
             for token, text, logprob in zip(prompt, self.decode(prompt), logprobs, strict=True)
         ]
+
+
+def described(selection: Selection) -> Json:
+    """The adapter, or the sum of several, that serves a request."""
+    if selection.single:
+        found = selection.parts[0].manifest
+        body = {
+            "name": found.name,
+            "version": found.version,
+            "digest": found.digest,
+            "placement": found.placement,
+        }
+        return body | ({"alias": selection.via.alias} if selection.via else {})
+    parts = [
+        {
+            "name": part.manifest.name,
+            "version": part.manifest.version,
+            "digest": part.manifest.digest,
+            "weight": part.weight,
+        }
+        for part in selection.parts
+    ]
+    ref = selection.ref
+    return {
+        "name": ref.name,
+        "version": None,
+        "digest": ref.digest,
+        "placement": ref.placement,
+        "parts": parts,
+    }
 
 
 @dataclass(slots=True)

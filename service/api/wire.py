@@ -8,12 +8,13 @@ from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from service.api.errors import ErrorEnvelope
+from service.selection import MAX_REFERENCE
 
 MAX_TOKENS = 1 << 20
 MAX_SEED = (1 << 63) - 1024  # n sequences use seed, seed + 1, …
 MAX_SEQUENCES = 16
 MAX_TOP_TOKENS = 20
-MAX_REFERENCE = 200  # characters of `name@alias` or `sha256:<hex>`
+MAX_CLIENT_KEY = 256  # characters
 
 Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
@@ -22,6 +23,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Reference = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
+ClientKey = Annotated[str, Field(min_length=1, max_length=MAX_CLIENT_KEY)]
 PathName = Annotated[str, Path(min_length=1, max_length=MAX_REFERENCE)]
 
 
@@ -45,13 +47,26 @@ class Outgoing(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class AdapterDetails(Outgoing):
-    """Which adapter served a request: the digest is its identity."""
+class PartDetails(Outgoing):
+    """One adapter of a sum."""
 
     name: str
     version: int
     digest: str
+    weight: float
+
+
+class AdapterDetails(Outgoing):
+    """Which adapter served a request: the digest is its identity."""
+
+    name: str
+    version: int | None = Field(description="Null for a sum, which is no version of anything.")
+    digest: str
     placement: str
+    alias: str | None = Field(default=None, description="The alias that chose this version.")
+    parts: list[PartDetails] | None = Field(
+        default=None, description="Of a sum: what it is made of, in the order of the digests."
+    )
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:

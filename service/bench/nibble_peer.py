@@ -8,9 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from adapters.delta import LoweredAdapter
 from adapters.limits import Limits
-from adapters.lowering import lower
 from adapters.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
 from base.kernels import native_status
 from base.load import load_base
@@ -22,6 +20,7 @@ from service.engine.config import EngineConfig
 from service.engine.loop import Engine
 from service.engine.request import AdapterRef, Request, Sampling, Token
 from service.engine.stream import Stream
+from service.fetch import Fetch
 
 ENGINE = "engine"
 
@@ -36,7 +35,7 @@ class NibblePeer:
         where = Path(self._directory.name)
         self._store = AdapterStore(str(where / "blobs"), str(where / "catalog.sqlite"))
         self._refs = [self._add(directory) for directory in setup.adapters]
-        self._engine = Engine(self._base, self._fetch, EngineConfig())
+        self._engine = Engine(self._base, Fetch(self._store, self._base), EngineConfig())
         self._engine.start()
         self._loaded = [self._engine.load(ref) for ref in self._refs]
         self._requests = 0
@@ -91,11 +90,7 @@ class NibblePeer:
             self._base.spec,
             Limits(),
         )
-        return AdapterRef(manifest.digest, manifest.name)
-
-    def _fetch(self, ref: AdapterRef) -> LoweredAdapter:
-        manifest = self._store.resolve(f"sha256:{ref.digest}")
-        return lower(manifest, self._store.weights_path(manifest), self._base)
+        return AdapterRef.of(manifest)
 
     def _request(self, prompt: tuple[int, ...], adapter: int | None, new: int) -> Request:
         self._requests += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from adapters.manifest import AdapterManifest, MergedDtype, Placement
 from service.errors import ServiceError
 
 FinishReason = Literal["eos_token", "length", "stop_sequence", "cancelled", "error"]
@@ -49,9 +50,21 @@ class AdapterRef:
 
     digest: str
     name: str
-    placement: Literal["unmerged", "merged"] = "unmerged"
-    merged_dtype: Literal["bfloat16", "float32", "nf4"] = "bfloat16"  # read when merged
+    placement: Placement = "unmerged"
+    merged_dtype: MergedDtype = "bfloat16"  # read when merged
+    parts: tuple[tuple[str, float], ...] = ()  # of a sum: the digest and weight of each part
     virtual_tokens: int = 0  # that stand before every prompt
+
+    @classmethod
+    def of(cls, manifest: AdapterManifest) -> AdapterRef:
+        """What the engine is asked for when a request names this version."""
+        return cls(
+            manifest.digest,
+            manifest.name,
+            manifest.placement,
+            manifest.merged_dtype,
+            virtual_tokens=manifest.virtual_tokens,
+        )
 
     @property
     def key(self) -> AdapterKey:

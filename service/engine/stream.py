@@ -5,8 +5,16 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Protocol
 
 from service.engine.request import Event, Finished
+
+
+class EventStream(Protocol):
+    """What a reply reads: a `Stream`, or what watches one."""
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+    def cancel(self) -> None: ...
 
 
 class Stream:

@@ -1,11 +1,12 @@
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
@@ -63,11 +64,11 @@ def test_a_number_is_never_given_again(catalog: Catalog) -> None:
 def test_aliases_move(catalog: Catalog) -> None:
     add(catalog, "a")
     add(catalog, "b")
-    catalog.set_alias("support", "prod", 1)
-    assert catalog.alias("support", "prod").digest == "a" * 64
-    catalog.set_alias("support", "prod", 2)
-    assert catalog.alias("support", "prod").digest == "b" * 64
-    assert catalog.aliases_of("support") == {"prod": 2}
+    catalog.set_alias("support", "prod", {1: 1.0})
+    assert [arm.manifest.digest for arm in catalog.alias("support", "prod")] == ["a" * 64]
+    catalog.set_alias("support", "prod", {2: 1.0})
+    assert [arm.manifest.digest for arm in catalog.alias("support", "prod")] == ["b" * 64]
+    assert catalog.aliases_of("support") == {"prod": {2: 1.0}}
     catalog.drop_alias("support", "prod")
     for gone in (catalog.alias, catalog.drop_alias):
         with pytest.raises(AdapterNotFound, match="support@prod"):
@@ -80,21 +81,61 @@ def test_aliases_point_to_living_versions_of_their_name(catalog: Catalog) -> Non
     add(catalog, "c", name="other")
     for name, version in (("support", 2), ("none", 1)):
         with pytest.raises(AdapterNotFound):
-            catalog.set_alias(name, "prod", version)
+            catalog.set_alias(name, "prod", {version: 1.0})
     catalog.delete("other", 2, "now")
     with pytest.raises(AdapterNotFound):
-        catalog.set_alias("other", "prod", 2)
+        catalog.set_alias("other", "prod", {2: 1.0})
 
 
 def test_what_an_alias_points_to_stays(catalog: Catalog) -> None:
     add(catalog, "a")
     add(catalog, "b")
-    catalog.set_alias("support", "prod", 1)
+    catalog.set_alias("support", "prod", {1: 1.0})
     for version in (1, None):
         with pytest.raises(AdapterInUse, match="support@prod"):
             catalog.delete("support", version, "now")
     assert len(catalog.versions("support")) == 2
     catalog.delete("support", 2, "now")
+
+
+def test_an_alias_shares_its_traffic(catalog: Catalog) -> None:
+    for digest in "abc":
+        add(catalog, digest)
+    catalog.set_alias("support", "prod", {1: 10.0, 3: 90.0})
+    found = [(arm.manifest.version, arm.weight) for arm in catalog.alias("support", "prod")]
+    assert found == [(3, 90.0), (1, 10.0)]
+    for version in (1, 3):
+        with pytest.raises(AdapterInUse, match="support@prod"):
+            catalog.delete("support", version, "now")
+    catalog.delete("support", 2, "now")
+    with pytest.raises(AdapterNotFound, match="support@2"):
+        catalog.set_alias("support", "prod", {1: 1.0, 2: 1.0})
+    assert catalog.aliases_of("support") == {"prod": {3: 90.0, 1: 10.0}}, "nothing of it was kept"
+
+
+def test_aliases_of_the_first_catalog_are_kept(tmp_path: Path) -> None:
+    """A database of the version before: its aliases become aliases of one arm."""
+    path = tmp_path / "catalog.db"
+    engine = sa.create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        config = Config(attributes={"connection": connection})
+        config.set_main_option("script_location", str(MIGRATIONS))
+        command.upgrade(config, "0001")
+        manifest = replace(MANIFEST, name="support", version=4)
+        row = {**asdict(manifest), "manifest": manifest.to_json()}
+        connection.execute(
+            sa.text(
+                "INSERT INTO adapters (name, version, digest, weights_sha256, manifest, created) "
+                "VALUES (:name, :version, :digest, :weights_sha256, :manifest, :created)"
+            ),
+            row,
+        )
+        connection.execute(sa.text("INSERT INTO aliases VALUES ('support', 'prod', 4)"))
+    engine.dispose()
+    catalog = Catalog(str(path))
+    (arm,) = catalog.alias("support", "prod")
+    assert (arm.manifest.version, arm.weight) == (4, 1.0)
+    catalog.close()
 
 
 def test_a_digest_finds_the_adapter(catalog: Catalog) -> None:

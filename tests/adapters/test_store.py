@@ -104,7 +104,7 @@ def test_what_is_added_is_there(
 
 def test_references(store: AdapterStore, add: Adder) -> None:
     first, second = add(seed=1), add(seed=2)
-    store.set_alias("support", "prod", 1)
+    store.set_alias("support", "prod", {1: 1.0})
     for reference, found in {
         "support": second,
         "support@1": first,
@@ -156,10 +156,10 @@ def test_other_config_same_weights_is_another_digest(
 def test_names_are_described(store: AdapterStore, add: Adder) -> None:
     add("b")
     first, second = add("a", seed=1), add("a", seed=2)
-    store.set_alias("a", "prod", 1)
+    store.set_alias("a", "prod", {1: 1.0})
     assert [(m.name, m.version) for m in store.list()] == [("a", 2), ("b", 1)]
     found = store.describe("a")
-    assert (found.versions, found.aliases) == ((first, second), {"prod": 1})
+    assert (found.versions, found.aliases) == ((first, second), {"prod": {1: 1.0}})
     with pytest.raises(AdapterNotFound):
         store.describe("c")
 
@@ -168,7 +168,7 @@ def test_deletion(store: AdapterStore, add: Adder, root: Path) -> None:
     first, second = add(seed=1), add(seed=2)
     assert store.delete("support@1") == (first,)
     assert files(root) == [second.weights_sha256]
-    store.set_alias("support", "prod", 2)
+    store.set_alias("support", "prod", {2: 1.0})
     with pytest.raises(AdapterInUse, match="support@prod"):
         store.delete("support")
     store.drop_alias("support", "prod")
