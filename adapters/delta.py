@@ -12,7 +12,7 @@ Every field that an adapter does not need is None and costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -163,10 +163,16 @@ class LoweredAdapter:
 
     def to(self, device: torch.device) -> LoweredAdapter:
         """The same adapter with its tensors on `device`; no copy where they are there already."""
+        return self.mapped(lambda part: part.to(device))
+
+    def mapped(self, each: Callable[[Any], Any]) -> LoweredAdapter:
+        """The same adapter with `each` called once on every tensor and every NF4Weight: what
+        several layers have in common stays in common."""
+        known: dict[int, Any] = {}
         return replace(
             self,
-            deltas={path: _moved(d, device) for path, d in self.deltas.items()},
-            prefix=_moved(self.prefix, device),
+            deltas={path: _mapped(delta, each, known) for path, delta in self.deltas.items()},
+            prefix=_mapped(self.prefix, each, known),
         )
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -188,11 +194,14 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(getattr(value, part.name))
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _mapped(value: Any, each: Callable[[Any], Any], known: dict[int, Any]) -> Any:
     if isinstance(value, torch.Tensor | NF4Weight):
-        return value.to(device)
+        if id(value) not in known:
+            known[id(value)] = each(value)
+        return known[id(value)]
     if isinstance(value, tuple):
-        return tuple(_moved(v, device) for v in value)
+        return tuple(_mapped(part, each, known) for part in value)
     if not is_dataclass(value) or isinstance(value, type):
         return value
-    return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    own = {f.name: _mapped(getattr(value, f.name), each, known) for f in fields(value)}
+    return replace(value, **own)

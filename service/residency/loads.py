@@ -8,11 +8,15 @@ from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
+
 from adapters.delta import LoweredAdapter
+from adapters.lowering.shared import interned
 from service.engine.request import AdapterKey, AdapterRef
 from service.errors import Overloaded
 
 Fetch = Callable[[AdapterRef], LoweredAdapter]  # store → lowered, in a worker thread
+CPU = torch.device("cpu")
 SMOOTHING = 0.2
 
 
@@ -24,7 +28,8 @@ class Load:
     asked: float
     begun: float = 0.0
     ended: float = 0.0
-    adapter: LoweredAdapter | None = None  # when it has arrived
+    adapter: LoweredAdapter | None = None  # when it has arrived; where lowering put it
+    cached: LoweredAdapter | None = None  # the same in main memory
     error: str | None = None  # when it could not be loaded; neither: nobody wanted it any more
 
 
@@ -39,6 +44,7 @@ class Loads:
         *,
         most: int,
         workers: int,
+        on_cpu: bool = True,
     ) -> None:
         """`ended` is called in a worker's thread; a load whose key is not `wanted` when its turn
         comes is not begun. `most` loads may be under way before newcomers are refused."""
@@ -47,6 +53,7 @@ class Loads:
         self._ended = ended
         self._wanted = wanted
         self._workers = workers
+        self._on_cpu = on_cpu
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="nibble-adapters")
         self._lock = threading.Lock()
         self._loads: dict[AdapterKey, Load] = {}
@@ -99,7 +106,9 @@ class Loads:
         load.begun = time.perf_counter()
         if load.ref.key in self._wanted:
             try:
-                load.adapter = self._fetch(load.ref)
+                found = self._fetch(load.ref)
+                load.cached = interned(found.to(CPU))
+                load.adapter = load.cached if self._on_cpu else found
             except Exception as error:
                 load.error = str(error) or type(error).__name__
         load.ended = time.perf_counter()

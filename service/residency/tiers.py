@@ -91,6 +91,7 @@ class Tiers:
             self.claims,
             most=max_loads,
             workers=workers,
+            on_cpu=device.type == "cpu",
         )
         self._observer = observer
         self._left = left
@@ -249,13 +250,12 @@ class Tiers:
         if load.error is not None:
             self._failures[ref.key] = f"adapter {ref.name!r} could not be loaded: {load.error}"
             self._observer.adapter_failed(ref.name)
-        if load.adapter is None:
+        if load.adapter is None or load.cached is None:
             return
-        cached = load.adapter.to(torch.device("cpu"))
-        for evicted in self.host.put(ref.key, cached, self.claims):
+        for evicted in self.host.put(ref.key, load.cached, self.claims):
             self._observer.adapter_evicted(evicted.digest, "host")
         self._uses.setdefault(ref.key, _Use()).loaded = True
         seconds, queued = load.ended - load.asked, load.begun - load.asked
-        self._observer.adapter_loaded(ref.name, seconds, cached.nbytes, queued)
+        self._observer.adapter_loaded(ref.name, seconds, load.cached.nbytes, queued)
         if ref.key not in self.slots and self.slots.can_allocate(footprint(load.adapter)):
             self._allocate(ref, load.adapter, spare=True)
