@@ -43,7 +43,8 @@ class Claims:
 
 
 def _digests(ref: AdapterRef) -> set[str]:
-    return {ref.digest}
+    """The digest of the adapter, and of each part where it is a sum."""
+    return {ref.digest, *(digest for digest, _ in ref.parts)}
 
 
 def _less(counts: Counter[Any], key: object) -> None:

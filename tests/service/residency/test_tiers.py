@@ -265,3 +265,6 @@ def test_claims_are_counted_and_never_dropped_twice(bench: Bench) -> None:
     assert ref.key not in claims
     with pytest.raises(AssertionError, match="dropped twice"):
         claims.drop(ref)
+    whole = AdapterRef("sum", "a:1,b:2", parts=(("x", 1.0), ("y", 2.0)))
+    claims.take(whole)
+    assert all(claims.needs(digest) for digest in ("sum", "x", "y"))
