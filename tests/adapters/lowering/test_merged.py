@@ -11,6 +11,7 @@ import torch
 from adapters.delta import LinearDelta, LowRank, PrivateEmbedding, PrivateLinear
 from adapters.lowering.merged import merge
 from adapters.manifest import MergedDtype
+from adapters.maps import BlockMap, PairMap, Sparse
 from base.kernels import NF4Weight
 from tests.adapters.lowering.mixed_batch import Server
 from tests.oracle import (
@@ -107,7 +108,7 @@ def test_nf4_keeps_the_head_and_the_table_in_bfloat16(server: Servers, tmp_path:
 def test_tiles_make_the_same_matrix_as_one_piece(
     kept: MergedDtype, server: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """d, g and p as well, which LoRA never uses together."""
+    """Every field, which no method uses together; a group of pairs is larger than a tile."""
     served, path = server("qwen3"), "model.layers.0.mlp.gate_proj"
     linear = served.base.linear(path)
     out, width = linear.out_features, linear.in_features
@@ -116,19 +117,40 @@ def test_tiles_make_the_same_matrix_as_one_piece(
         LowRank(torch.randn(3, width), torch.randn(out, 3), torch.randn(3)),
         LowRank(torch.randn(2, width), torch.randn(out, 2)),
     )
-    delta = LinearDelta(terms, g=torch.randn(out), p=torch.randn(width), bias=torch.randn(out))
+    pairs = PairMap(torch.randn(out), torch.randn(out), out // 4)
+    block_maps = (
+        BlockMap(torch.randn(1, 16, 16) / 4),
+        BlockMap(torch.randn(width // 8, 8, 8) / 3, torch.randperm(width)),
+    )
+    rows = torch.randint(0, out, (90,)).sort().values
+    columns = torch.randint(0, width, (90,), dtype=torch.int32)
+    starts = torch.searchsorted(rows, torch.arange(out + 1)).int()
+    sparse = Sparse(torch.randn(90), columns, starts)
+    delta = LinearDelta(
+        terms,
+        g=torch.randn(out),
+        p=torch.randn(width),
+        bias=torch.randn(out),
+        blocks=block_maps,
+        sparse=sparse,
+        pairs=pairs,
+    )
     whole = merge({path: delta}, served.base, kept)[0][path]
-    monkeypatch.setattr("adapters.lowering.merged._TILE_ROWS", 64)
+    monkeypatch.setattr("adapters.lowering.merged._TILE_ROWS", 32)
     tiled = merge({path: delta}, served.base, kept)[0][path]
     assert isinstance(whole, PrivateLinear)
     assert isinstance(tiled, PrivateLinear)
     assert delta.g is not None
     assert delta.p is not None
-    weight = linear.weight.dequantize()
+    # By the columns: what each unit vector becomes.
+    x = torch.eye(width)
+    mapped = x * delta.p
+    for block_map in block_maps:
+        mapped = block_map(mapped)
+    columns_of = mapped @ linear.weight.dequantize().t() + sparse(x)
     for term in terms:
-        weight = weight * delta.p if term is terms[0] else weight
-        weight = weight + (term.B if term.d is None else term.B * term.d) @ term.A
-    weight = weight * delta.g[:, None]
+        columns_of += x @ ((term.B if term.d is None else term.B * term.d) @ term.A).t()
+    weight = pairs(columns_of * delta.g).t()
     for private in (whole, tiled):
         own = private.weight
         got = own.dequantize() if isinstance(own, NF4Weight) else own.float()
