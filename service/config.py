@@ -110,9 +110,9 @@ class Settings(BaseSettings):
         "Compute dtype; auto takes what the device does well.", "Base", "auto"
     )
     precision: Literal["exact", "fast"] = _setting(
-        "Products over NF4 on a CPU: in float32, or in 8 bits: faster, with an error of 1 %.",
+        "Products over NF4 on a CPU: exact is float32, fast is 8 bits (docs/LOG.md).",
         "Base",
-        "exact",
+        "fast",
     )
     double_quant: bool = _setting("Quantise the NF4 scales once more.", "Base", False)
     hf_token: SecretStr | None = _setting("Token for a base behind a login.", "Base", None)

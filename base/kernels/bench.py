@@ -1,5 +1,8 @@
 """The NF4 product alone: `python -m base.kernels.bench`. Each figure beside the machine's limits.
 
+`fast` is the product in 8 bits (panels.py); its arithmetic limit is that of bytes, four times that
+of float32 where there is VNNI. With one thread its CPU time is counted, else the time on the wall.
+
 Instruction sets take turns, round after round, and the best round of each counts: other work on
 the machine only ever makes a round slower. Weights rotate through more memory than the caches
 hold, as the layers of a model do: few rows measure memory, many rows measure arithmetic.
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import native
+from .panels import PanelWeight, can_pack
 from .weight import NF4Weight
 
 SHAPES = "896x896,128x896,4864x896,896x4864,256x768,768x256,128x256,4096x4096,11008x4096"
@@ -48,15 +52,16 @@ class Measure:
 
 def race(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
     """Run the candidates in turns for about `seconds`; the times of each, sorted."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for run in candidates.values():
         run()
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(next(iter(times.values()))) < 3:
         for name, run in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: sorted(taken) for name, taken in times.items()}
 
 
@@ -84,11 +89,12 @@ def measure(
     copies = max(1, ROTATION // weight.nbytes)
     weights = [weight] + [replace(weight, packed=weight.packed.clone()) for _ in range(copies - 1)]
     x = torch.randn(rows, width)
-    candidates = {
-        name: _library_run(library, name, x, weights)
-        for name in ("avx512", "avx2", "portable")
-        if _has(library, name)
-    }
+    sets = [name for name in ("avx512", "avx2", "portable") if _has(library, name)]
+    candidates = {name: _library_run(library, name, x, weights) for name in sets}
+    if can_pack(weight):
+        first = PanelWeight.pack(weight)
+        panels = [replace(first, panels=first.panels.clone()) for _ in weights]
+        candidates |= {f"{name} fast": _fast_run(library, name, x, panels) for name in sets}
     taken = race(candidates, seconds)
     # A race of its own: the OpenMP threads it leaves spinning would be in the way of the others.
     taken |= race({"bitsandbytes": _bitsandbytes_run(x, weights)}, seconds / 2)
@@ -113,6 +119,18 @@ def _library_run(
     def run() -> Tensor:
         library.select(isa)
         return library.nf4_linear(x, next(turn), None)
+
+    return run
+
+
+def _fast_run(
+    library: native.Native, isa: str, x: Tensor, weights: list[PanelWeight]
+) -> Callable[[], object]:
+    turn = itertools.cycle(weights)
+
+    def run() -> object:
+        library.select(isa)
+        return library.fast_linears(x, [next(turn)], [None])
 
     return run
 
@@ -143,13 +161,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     memory, arithmetic = memory_limit(), arithmetic_limit()
     print(f"{options.threads} threads; reads {memory:.1f} GB/s, float32 {arithmetic:.0f} GFLOP/s")
-    print(f"{'out x in':>12} rows  {'':12} {'best µs':>9} {'median':>9} {'GFLOP/s':>8} {'GB/s':>6}")
+    print(f"{'out x in':>12} rows  {'':14} {'best µs':>9} {'median':>9} {'GFLOP/s':>8} {'GB/s':>6}")
     for text in options.shapes.split(","):
         out, width = (int(n) for n in text.split("x"))
         for rows in (int(n) for n in options.rows.split(",")):
             for m in measure((out, width), rows, options.double_quant, options.seconds):
                 print(
-                    f"{text:>12} {rows:>4}  {m.name:12} {1e6 * m.best:9.1f} {1e6 * m.median:9.1f} "
+                    f"{text:>12} {rows:>4}  {m.name:14} {1e6 * m.best:9.1f} {1e6 * m.median:9.1f} "
                     f"{m.gflops:8.1f} {m.gbytes:6.2f}",
                     flush=True,
                 )

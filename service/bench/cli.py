@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -37,6 +37,9 @@ def bench(
     peft_dtype: Annotated[
         str, typer.Option(help=f"{' or '.join(DTYPES)}; auto tries both and keeps the faster.")
     ] = "auto",
+    precision: Annotated[
+        Literal["exact", "fast"], typer.Option(help="Of nibble's products: float32, or 8 bits.")
+    ] = "fast",
     only: Annotated[list[str] | None, typer.Option(help="A scenario by its name.")] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
@@ -63,6 +66,7 @@ def bench(
         new_tokens=new_tokens,
         threads=threads,
         peft_dtypes=dtypes if peft else (),
+        precision=precision,
     )
     figures = _compare(options)
     _show(figures)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from base.kernels import Precision
 from base.machine import inspect
 from base.spec import BaseSpec
 from service.bench.anchor import anchor
@@ -37,9 +38,13 @@ class Options:
     new_tokens: int
     threads: int
     peft_dtypes: tuple[str, ...]  # the fastest of these is measured; empty: no PEFT
+    precision: Precision = "exact"  # of our own products over NF4
 
     def setup(self, adapters: list[Path], **more: Any) -> Setup:
         return Setup(self.directory, tuple(adapters), self.threads, more)
+
+    def own_setup(self, adapters: list[Path]) -> Setup:
+        return self.setup(adapters, precision=self.precision)
 
 
 def compare(options: Options, report: Callable[[str, int, int], None]) -> Figures:
@@ -48,7 +53,7 @@ def compare(options: Options, report: Callable[[str, int, int], None]) -> Figure
     memory, spec = _memory(options)
     with tempfile.TemporaryDirectory(prefix="nibble-bench-") as scratch, ExitStack() as stack:
         adapters = random_adapters(Path(scratch), spec, len(DISTINCT.adapters), RANK)
-        peers = {NIBBLE: PeerProcess(NIBBLE, NibblePeer, options.setup(adapters))}
+        peers = {NIBBLE: PeerProcess(NIBBLE, NibblePeer, options.own_setup(adapters))}
         stack.enter_context(closing(peers[NIBBLE]))
         trials: dict[str, float] = {}
         if options.peft_dtypes:
@@ -80,7 +85,7 @@ def compare(options: Options, report: Callable[[str, int, int], None]) -> Figure
 
 def _memory(options: Options) -> tuple[Figures, BaseSpec]:
     """Of a fresh process after its first request; the base alone."""
-    with closing(PeerProcess(NIBBLE, NibblePeer, options.setup([]))) as peer:
+    with closing(PeerProcess(NIBBLE, NibblePeer, options.own_setup([]))) as peer:
         spec = peer.spec()
         first = job(BASE, 0, spec.vocab_size, options.prompt_tokens, options.new_tokens)
         peer.run(first, ENGINE)

@@ -30,7 +30,13 @@ class NibblePeer:
 
     def __init__(self, setup: Setup) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="nibble-bench-")
-        self._base = load_base(setup.model, device="cpu", dtype=setup.options.get("dtype", "auto"))
+        options = setup.options
+        self._base = load_base(
+            setup.model,
+            device="cpu",
+            dtype=options.get("dtype", "auto"),
+            precision=options.get("precision", "exact"),
+        )
         self._nf4_bytes = quantised_bytes(self._base)
         where = Path(self._directory.name)
         self._store = AdapterStore(str(where / "blobs"), str(where / "catalog.sqlite"))
@@ -67,6 +73,7 @@ class NibblePeer:
         return {
             "dtype": str(self._base.dtype).removeprefix("torch."),
             "kernels": native_status(),
+            "precision": self._base.precision,
             "rss_bytes": memory.rss,
             "anonymous_bytes": memory.anonymous,
             "peak_rss_bytes": memory.peak_rss,
