@@ -1,12 +1,13 @@
 """The keys and values of virtual tokens: their embeddings, run through the base once.
 
 The engine may be computing meanwhile with the very same weights, so this run has a model of its
-own: the containers are copied, the layers that hold weights are not.
+own around them.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -51,18 +52,33 @@ def run_virtual_tokens(embeddings: Tensor, base: Base, deltas: Mapping[str, Delt
 
 
 def _twin(base: Base) -> Any:
-    """A model without wrappers around its layers, which share their weights with the base's.
+    """transformers' own model of the base's class, over the layers that were loaded.
 
-    The norms are those that were loaded: a fused layer that finds them calls its modules one by
-    one, and reads nothing of the step that the engine is in.
+    Built afresh, not copied: an engine has put its own modules into `base.model`, and their state
+    is that of its running step.
     """
-    model, spec = base.model, base.spec
-    leaves: dict[str, Any] = {path: base.linear(path) for path in spec.linears}
-    leaves |= {path: base.embedding(path) for path in spec.embeddings}
-    leaves |= {path: base.norm(path) for path in spec.norms}
-    known: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    known |= {id(model.get_submodule(path)): leaf for path, leaf in leaves.items()}
-    return copy.deepcopy(model, known)
+    spec, loaded = base.spec, base.model
+    with torch.device("meta"):  # of this thread alone, as no default dtype would be
+        model = type(loaded)(copy.deepcopy(loaded.config)).eval()
+    for paths, layer in (
+        (spec.linears, base.linear),
+        (spec.embeddings, base.embedding),
+        (spec.norms, base.norm),
+    ):
+        for path in paths:
+            model.set_submodule(path, layer(path))
+    for path, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            # What a checkpoint does not hold: rotary frequencies.
+            model.set_submodule(path, copy.deepcopy(loaded.get_submodule(path)))
+    rest = [
+        name
+        for name, t in itertools.chain(model.named_parameters(), model.named_buffers())
+        if t.is_meta
+    ]
+    if rest:
+        raise RuntimeError(f"{rest[0]} of {spec.architecture} was not loaded")
+    return model
 
 
 def _attend(
