@@ -12,10 +12,12 @@ from service.engine.kv_cache import BlockPool
 from service.engine.request import AdapterRef, Request, Sampling
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence, Status
+from tests.service.engine.cells import Cells
 
 BLOCK = 4
 BLOCKS = 16
 LONGEST = BLOCK * BLOCKS
+VIRTUAL = {"b": 3, "c": 8, "d": 21}  # tokens of an adapter: no whole block, two, five and a piece
 
 
 class Gate:
@@ -63,12 +65,14 @@ class Gate:
 
 
 def make(number: int, prompt: list[int], most: int, adapter: str | None = None) -> Sequence:
-    ref = AdapterRef(adapter, adapter) if adapter else None
+    virtual = VIRTUAL.get(adapter or "", 0)
+    prompt = prompt[: LONGEST - 1 - virtual]
+    ref = AdapterRef(adapter, adapter, virtual_tokens=virtual) if adapter else None
     request = Request(str(number), tuple(prompt), Sampling(max_new_tokens=most), ref)
     return Sequence(number, request, 0, 0, list(prompt), len(prompt), (adapter or "").encode())
 
 
-def step(scheduler: Scheduler) -> list[Sequence]:
+def step(scheduler: Scheduler, cells: Cells | None = None) -> list[Sequence]:
     """Run one step as the engine would: every chunk that reaches the end gets a token."""
     schedule = scheduler.schedule()
     assert schedule.tokens <= scheduler.max_step_tokens
@@ -77,7 +81,10 @@ def step(scheduler: Scheduler) -> list[Sequence]:
         assert sequence.status is Status.RUNNING
         assert chunk.count > 0
         assert chunk.start == sequence.computed
-        assert len(sequence.blocks) * BLOCK >= chunk.start + chunk.count
+        stop = sequence.virtual_tokens + chunk.start + chunk.count
+        assert len(sequence.blocks) * BLOCK >= stop
+    if cells is not None:
+        cells.run(schedule)
     scheduler.computed(schedule.chunks)
     ended = []
     for chunk in schedule.chunks:
@@ -85,7 +92,7 @@ def step(scheduler: Scheduler) -> list[Sequence]:
         if chunk.start + chunk.count < len(sequence.tokens):
             continue
         sequence.tokens.append((sum(sequence.tokens) + len(sequence.tokens)) % 7)
-        full = len(sequence.tokens) >= LONGEST
+        full = sequence.virtual_tokens + len(sequence.tokens) >= LONGEST
         if full or sequence.generated >= sequence.request.sampling.max_new_tokens:
             scheduler.finish(sequence)
             ended.append(sequence)
@@ -104,6 +111,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             self.pool, self.gate, max_sequences=5, max_step_tokens=12, patience=3
         )
+        self.cells = Cells(BLOCK)
         self.numbers = 0
         self.living: list[Sequence] = []
 
@@ -129,7 +137,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def compute(self) -> None:
-        for sequence in step(self.scheduler):
+        for sequence in step(self.scheduler, self.cells):
             self.living.remove(sequence)
 
     @rule()

@@ -14,13 +14,14 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
-from adapters.delta import LinearDelta, LoweredAdapter, LowRank
+from adapters.delta import LinearDelta, LoweredAdapter, LowRank, Prefix
 from service.engine.kv_cache import BlockPool
 from service.engine.observer import Silent
 from service.engine.request import AdapterRef, Request, Sampling
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence
 from service.residency.tiers import Tiers
+from tests.service.engine.cells import Cells
 
 NAMES = ("a", "b", "c", "d")
 BLOCK, BLOCKS = 4, 16
@@ -53,6 +54,7 @@ class Whole(RuleBasedStateMachine):
         )
         self.living: list[Sequence] = []
         self.forgotten: set[str] = set()
+        self.cells = Cells(BLOCK)
         self.numbers = 0
 
     def teardown(self) -> None:
@@ -61,13 +63,22 @@ class Whole(RuleBasedStateMachine):
     def fetch(self, ref: AdapterRef) -> LoweredAdapter:
         return self.store[ref.digest]
 
-    @rule(name=st.sampled_from(NAMES), units=st.integers(1, 4))
-    def upload_or_replace(self, name: str, units: int) -> None:
+    @rule(
+        name=st.sampled_from(NAMES),
+        units=st.integers(1, 4),
+        virtual=st.sampled_from([0, 0, 3, 8, 21]),
+    )
+    def upload_or_replace(self, name: str, units: int, virtual: int) -> None:
         self.uploads += 1
         digest = f"{self.uploads:064d}"
-        half = UNIT * units // 8
-        term = LowRank(torch.zeros(1, half), torch.zeros(half, 1))
-        self.store[digest] = LoweredAdapter(digest, "lora", "unmerged", {"x": LinearDelta((term,))})
+        if virtual:
+            prefix = Prefix(torch.zeros(1, virtual, 1, 1), torch.zeros(1, virtual, 1, 1))
+            adapter = LoweredAdapter(digest, "cartridge", "unmerged", {}, prefix=prefix)
+        else:
+            half = UNIT * units // 8
+            term = LowRank(torch.zeros(1, half), torch.zeros(half, 1))
+            adapter = LoweredAdapter(digest, "lora", "unmerged", {"x": LinearDelta((term,))})
+        self.store[digest] = adapter
         self.names[name] = digest
 
     @rule(name=st.sampled_from(NAMES))
@@ -84,12 +95,18 @@ class Whole(RuleBasedStateMachine):
     )
     def submit(self, prompt: list[int], most: int, name: str | None) -> Sequence:
         digest = self.names.get(name) if name else None
-        ref = AdapterRef(digest, name) if digest and name else None
+        ref = None
+        if digest and name:
+            prefix = self.store[digest].prefix
+            ref = AdapterRef(digest, name, virtual_tokens=prefix.tokens if prefix else 0)
+            prompt = prompt[: BLOCK * BLOCKS - 1 - ref.virtual_tokens]
         self.numbers += 1
         request = Request(str(self.numbers), tuple(prompt), Sampling(max_new_tokens=most), ref)
         sequence = Sequence(
             self.numbers, request, 0, 0, list(prompt), len(prompt), (digest or "").encode()
         )
+        if ref is not None:
+            self.tiers.claims.take(ref)
         self.scheduler.add(sequence)
         self.living.append(sequence)
         return sequence
@@ -101,12 +118,14 @@ class Whole(RuleBasedStateMachine):
 
     def end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
+        if sequence.adapter is not None:
+            self.tiers.claims.drop(sequence.adapter)
         self.living.remove(sequence)
 
     @rule()
     def step(self) -> None:
         """One turn of the engine's loop."""
-        if self.tiers._loads:
+        if len(self.tiers.loads):
             self.commands.get(timeout=10)()  # what a worker has brought
         schedule = self.scheduler.schedule()
         assert self.tiers.take_failures() == {}, "all of these adapters can be loaded"
@@ -114,6 +133,11 @@ class Whole(RuleBasedStateMachine):
             ref = chunk.sequence.adapter
             if ref is not None:
                 assert self.tiers.adapter(ref.key).digest == ref.digest
+        for fill in schedule.fills:
+            prefix = self.tiers.adapter(fill.adapter).prefix
+            assert prefix is not None
+            assert fill.start + fill.count <= prefix.tokens
+        self.cells.run(schedule)
         self.scheduler.computed(schedule.chunks)
         for chunk in schedule.chunks:
             sequence = chunk.sequence
@@ -121,7 +145,7 @@ class Whole(RuleBasedStateMachine):
                 sequence.tokens.append(sequence.generated % 2)
                 if (
                     sequence.generated >= sequence.request.sampling.max_new_tokens
-                    or len(sequence.tokens) >= BLOCK * BLOCKS
+                    or sequence.virtual_tokens + len(sequence.tokens) >= BLOCK * BLOCKS
                 ):
                     self.end(sequence)
         self.forget_drained()
