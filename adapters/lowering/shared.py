@@ -49,4 +49,4 @@ def _interned(part: Any) -> Any:
         return part  # a view: to share it would keep what it is cut from
     flat = part.detach().as_strided((part.numel(),), (1,)).view(torch.uint8).cpu()
     layout = (part.dtype, tuple(part.shape), part.stride(), str(part.device))
-    return shared(("bytes", sha256(flat.numpy()).digest(), *layout), lambda: part)
+    return shared(("bytes", sha256(flat.numpy().data).digest(), *layout), lambda: part)
