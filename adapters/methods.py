@@ -69,10 +69,13 @@ METHODS: Mapping[str, Method] = {
     ),
     "RANDLORA": Method("private weights", PRIVATE_MEMORY, PRIVATE_FLOPS),
     "DELORA": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
-    "TINYLORA": refused(_FROM_BASE),
-    "UNILORA": refused(_UNCHECKED),
-    "PVERA": refused(_UNCHECKED),
-    "LILY": refused(_ROUTED),
+    "TINYLORA": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
+    "UNILORA": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
+    "PVERA": Method("low-rank", "4*(m + r)", "2*r*(m + n) + r + 2*m", shared=LORA_MEMORY),
+    "LILY": refused(
+        "its router mixes experts by a mean over all tokens of a batch, so that a reply would "
+        "depend on its neighbours"
+    ),
     # Scales, biases, norms
     "IA3": Method("scales", "4*m", "m"),
     "BEFT": Method("bias", "4*m", "m"),
@@ -89,12 +92,13 @@ METHODS: Mapping[str, Method] = {
     "SHIRA": Method("operator", "8*r*(m + n) + 4*(m + 1)", "2*r*(m + n)"),
     "PSOFT": refused(_FROM_BASE),
     # Private weights
-    "LOKR": refused(_DENSE),
+    # Of `rank` as it is served; of rank 0, which is private weights, where those are smaller.
+    "LOKR": Method("low-rank", "4*(rank*(m + n) or m*n)", "2*(rank*(m + n) or m*n)"),
     "FOURIERFT": Method("private weights", PRIVATE_MEMORY, PRIVATE_FLOPS),
-    "WAVEFT": refused(_DENSE),
+    "WAVEFT": Method("private weights", PRIVATE_MEMORY, PRIVATE_FLOPS),
     "C3A": Method("private weights", PRIVATE_MEMORY, PRIVATE_FLOPS),
     "HIRA": Method("private weights", PRIVATE_MEMORY, PRIVATE_FLOPS),
-    "GLORA": refused(_DENSE),
+    "GLORA": Method("private weights", PRIVATE_MEMORY, PRIVATE_FLOPS),
     "SUPERTUNING": refused(_DENSE),
     "DEFT": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
     "FROD": refused(_FROM_BASE),

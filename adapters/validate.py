@@ -15,24 +15,30 @@ from adapters.checks.c3a import check_c3a
 from adapters.checks.deft import check_deft
 from adapters.checks.delora import check_delora
 from adapters.checks.fourierft import check_fourierft
+from adapters.checks.glora import check_glora
 from adapters.checks.gralora import check_gralora
 from adapters.checks.hira import check_hira
 from adapters.checks.hra import check_hra
 from adapters.checks.ia3 import check_ia3
 from adapters.checks.ln_tuning import check_ln_tuning
 from adapters.checks.loha import check_loha
+from adapters.checks.lokr import check_lokr
 from adapters.checks.miss import check_miss
 from adapters.checks.oft import check_oft
 from adapters.checks.peanut import check_peanut
 from adapters.checks.poly import check_poly
 from adapters.checks.prefix import CHECKERS_OF_PREFIXES
+from adapters.checks.pvera import check_pvera
 from adapters.checks.randlora import check_randlora
 from adapters.checks.road import check_road
 from adapters.checks.saved_tables import with_saved_tables
 from adapters.checks.shira import check_shira
+from adapters.checks.tinylora import check_tinylora
 from adapters.checks.trainable_tokens import check_trainable_tokens
+from adapters.checks.unilora import check_unilora
 from adapters.checks.vblora import check_vblora
 from adapters.checks.vera import check_vera
+from adapters.checks.waveft import check_waveft
 from adapters.config_schema import check_fingerprint, lora_fields, read_config
 from adapters.errors import InvalidAdapter, TooLarge
 from adapters.limits import Limits
@@ -108,21 +114,27 @@ CHECKERS: Mapping[str, Checker] = {
     "DEFT": check_deft,
     "DELORA": check_delora,
     "FOURIERFT": check_fourierft,
+    "GLORA": check_glora,
     "GRALORA": check_gralora,
     "HIRA": check_hira,
     "HRA": check_hra,
-    "RANDLORA": check_randlora,
     "IA3": check_ia3,
     "LN_TUNING": check_ln_tuning,
     "LOHA": check_loha,
+    "LOKR": check_lokr,
     "MISS": check_miss,
     "OFT": check_oft,
     "PEANUT": check_peanut,
     "POLY": check_poly,
+    "PVERA": check_pvera,
+    "RANDLORA": check_randlora,
     "ROAD": check_road,
     "SHIRA": check_shira,
+    "TINYLORA": check_tinylora,
     "TRAINABLE_TOKENS": check_trainable_tokens,
+    "UNILORA": check_unilora,
     "VBLORA": check_vblora,
     "VERA": check_vera,
+    "WAVEFT": check_waveft,
     **CHECKERS_OF_PREFIXES,
 }

@@ -43,6 +43,12 @@ def private(paths: Iterable[str], spec: BaseSpec) -> int:
     return sum(s.out_features * (s.in_features + int(s.bias)) for s in shapes)
 
 
+def shared_sizes(paths: Iterable[str], spec: BaseSpec) -> int:
+    """Columns of A and rows of B in all, where layers of one size share one matrix."""
+    shapes = [spec.linears[path] for path in paths]
+    return sum({s.in_features for s in shapes}) + sum({s.out_features for s in shapes})
+
+
 def older_pattern(
     patterns: Mapping[str, int], default: int, paths: Iterable[str]
 ) -> dict[str, int]:

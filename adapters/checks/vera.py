@@ -5,11 +5,11 @@ Kopiczko et al. 2023, "VeRA: Vector-based Random Matrix Adaptation".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from adapters.checked import Checked, Validated, numbers
-from adapters.checks.modules import linears_of, touched, whole_modules
+from adapters.checks.modules import linears_of, shared_sizes, touched, whole_modules
 from adapters.config_rules import (
     COMMON,
     FAN_IN,
@@ -79,12 +79,6 @@ def check_vera(
                 "modules_to_save": saved or None,
             },
             parameters=numbers(found),
-            memory_bytes=4 * (numbers(found, "vector", "saved") + r * _sizes(paths, spec)),
+            memory_bytes=4 * (numbers(found, "vector", "saved") + r * shared_sizes(paths, spec)),
         )
     )
-
-
-def _sizes(paths: Iterable[str], spec: BaseSpec) -> int:
-    """Columns of A and rows of B in all: layers of one size share one matrix."""
-    shapes = [spec.linears[path] for path in paths]
-    return sum({s.in_features for s in shapes}) + sum({s.out_features for s in shapes})

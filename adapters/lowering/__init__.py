@@ -24,12 +24,14 @@ from .checkpoint import UNWRAPPED, WRAPPED, AdapterCheckpoint
 from .deft import lower_deft
 from .delora import lower_delora
 from .fourierft import lower_fourierft
+from .glora import lower_glora
 from .gralora import lower_gralora
 from .hira import lower_hira
 from .hra import lower_hra
 from .ia3 import lower_ia3
 from .ln_tuning import lower_ln_tuning
 from .loha import lower_loha
+from .lokr import lower_lokr
 from .lora import lower_lora
 from .merged import keep_dense, merge
 from .miss import lower_miss
@@ -37,12 +39,16 @@ from .oft import lower_oft
 from .peanut import lower_peanut
 from .poly import lower_poly
 from .prefix import PREFIXES
+from .pvera import lower_pvera
 from .randlora import lower_randlora
 from .road import lower_road
 from .shira import lower_shira
+from .tinylora import lower_tinylora
 from .token_rows import lower_trainable_tokens
+from .unilora import lower_unilora
 from .vblora import lower_vblora
 from .vera import lower_vera
+from .waveft import lower_waveft
 from .whole import lower_saved
 
 __all__ = ["FAMILIES", "lower"]
@@ -62,22 +68,28 @@ FAMILIES: Mapping[str, Family] = {
     "deft": lower_deft,
     "delora": lower_delora,
     "fourierft": lower_fourierft,
+    "glora": lower_glora,
     "gralora": lower_gralora,
     "hira": lower_hira,
     "hra": lower_hra,
-    "randlora": lower_randlora,
     "ia3": lower_ia3,
     "ln_tuning": lower_ln_tuning,
     "loha": lower_loha,
+    "lokr": lower_lokr,
     "miss": lower_miss,
     "oft": lower_oft,
     "peanut": lower_peanut,
     "poly": lower_poly,
+    "pvera": lower_pvera,
+    "randlora": lower_randlora,
     "road": lower_road,
     "shira": lower_shira,
+    "tinylora": lower_tinylora,
     "trainable_tokens": lower_trainable_tokens,
+    "unilora": lower_unilora,
     "vblora": lower_vblora,
     "vera": lower_vera,
+    "waveft": lower_waveft,
     **dict.fromkeys(PREFIXES, lower_saved),  # beside their virtual tokens
 }
 

@@ -34,8 +34,8 @@ def lower_vera(
         A = checkpoint.take_shared("vera_A", rank, width)
         B = checkpoint.take_shared("vera_B", height, rank)
     else:
-        A, B = projections(config["projection_prng_key"], rank, width, height)
-    corners = _Corners(A, B, base)
+        A, B = projections(config["projection_prng_key"], (rank, width), (height, rank))
+    corners = Corners(A, B, base)
     for path, shape in shapes.items():
         checkpoint.take_base_copy(path, base.linear(path).weight)
         term = LowRank(
@@ -48,14 +48,14 @@ def lower_vera(
     return deltas
 
 
-def projections(key: int, rank: int, width: int, height: int) -> tuple[Tensor, Tensor]:
-    """A [rank, width] and B [height, rank] as PEFT draws them (`_init_vera_A_vera_B`), on the CPU.
+def projections(key: int, a: tuple[int, int], b: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A and B of these shapes as PEFT draws them (`_init_vera_A_vera_B`), on the CPU.
 
     He's uniform initialisation over the columns of each, from one generator, A first. torch's
     generator for the CPU is a Mersenne twister, which gives the same numbers on every machine.
     """
     generator = torch.Generator(device="cpu").manual_seed(key)
-    return _uniform((rank, width), generator), _uniform((height, rank), generator)
+    return _uniform(a, generator), _uniform(b, generator)
 
 
 def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -64,7 +64,7 @@ def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-class _Corners:
+class Corners:
     """The parts of A and B that layers of one size use, each once in memory."""
 
     def __init__(self, A: Tensor, B: Tensor, base: Base) -> None:

@@ -20,22 +20,28 @@ from adapters.checks import (
     deft,
     delora,
     fourierft,
+    glora,
     gralora,
     hira,
     hra,
     ia3,
     ln_tuning,
     loha,
+    lokr,
     miss,
     oft,
     peanut,
     poly,
     prefix,
+    pvera,
     randlora,
     road,
     shira,
+    tinylora,
+    unilora,
     vblora,
     vera,
+    waveft,
 )
 from adapters.errors import InvalidAdapter, TooLarge
 from adapters.limits import Limits
@@ -59,6 +65,12 @@ RULES = {
     "poly": poly.RULES,
     "vblora": vblora.RULES,
     "vera": vera.RULES,
+    "glora": glora.RULES,
+    "lokr": lokr.RULES,
+    "pvera": pvera.RULES,
+    "tinylora": tinylora.RULES,
+    "unilora": unilora.RULES,
+    "waveft": waveft.RULES,
     "c3a": c3a.RULES,
     "deft": deft.RULES,
     "delora": delora.RULES,
@@ -85,8 +97,9 @@ def refusal(config: bytes, weights: Path, spec: BaseSpec) -> InvalidAdapter:
 
 
 def is_copy(kind: str, name: str) -> bool:
-    """PEFT saves RandLoRA's shared matrices with each layer once more."""
-    return kind == "randlora" and name.endswith(("proj.randlora_A", "proj.randlora_B"))
+    """PEFT saves RandLoRA's shared matrices with each layer once more, and zeros for GLoRA."""
+    copies = ("proj.randlora_A", "proj.randlora_B", ".zeros")
+    return kind in ("randlora", "glora") and name.endswith(copies)
 
 
 def test_each_method_is_here() -> None:
@@ -221,6 +234,20 @@ REFUSED += [
     ("randlora", {}, {"save_projection": False}, "save_projection"),
     ("randlora", {}, {"randlora_alpha": 1e9}, "randlora_alpha"),
     ("randlora", {}, {"r": 5}, f"{D0}randlora_A"),
+    ("pvera", {}, {"sample_at_inference": True}, "sample_at_inference"),
+    ("pvera", {}, {"save_projection": False}, "base_model.pvera_A"),
+    ("tinylora", {}, {"weight_tying": 2}, "weight_tying"),
+    ("tinylora", {}, {"weight_tying": 1.0}, "base_model.tinylora_v.1"),
+    ("tinylora", {}, {"u": 0}, "u"),
+    ("unilora", {}, {"save_indices": True}, "save_indices"),
+    ("unilora", {}, {"theta_d_length": 7}, "base_model.unilora_theta_d"),
+    ("lokr", {}, {"decompose_factor": 0}, "decompose_factor"),
+    ("lokr", {}, {"alpha": 1e9}, "alpha"),
+    ("glora", {}, {"config_C": "constant"}, "config_C"),
+    ("glora", {}, {"config_A_B": None}, "config_A_B"),
+    ("waveft", {}, {"wavelet_family": "sym2"}, "wavelet_family"),
+    ("waveft", {}, {"n_frequency": 1 << 20}, "n_frequency"),
+    ("waveft", {}, {"random_loc_seed": None}, "random_loc_seed"),
     ("vera", {}, {"r": None}, "r"),
     ("vera", {}, {"r": 1000}, "r"),
     ("vera", {}, {"save_projection": None}, "save_projection"),

@@ -144,6 +144,46 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "another seed": {"random_loc_seed": 3, "scaling": 300.0},
         "lm_head": {"targets": ["lm_head", "up_proj"]},
     },
+    "tinylora": {
+        "every linear": {},
+        "tied": {"weight_tying": 0.6, "save_projection": False, "targets": ATTENTION},
+        "wider than the layer": {"rank": 40, "targets": ["k_proj"]},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+    },
+    "unilora": {
+        "every linear": {},
+        "a longer vector": {"theta_d_length": 100_000, "proj_seed": 5, "targets": FEED_FORWARD},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+    },
+    "pvera": {
+        "every linear": {},
+        "saved without its projections": {"save_projection": False, "projection_prng_key": 7},
+        "lm_head": {"targets": ["lm_head", "q_proj"]},
+    },
+    "lokr": {
+        "every linear": {},
+        "as a LoRA": {"rank": 1, "decompose_factor": 2},
+        "both of low rank": {"rank": 2, "decompose_both": True},
+        "patterns": {
+            "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 1},
+            "alpha_pattern": {"down_proj": 9},
+        },
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+    },
+    "glora": {
+        "every linear": {},
+        "vectors": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+        "constants": {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"},
+        "bias alone": {"config_A_B": "none", "targets": ["q_proj", "v_proj"], "strength": 0.5},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+    },
+    "waveft": {
+        "every linear": {},
+        "proportional": {"proportional_parameters": True},
+        "patterns": {"n_frequency_pattern": {"q_proj": 32}, "random_loc_seed": 5},
+        "without a transform": {"use_idwt": False, "targets": ["v_proj", "down_proj"]},
+        "lm_head": {"targets": ["lm_head", "up_proj"]},
+    },
     "randlora": {
         "every linear": {},
         "a rank that does not divide": {"rank": 7},
@@ -302,7 +342,7 @@ def test_the_registry_says_what_one_target_costs(
     (path,) = manifest.targets
     shape = spec.linears.get(path)
     sizes = {"m": shape.out_features, "n": shape.in_features} if shape else {"m": spec.norms[path]}
-    numbers = {"r": manifest.rank, **manifest.config, **sizes}
+    numbers = {"r": manifest.rank, "rank": manifest.rank, **manifest.config, **sizes}
     assert lowered.nbytes == eval(row.memory, {}, numbers) + eval(row.shared, {}, numbers)
     assert flops(lowered.deltas[path]) == eval(row.flops, {}, numbers)
 
