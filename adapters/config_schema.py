@@ -54,7 +54,8 @@ HARMLESS = {
 REFUSED = {
     "layer_replication": "a stack of repeated layers is another base",
     "megatron_config": "Megatron's parallel layers are not served",
-    "alora_invocation_tokens": "activated LoRA (aLoRA) is not served",
+    "alora_invocation_tokens": "an activated LoRA leaves the tokens before its invocation to the "
+    "base, and here a sequence has one adapter from its first token on",
     "target_parameters": "LoRA on bare parameters is not served; use target_modules",
     "use_qalora": "QALoRA is not served",
     "monteclora_config": "MonteCLoRA samples its weights and is not served",
