@@ -75,6 +75,7 @@ def live(base: Path, home: Path) -> Iterator[Live]:
         port=0,
         device="cpu",
         dtype="float32",
+        precision="exact",  # the fast kernels round activations to 8 bits
         kv_cache_bytes=32 * MIB,
         log_level="error",
     )

@@ -98,7 +98,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 # Served, and no method of PEFT: who compares them, and with what.
 ELSEWHERE: Mapping[str, str] = {
-    "bottleneck": "tests/adapters/lowering/test_bottleneck.py, with the blocks run as written",
+    "bottleneck": "tests/adapters/lowering/test_bottleneck.py compares it with its equation",
 }
 
 # By a part of a tensor's name, the first that fits: what it becomes. Noise has the strength of

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from service.conformance.recipes import ELSEWHERE
 from service.conformance.result import BOUND, CHECKS, Cell, Cost, Row, worst
 
 BEGIN = "<!-- conformance: written by `nibble conformance --update` -->"
@@ -62,6 +63,7 @@ def legend(bases: Iterable[str]) -> str:
         "what the base computes (by the registry, `adapters/methods.py`); *time*: CPU time of a "
         "step of 8 rows over the base's. All three on the first base, at rank 4 on every linear "
         "layer where a kind has ranks and targets.\n"
+        + "".join(f"`{kind}` is no method of PEFT: {who}.\n" for kind, who in ELSEWHERE.items())
     )
 
 

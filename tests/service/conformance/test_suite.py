@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from adapters.manifest import AdapterManifest
-from service.conformance.checks import Subject, against, equals_peft, isolation
+from service.conformance import recipes
+from service.conformance.checks import TOKENS, Subject, against, equals_peft, isolation
 from service.conformance.cost import flops_of, flops_of_base, method_of
 from service.conformance.live import live
 from service.conformance.oracle import PeftOracle
-from service.conformance.recipes import RECIPES
+from service.conformance.recipes import RECIPES, Recipe
 from service.conformance.result import CHECKS, Row
 from service.conformance.steps import Answered, Asked, Steps
 from service.conformance.suite import BASES, Options, run, served_kinds
@@ -57,13 +58,14 @@ def test_every_kind(base: str, tmp_path: Path) -> None:
 
 def test_a_refused_adapter_is_a_failed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others go on: the suite is for finding out what fails."""
-    broken = replace(RECIPES["beft"], targets=("input_layernorm",))
-    monkeypatch.setattr("service.conformance.recipes.RECIPES", {**RECIPES, "beft": broken})
-    options = Options(("qwen3",), ("ia3", "beft"), timed=False, zero=False)
+    broken = Recipe(lambda r, a, t: {"r": r, "alora_invocation_tokens": [1]}, peft_type="LORA")
+    monkeypatch.setattr(recipes, "RECIPES", {**RECIPES, "rslora": broken})
+    options = Options(("qwen3",), ("ia3", "rslora"), timed=False, zero=False)
     one, two = run(options, tmp_path)
     assert (one.kind, one.failed) == ("ia3", [])
-    assert (two.kind, two.failed) == ("beft", ["round_trip"])
+    assert (two.kind, two.failed) == ("rslora", ["round_trip"])
     assert "422" in two.cells["round_trip"].note
+    assert "alora_invocation_tokens" in two.cells["round_trip"].note
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_isolation_and_reload_see_a_difference(
         steps = Steps(running.engine)
         manifests = [running.upload(f"lora-{n}", adapter) for n, adapter in enumerate(two)]
         subjects = [subject(m, a, base_directory) for m, a in zip(manifests, two, strict=True)]
-        answers = steps.together([one.asked for one in subjects], 3)
+        answers = steps.together([one.asked for one in subjects], TOKENS)
         assert steps.widest == 2
         for one, answer in zip(subjects, answers, strict=True):
             one.mixed = answer
