@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from base import heap
 from base.checkpoint import Checkpoint
+from base.dense import keeps_dtype, swap_stored
 from base.errors import UnservableBase
 from base.kernels import NF4Weight, Precision, with_precision
 from base.nf4 import NF4Linear
@@ -65,6 +66,8 @@ class Filling:
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         if missing:
             raise UnservableBase(f"the checkpoint lacks {_some(missing)}")
+        if self.dtype is torch.float32:
+            swap_stored(self.model)
 
     def _names(self) -> Iterator[tuple[str, str]]:
         """(key in the checkpoint, name in the model) of every tensor that is to be placed."""
@@ -119,7 +122,7 @@ class Filling:
             self._swap(parent_path, parent, weight)
         else:
             # A copy, or the parameter would keep the whole mapped file in memory.
-            copy = tensor.to(self.device, self.dtype, copy=True)
+            copy = tensor.to(self.device, self._kept_dtype(parent, tensor), copy=True)
             setattr(parent, leaf, nn.Parameter(copy, requires_grad=False))
 
     def _place_prequantized(self, name: str, weight: NF4Weight) -> None:
@@ -133,6 +136,13 @@ class Filling:
                 f"config.json asks for {list(self.expected[name].shape)}"
             )
         self._swap(path, layer, weight.to(self.device))
+
+    def _kept_dtype(self, module: nn.Module, tensor: Tensor) -> torch.dtype:
+        """The model's dtype; for the table and the head on a CPU their own, if it is bfloat16."""
+        small = tensor.dtype is torch.bfloat16 and self.dtype is torch.float32
+        if small and self.device.type == "cpu" and keeps_dtype(self.model, module):
+            return torch.bfloat16
+        return self.dtype
 
     def _is_quantised(self, module: nn.Module) -> bool:
         """Is this a decoder linear? What a quantised checkpoint left in float stays in float."""

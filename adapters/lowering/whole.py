@@ -32,7 +32,7 @@ def lower_whole(path: str, checkpoint: AdapterCheckpoint, base: Base) -> Delta:
     if path in spec.embeddings:
         table = spec.embeddings[path]
         weight = take(name, table.rows, table.width).to(base.dtype)
-        if torch.equal(weight, base.embedding(path).weight):
+        if torch.equal(weight, base.embedding(path).weight.to(weight.dtype)):
             none = torch.empty(0, dtype=torch.int64, device=base.device)
             return PrivateRows(none, weight[:0].clone())
         return PrivateEmbedding(weight)
@@ -40,7 +40,7 @@ def lower_whole(path: str, checkpoint: AdapterCheckpoint, base: Base) -> Delta:
     weight = take(name, linear.out_features, linear.in_features).to(base.dtype)
     bias = take(f"{path}.bias", linear.out_features) if linear.bias else None
     own = base.linear(path).weight
-    if bias is None and isinstance(own, torch.Tensor) and torch.equal(weight, own):
+    if bias is None and isinstance(own, torch.Tensor) and torch.equal(weight, own.to(weight.dtype)):
         return LinearDelta()
     return PrivateLinear(weight, bias)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapters.delta import Delta, EmbeddingDelta, PrivateEmbedding, PrivateRows
+from base import kernels
 
 from .layer import AdaptedLayer
 
@@ -24,7 +25,7 @@ class AdaptedEmbedding(AdaptedLayer):
         # Gemma's table multiplies what it looks up, so what is added must be multiplied alike.
         scale = getattr(self.inner, "embed_scale", None)
         for start, stop, delta in plan:
-            own = _embedding_rows(flat[start:stop], delta, self.weight)
+            own = _embedding_rows(flat[start:stop], delta, self.weight, y.dtype)
             if scale is not None:
                 own = own * torch.as_tensor(scale, device=own.device).to(own.dtype)
             y[start:stop] = own.to(y.dtype)
@@ -37,16 +38,20 @@ class AdaptedEmbedding(AdaptedLayer):
 
 
 def _embedding_rows(
-    ids: Tensor, delta: EmbeddingDelta | PrivateEmbedding | PrivateRows, table: Tensor
+    ids: Tensor,
+    delta: EmbeddingDelta | PrivateEmbedding | PrivateRows,
+    table: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """[n] -> [n, width], before the table's own scale."""
+    """[n] -> [n, width] in the compute dtype, before the table's own scale."""
+    if isinstance(delta, PrivateEmbedding):
+        return functional.embedding(ids, delta.weight).to(dtype)
+    own = functional.embedding(ids, table).to(dtype)
     if isinstance(delta, PrivateRows):
         if not len(delta.ids):
-            return functional.embedding(ids, table)
+            return own
         place = torch.searchsorted(delta.ids, ids).clamp_(max=len(delta.ids) - 1)
         trained = (delta.ids[place] == ids)[:, None]
-        return torch.where(trained, delta.rows[place].to(table.dtype), table[ids])
-    if isinstance(delta, PrivateEmbedding):
-        return functional.embedding(ids, delta.weight).to(table.dtype)
-    own = functional.embedding(ids, table) + (delta.A[:, ids].t() @ delta.B.t()).to(table.dtype)
-    return own if delta.g is None else own * delta.g.to(own.dtype)
+        return torch.where(trained, delta.rows[place].to(dtype), own)
+    own = own + kernels.dense_linear(delta.A[:, ids].t().to(dtype), delta.B)
+    return own if delta.g is None else own * delta.g.to(dtype)

@@ -8,19 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from adapters.delta import Bottleneck, Delta, LinearDelta, PrivateLinear, PrivateRows
 from adapters.maps import Scale, Shift
 from base import kernels
-from base.kernels import AdapterTable, LowRankPlan, NF4Weight
+from base.kernels import AdapterTable, LowRankPlan
 
 from .bottleneck import add_bottleneck
 from .layer import AdaptedLayer
-
-_FEW_ROWS = 32  # of x, up to which a float matrix on the CPU stands on the left
-_TILE_ROWS = 256  # rows of a private matrix that are cast at a time: the cast stays in the cache
-
 
 Map = Callable[[Tensor], Tensor]  # [n, width] of some rows to what they become
 Mapped = tuple[tuple[int, int, Map], ...]  # rows [start, stop), and the map that they go through
@@ -74,7 +69,7 @@ class AdaptedLinear(AdaptedLayer):
         assert flat.shape[0] == plan.rows, f"{self.path}: {flat.shape[0]} rows, plan {plan.rows}"
         y = self._product(flat, plan)
         for start, stop, own_rows in plan.outputs:
-            y[start:stop, own_rows.ids] = flat[start:stop] @ own_rows.rows.to(flat.dtype).t()
+            y[start:stop, own_rows.ids] = kernels.dense_linear(flat[start:stop], own_rows.rows)
         for start, stop, term in plan.beside:
             y[start:stop] += term(flat[start:stop])
         if plan.low_rank is not None:
@@ -87,9 +82,8 @@ class AdaptedLinear(AdaptedLayer):
 
     def _base(self, x: Tensor) -> Tensor:
         """W x + b of the base alone."""
-        few = x.device.type == "cpu" and x.numel() <= _FEW_ROWS * x.shape[-1]
-        if few and isinstance(self.inner, nn.Linear):
-            return _few_rows(x, self.inner.weight, self.inner.bias)
+        if type(self.inner) is nn.Linear:  # the output head
+            return kernels.dense_linear(x, self.inner.weight, self.inner.bias)
         return self.inner(x)  # type: ignore[no-any-return]
 
     def _product(self, x: Tensor, plan: LinearPlan) -> Tensor:
@@ -208,29 +202,12 @@ def _streams_of(parts: Iterable[tuple[int, int, Bottleneck]]) -> list[str]:
     return list(dict.fromkeys(delta.stream for _, _, delta in parts if delta.stream))
 
 
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b of a float matrix as (W xᵀ)ᵀ + b: the CPU's library copies the right-hand side of a
-    product into panels first, and an output head is the larger side by far."""
-    y = (weight @ x.reshape(-1, x.shape[-1]).t()).t().contiguous()
-    if bias is not None:
-        y += bias
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
 def _private_product(x: Tensor, private: PrivateLinear) -> Tensor:
     """x Wᵀ + b with the adapter's own W: x [n, in] -> [n, out]."""
-    weight, bias = private.weight, private.bias
-    bias = None if bias is None else bias.to(x.dtype)
-    if isinstance(weight, NF4Weight):
-        return kernels.nf4_linear(x, weight, bias)
-    if weight.dtype == x.dtype:
-        return functional.linear(x, weight, bias)
-    # bf16 products are ten times slower than fp32 ones on most CPUs: cast, but only a tile.
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    for start in range(0, weight.shape[0], _TILE_ROWS):
-        rows = slice(start, start + _TILE_ROWS)
-        y[:, rows] = x @ weight[rows].to(x.dtype).t()
-    return y if bias is None else y.add_(bias)
+    if isinstance(private.weight, Tensor):
+        return kernels.dense_linear(x, private.weight, private.bias)
+    bias = None if private.bias is None else private.bias.to(x.dtype)
+    return kernels.nf4_linear(x, private.weight, bias)
 
 
 def _complement(spans: Sequence[tuple[int, int]], rows: int) -> tuple[tuple[int, int], ...]:

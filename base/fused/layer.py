@@ -184,6 +184,10 @@ class FusedLayer(FusedModule):
         self._record: LayerRecord | None = None
         self._hooks: list[Any] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes a record of its own: what it has inside may be something else."""
+        return {**self.__dict__, "_record": None, "_made_at": -1, "_hooks": []}
+
     @property
     def places(self) -> dict[str, int]:
         """Number of each place, by the path within the layer."""

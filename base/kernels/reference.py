@@ -13,6 +13,7 @@ from .lowrank import LowRankPlan
 from .panels import BLOCK, LEVELS8, NF4_UNIT, PanelWeight
 from .weight import NF4Weight
 
+_FEW_ROWS = 32  # of x, up to which a float matrix on the CPU stands on the left
 _TILE_ROWS = 1024  # rows of W that are dequantised at a time: bounds the fp32 copy
 
 
@@ -57,12 +58,23 @@ def nf4_backward(grad_y: Tensor, weight: NF4Weight | PanelWeight) -> Tensor:
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b; W is cast to x's dtype by tiles of rows, so that the copy stays small."""
     if weight.dtype == x.dtype:
+        if x.is_cpu and x.numel() <= _FEW_ROWS * x.shape[-1]:
+            return _few_rows(x, weight, bias)
         return functional.linear(x, weight, bias)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     for start in range(0, weight.shape[0], _TILE_ROWS):
         rows = slice(start, start + _TILE_ROWS)
         y[..., rows] = x @ weight[rows].to(x.dtype).t()
     return y if bias is None else y.add_(bias)
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b as (W xᵀ)ᵀ + b: the CPU's library copies the right-hand side of a product into
+    panels first, and an output head is the larger side by far."""
+    y = (weight @ x.reshape(-1, x.shape[-1]).t()).t().contiguous()
+    if bias is not None:
+        y += bias
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def dense_backward(grad_y: Tensor, weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,18 @@ def test_hooks_and_wrappers_are_heard(tmp_path: Path) -> None:
     attention.o_proj = Twice(attention.o_proj)
     assert relative_error(run(base.model, decoder), before) > 1e-2
     attention.o_proj = attention.o_proj.inner
+    assert torch.equal(run(base.model, decoder), before)
+
+
+def test_a_copy_reads_nothing_of_the_original(tmp_path: Path) -> None:
+    """As virtual tokens are run: a twin of the model, beside the engine's steps."""
+    base = load("qwen3", tmp_path)
+    decoder = fuse(base.model)
+    before = run(base.model, decoder)
+    twin = copy.deepcopy(base.model, {id(p): p for p in base.model.parameters()})
+    assert all(layer._record is None for layer in twin.model.layers)
+    twin.model.layers[0].input_layernorm = nn.Identity()
+    assert relative_error(run(twin, None), before) > 1e-2
     assert torch.equal(run(base.model, decoder), before)
 
 
