@@ -59,17 +59,26 @@ class Sampler:
         sampling = sequence.request.sampling
         return (
             sampling.do_sample
-            or sequence.generated < sampling.min_new_tokens
+            or bool(self._held_back(sequence))
             or (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
             != (1.0, 0.0, 0.0)
         )
+
+    def _held_back(self, sequence: Sequence) -> list[int]:
+        """Tokens that would end the sequence and must not yet. Where nothing ends it, with
+        ignore_eos and no stop tokens, there are none, and the row is left as it is."""
+        sampling = sequence.request.sampling
+        if sequence.generated >= sampling.min_new_tokens:
+            return []
+        ends = () if sampling.ignore_eos else self.eos_token_ids
+        return [*ends, *sampling.stop_token_ids]
 
     def _choose(self, logits: torch.Tensor, sequence: Sequence) -> int:
         sampling = sequence.request.sampling
         row = logits.clone()
         _penalise(row, sequence, sampling)
-        if sequence.generated < sampling.min_new_tokens:
-            row[[*self.eos_token_ids, *sampling.stop_token_ids]] = -torch.inf
+        if held := self._held_back(sequence):
+            row[held] = -torch.inf
         if not sampling.do_sample or sampling.temperature == 0.0:
             return int(row.argmax())
         values, tokens = (row / sampling.temperature).sort(descending=True, stable=True)

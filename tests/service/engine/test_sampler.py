@@ -118,6 +118,14 @@ def test_the_end_is_impossible_before_the_shortest_output() -> None:
     assert choose(logits, make(sampling, [1, 2, 0])) == EOS
 
 
+def test_an_end_that_is_ignored_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([0.0, 1.0, 8.0, 9.0])
+    stops = Sampling(min_new_tokens=1, ignore_eos=True, stop_token_ids=(3,))
+    assert choose(logits, make(stops)) == 2  # EOS is a stop token here, by the client's own word
+    monkeypatch.setattr(Sampler, "_choose", None)  # a row that is not touched needs no copy
+    assert choose(logits, make(Sampling(min_new_tokens=1, ignore_eos=True))) == EOS
+
+
 def test_a_row_that_is_not_finite_fails_alone() -> None:
     logits = torch.zeros(3, 8)
     logits[1, 4] = float("nan")
