@@ -146,27 +146,37 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def tiny(home: Path, name: str, **config: Any) -> tuple[Base, Path]:
+def tiny(home: Path, name: str, precision: Any = "exact", **config: Any) -> tuple[Base, Path]:
     source = make_base(home / "base", name, **config)
-    return load_base(source, device="cpu", dtype="float32"), source
+    return load_base(source, device="cpu", dtype="float32", precision=precision), source
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma"])
-def test_mixes_have_the_bits_of_each_request_alone(name: str, tmp_path: Path) -> None:
-    # Widths that are no multiple of a vector or a block, so that every loop has its remainder.
-    base, source = tiny(tmp_path, name, intermediate_size=100)
+@pytest.mark.parametrize(
+    ("name", "precision", "width"),
+    [
+        ("qwen3", "exact", 100),  # no multiple of a vector or a block: each loop has its remainder
+        ("gemma", "fast", 128),
+    ],
+)
+def test_mixes_have_the_bits_of_each_request_alone(
+    name: str, precision: str, width: int, tmp_path: Path
+) -> None:
+    base, source = tiny(tmp_path, name, precision, intermediate_size=width)
+    assert base.precision == precision
     Stage.of(base, source, tmp_path, 16).check(mixes=12, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("name", ["mini", "qwen2", "qwen3", "llama", "gemma"])
-def test_five_hundred_mixes(name: str, tmp_path: Path) -> None:
-    """100 on each of five bases."""
+def test_five_hundred_mixes(name: str, precision: Any, tmp_path: Path) -> None:
+    """100 on each of five bases, in both precisions."""
     if name == "mini":
-        base, source = load_base(MINI, device="cpu", dtype="float32"), MINI
+        source = MINI
+        base = load_base(MINI, device="cpu", dtype="float32", precision=precision)
     else:
-        base, source = tiny(tmp_path, name)
+        base, source = tiny(tmp_path, name, precision)
     Stage.of(base, source, tmp_path, 32).check(mixes=100, seed=len(name))
 
 
