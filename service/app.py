@@ -27,7 +27,7 @@ from adapters.limits import Limits
 from adapters.store import AdapterStore
 from base.errors import UnservableBase
 from service.admission import Admission
-from service.api import adapters, errors, feedback, generate, meta, page
+from service.api import adapters, compose, errors, feedback, generate, meta, page
 from service.api.connection import HEAD_BYTES, connection_class
 from service.api.deps import Desk, Serving
 from service.api.door import Bounds, Door
@@ -80,7 +80,7 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
     )
     app.add_middleware(Door, bounds=bounds)
     errors.register(app)
-    routes = (generate, adapters, feedback, meta, page)
+    routes = (generate, adapters, compose, feedback, meta, page)
     for router in (module.router for module in routes):
         app.include_router(router)
     return app

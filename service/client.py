@@ -143,9 +143,31 @@ class Client:
     def remove(self, name: str) -> Any:
         return self._call("DELETE", f"/adapters/{quote(name, safe='@:')}")
 
+    def compose(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        """POST /adapters/{name}/compose: a new version of `name`, made of stored adapters."""
+        path = f"/adapters/{quote(name, safe='')}/compose"
+        found: dict[str, Any] = self._call("POST", path, json=body)
+        return found
+
     def set_alias(self, name: str, alias: str, version: int) -> Any:
         path = f"/adapters/{quote(name, safe='')}/aliases/{quote(alias, safe='')}"
         return self._call("PUT", path, json={"version": version})
+
+    def split_alias(self, name: str, alias: str, shares: dict[int, float]) -> Any:
+        """Let an alias share its traffic: version -> weight."""
+        path = f"/adapters/{quote(name, safe='')}/aliases/{quote(alias, safe='')}"
+        split = [{"version": version, "weight": weight} for version, weight in shares.items()]
+        return self._call("PUT", path, json={"split": split})
+
+    def experiment(self, name: str, alias: str) -> dict[str, Any]:
+        path = f"/adapters/{quote(name, safe='')}/experiments/{quote(alias, safe='')}"
+        found: dict[str, Any] = self._call("GET", path)
+        return found
+
+    def feedback(self, request_id: str, score: float, comment: str | None) -> dict[str, Any]:
+        body = {"request_id": request_id, "score": score, "comment": comment}
+        found: dict[str, Any] = self._call("POST", "/feedback", json=body)
+        return found
 
     def drop_alias(self, name: str, alias: str) -> Any:
         path = f"/adapters/{quote(name, safe='')}/aliases/{quote(alias, safe='')}"

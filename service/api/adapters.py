@@ -212,7 +212,7 @@ async def upload(request: Request, desk: DeskDep, serving: ServingDep) -> JSONRe
         # The commit is not undone when the client goes now: it may have seen nothing, but a
         # repetition of the same upload finds the same version.
         manifest = await desk.slowly(_add, arrived, serving)
-    return _reply(_view(manifest, []), 201, manifest)
+    return created(manifest)
 
 
 @router.get("", responses={200: {"model": AdapterList}, **refusals(422, 503)})
@@ -314,6 +314,11 @@ async def unpin(name: PathName, serving: ServingDep) -> JSONResponse:
     manifest = await asyncio.to_thread(serving.store.resolve, name)
     await asyncio.to_thread(_unpin, manifest, serving)
     return _reply(_pinned(manifest, False), 200, manifest)
+
+
+def created(manifest: AdapterManifest) -> JSONResponse:
+    """The reply to what made a new version."""
+    return _reply(_view(manifest, []), 201, manifest)
 
 
 def _add(arrived: Upload, serving: Serving) -> AdapterManifest:

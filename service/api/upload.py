@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -76,7 +77,10 @@ def sweep(directory: Path) -> int:
     swept = 0
     for path in directory.glob(f"{PREFIX}*"):
         if not _lives(path.name.removeprefix(PREFIX).partition("-")[0]):
-            path.unlink(missing_ok=True)
+            if path.is_dir():  # where an adapter was being composed
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
             swept += 1
     return swept
 

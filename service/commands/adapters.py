@@ -1,4 +1,4 @@
-"""`nibble adapters`: push, list, show, remove and alias the adapters of a running server."""
+"""`nibble adapters`: push, list, show, remove, alias, compose and compare adapters of a server."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from adapters.compose import parse_terms
+from adapters.errors import InvalidAdapter
 from service.commands.output import print_json, print_table
 from service.commands.server import Json, Url, connect
 
@@ -102,21 +104,125 @@ def alias(
         int | None, typer.Argument(min=1, help="Version that it points to from now on.")
     ] = None,
     drop: Annotated[bool, typer.Option("--drop", help="Take the alias away.")] = False,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="VERSION:WEIGHT, several times: the versions share its requests."),
+    ] = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Point NAME@ALIAS to a version, or drop it."""
-    if (version is None) != drop:
-        raise typer.BadParameter("give either a VERSION to point to, or --drop")
+    """Point NAME@ALIAS to a version, let several share its requests, or drop it."""
+    if sum((version is not None, drop, bool(split))) != 1:
+        raise typer.BadParameter("give either a VERSION to point to, --split, or --drop")
+    shares = dict(_share(text) for text in split or ())
     with connect(url, as_json) as client:
-        if version is None:
+        if shares:
+            found = client.split_alias(name, alias, shares)
+        elif version is None:
             found = client.drop_alias(name, alias)
         else:
             found = client.set_alias(name, alias, version)
     if as_json:
         print_json(found)
+        return
+    where = ", ".join(f"{name}@{v} ({weight:g})" for v, weight in shares.items())
+    where = where or f"{name}@{version}"
+    typer.echo(f"{name}@{alias} " + ("dropped" if drop else f"-> {where}"))
+
+
+def _share(text: str) -> tuple[int, float]:
+    version, _, weight = text.partition(":")
+    try:
+        return int(version), float(weight)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}; expected VERSION:WEIGHT, such as 2:10") from None
+
+
+@app.command()
+def compose(
+    name: Annotated[str, typer.Argument(help="Name of the new adapter.")],
+    parts: Annotated[
+        list[str], typer.Argument(help="Adapters with their weights: support:0.7 formal@2:0.3")
+    ],
+    method: Annotated[
+        str, typer.Option(help="concatenate, svd, linear, ties, dare_linear, dare_ties, …")
+    ] = "concatenate",
+    density: Annotated[
+        float | None, typer.Option(help="Share of the numbers that pruning leaves.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the svd methods.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the dare methods.")] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Make a new adapter of stored LoRAs, and keep it as the next version of NAME."""
+    try:
+        terms = parse_terms(",".join(parts))
+    except InvalidAdapter as error:
+        raise typer.BadParameter(error.reason) from None
+    body: dict[str, Any] = {
+        "parts": [{"adapter": term.reference, "weight": term.weight} for term in terms],
+        "method": method,
+        "density": density,
+        "rank": rank,
+        "seed": seed,
+    }
+    with connect(url, as_json) as client:
+        found = client.compose(name, body)
+    _print_one(found, as_json)
+
+
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    alias: Annotated[str, typer.Argument(help="The alias that shares its requests.")],
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the versions behind NAME@ALIAS: counts, latencies, feedback, 95 % intervals."""
+    with connect(url, as_json) as client:
+        found = client.experiment(name, alias)
+    if as_json:
+        print_json(found)
+        return
+    columns = ("version", "weight", "requests", "failed", "scored")
+    measures = ("feedback", "first_token_seconds", "total_seconds")
+    print_table(
+        (*columns, *measures),
+        [
+            [*(_cell(arm[c]) for c in columns), *(_interval(arm[m]) for m in measures)]
+            for arm in found["arms"]
+        ],
+    )
+    for one in found["differences"]:
+        typer.echo("")
+        typer.echo(f"{name}@{one['version']} less {name}@{one['control']}:")
+        for measure in measures:
+            typer.echo(f"  {measure} {_interval(one[measure])}")
+
+
+@app.command()
+def feedback(
+    request_id: Annotated[str, typer.Argument(help="The reply's x-request-id.")],
+    score: Annotated[float, typer.Argument(min=0, max=1, help="From 0, useless, to 1.")],
+    comment: Annotated[str | None, typer.Option(help="Why.")] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Say how good a reply was that came through an alias."""
+    with connect(url, as_json) as client:
+        found = client.feedback(request_id, score, comment)
+    if as_json:
+        print_json(found)
     else:
-        typer.echo(f"{name}@{alias} " + ("dropped" if drop else f"-> {name}@{version}"))
+        typer.echo(f"{found['name']}@{found['version']} through @{found['alias']}: {score:g}")
+
+
+def _interval(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    shown = f"{found['estimate']:.3g}"
+    return shown if found["low"] is None else f"{shown} [{found['low']:.3g}, {found['high']:.3g}]"
 
 
 def _print_one(adapter: Mapping[str, Any], as_json: bool) -> None:

@@ -31,6 +31,11 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(tmp_path_factory.mktemp("adapters") / "shout", MINI, "dora", rank=3, seed=1)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("adapters") / "plain", MINI, rank=3, seed=2)
+
+
 @dataclass(frozen=True)
 class Running:
     """A `nibble serve` in a process of its own, and what it logs."""
@@ -117,6 +122,37 @@ def test_an_adapter_from_push_to_removal(url: str, adapter: Path) -> None:
     nibble("adapters", "remove", "mine", *to)
     assert nibble_json("adapters", "list", *to) == {"adapters": []}
     assert "nibble adapters list" in nibble("adapters", "show", "mine", *to, status=1)
+
+
+def test_sums_and_an_experiment(url: str, plain: Path) -> None:
+    to = ("--url", url)
+    nibble("adapters", "push", str(plain), "--name", "part", *to)
+    made = nibble_json(
+        "adapters", "compose", "blend", "part:0.5", "--method", "svd", "--rank=2", *to
+    )
+    assert (made["name"], made["version"], made["rank"]) == ("blend", 1, 2)
+    nibble("adapters", "compose", "blend", "part:0.5", "part@1:0.25", *to)
+    nibble("adapters", "compose", "blend", "part:half", *to, status=2)
+    said = nibble("adapters", "alias", "blend", "prod", "--split", "1:60", "--split", "2:40", *to)
+    assert said.strip() == "blend@prod -> blend@1 (60), blend@2 (40)"
+    nibble("adapters", "alias", "blend", "prod", "--split", "1", *to, status=2)
+    given = {"adapter_id": "blend@prod", "max_new_tokens": 1}
+    for n in range(2):
+        asked = httpx.post(
+            f"{url}/generate",
+            json={"inputs": "The", "parameters": given},
+            headers={"x-client-key": f"c{n}"},
+        )
+        nibble("adapters", "feedback", asked.headers["x-request-id"], str(n), *to)
+    table = nibble_json("adapters", "experiment", "blend", "prod", *to)
+    assert sum(arm["requests"] for arm in table["arms"]) == 2
+    shown = nibble("adapters", "experiment", "blend", "prod", *to)
+    assert "blend@2 less blend@1:" in shown
+    assert "first_token_seconds" in shown
+    assert "prod" in nibble("adapters", "remove", "blend@1", *to, status=1)
+    nibble("adapters", "alias", "blend", "prod", "--drop", *to)
+    for name in ("blend", "part"):
+        nibble("adapters", "remove", name, *to)
 
 
 def test_names_default_to_the_directory_and_placement_is_kept(url: str, adapter: Path) -> None:
