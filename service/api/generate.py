@@ -453,6 +453,7 @@ def _generation(
     samples = given.samples
     # Drawn here, small enough for every JSON reader, so that the reply's seed repeats the text.
     seed = secrets.randbits(32) if samples and given.seed is None else given.seed
+    virtual = selection.ref.virtual_tokens if selection else 0
     sampling = Sampling(
         do_sample=samples,
         temperature=given.temperature,
@@ -465,7 +466,7 @@ def _generation(
         seed=seed,
         stop=tuple(given.stop),
         stop_token_ids=tuple(given.stop_token_ids),
-        max_new_tokens=_room(given, len(prompt), serving.engine.max_model_len),
+        max_new_tokens=_room(given, len(prompt), serving.engine.max_model_len - virtual),
         min_new_tokens=given.min_new_tokens,
         ignore_eos=given.ignore_eos or given.ignore_eos_token,
         top_logprobs=given.top_n_tokens,
