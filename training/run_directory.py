@@ -3,23 +3,22 @@
 out/adapter_config.json, adapter_model.safetensors   the adapter, once the run has ended
 out/run/config.yaml                                  the resolved config
 out/run/log.jsonl                                    a line for each step
-out/run/checkpoint.pt                                what `--resume` goes on from
+out/run/checkpoint.safetensors                                what `--resume` goes on from
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml  # type: ignore[import-untyped]
 
 from training.config import TrainConfig
 from training.errors import ConfigError
 from training.recipe import Step
+from training.tree import read_tree, write_tree
 
 
 class RunDirectory:
@@ -30,7 +29,7 @@ class RunDirectory:
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / "checkpoint.pt"
+        return self.path / "checkpoint.safetensors"
 
     @property
     def log(self) -> Path:
@@ -47,10 +46,10 @@ class RunDirectory:
     def resume(self, config: TrainConfig) -> dict[str, Any]:
         """The last checkpoint. Raises ConfigError where there is none, or it is another run's."""
         try:
-            kept: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
+            kept: dict[str, Any] = read_tree(self.checkpoint)
         except FileNotFoundError:
             raise ConfigError(f"{self.checkpoint}: no checkpoint to resume from") from None
-        except Exception as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{self.checkpoint}: {error}") from None
         now = _decisive(config)
         unlike = sorted(key for key in now if kept["config"].get(key) != now[key])
@@ -65,12 +64,7 @@ class RunDirectory:
 
     def keep(self, config: TrainConfig, state: dict[str, Any]) -> None:
         """Write a checkpoint: whole, or not at all."""
-        written = self.checkpoint.with_suffix(".tmp")
-        with written.open("wb") as file:
-            torch.save({"config": _decisive(config), "run": state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        written.replace(self.checkpoint)
+        write_tree(self.checkpoint, {"config": _decisive(config), "run": state})
 
     def note(self, step: Step) -> None:
         """One line of the log."""

@@ -133,7 +133,7 @@ def test_ctrl_c_leaves_an_adapter_and_a_checkpoint(base_directory: Path, tmp_pat
     assert run.returncode == 130
     assert "go on with --resume" in " ".join(said.split())
     assert (tmp_path / "a" / WEIGHTS).exists()
-    assert (tmp_path / "a" / "run" / "checkpoint.pt").exists()
+    assert (tmp_path / "a" / "run" / "checkpoint.safetensors").exists()
 
 
 def test_a_checkpoint_of_another_run_is_refused(base: Base, tmp_path: Path) -> None:

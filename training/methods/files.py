@@ -26,7 +26,21 @@ def write(out: Path, base: Base, config: peft.PeftConfig, tensors: Mapping[str, 
         out / WEIGHTS,
         metadata={"format": "pt", "base_fingerprint": base.spec.fingerprint},
     )
+    _sort_metadata(out / WEIGHTS)
     (out / WEIGHTS).chmod(0o644)  # safetensors makes it private, which no other file here is
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes its metadata in the order of the day; the same run should leave the same
+    bytes. The header keeps its length: it is padded with blanks, as the format allows."""
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":")).encode()
+        assert len(text) <= length, "names in a header are plain ASCII"
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _write_sorted(path: Path) -> None:
