@@ -29,7 +29,7 @@ class Checked:
     """What a kind's own checks say, and what is left to look for in the numbers themselves.
 
     positive  tensors that must hold only numbers > 0
-    indices   tensors [k, n] of whole numbers, and what row i of them counts below: k bounds
+    indices   tensors [k, n] or [n] of whole numbers, and what row i of them counts below: k bounds
     """
 
     validated: Validated

@@ -48,9 +48,10 @@ LORA_MEMORY, LORA_FLOPS = "4*r*(m + n)", "2*r*(m + n)"
 VIRTUAL_TOKENS = Method("prefix KV", "8*num_virtual_tokens*m", "4*num_virtual_tokens*n")
 PRIVATE_MEMORY, PRIVATE_FLOPS = "4*m*n", "2*m*n"
 
-_DENSE = "its update has full rank, and no operator or private matrix for that exists yet"
-_FROM_BASE = "it starts from a decomposition of the base's weights, which NF4 has rounded"
-_UNCHECKED = "its conversion has not been checked against PEFT yet"
+_FROM_BASE = (
+    "PEFT decomposes the base's weights anew when it loads it, and the file does not hold the "
+    "result: over NF4, which has rounded those weights, it would be another one"
+)
 _ROUTED = "its weights depend on the input through a router, which the operator does not run"
 
 METHODS: Mapping[str, Method] = {
@@ -99,11 +100,15 @@ METHODS: Mapping[str, Method] = {
     "C3A": Method("private weights", PRIVATE_MEMORY, PRIVATE_FLOPS),
     "HIRA": Method("private weights", PRIVATE_MEMORY, PRIVATE_FLOPS),
     "GLORA": Method("private weights", PRIVATE_MEMORY, PRIVATE_FLOPS),
-    "SUPERTUNING": refused(_DENSE),
+    "SUPERTUNING": Method(
+        "operator",
+        "8*int(m*n*(1 - sparsity)) + 4*(m + 1) + 4*r*(m + n)",
+        "2*int(m*n*(1 - sparsity)) + 2*r*(m + n)",
+    ),
     "DEFT": Method("low-rank", LORA_MEMORY, LORA_FLOPS),
     "FROD": refused(_FROM_BASE),
     "ADAMSS": refused(_FROM_BASE),
-    "OSF": refused("it trains the base's weights themselves, so it is no adapter of a shared base"),
+    "OSF": refused(_FROM_BASE),
     # Virtual tokens and rows of the embedding
     "PROMPT_TUNING": VIRTUAL_TOKENS,
     "MULTITASK_PROMPT_TUNING": VIRTUAL_TOKENS,

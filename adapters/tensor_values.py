@@ -34,11 +34,11 @@ def check_values(fd: int, entry: TensorEntry, largest: float, positive: bool = F
 
 
 def check_indices(fd: int, entry: TensorEntry, bounds: Sequence[int]) -> None:
-    """Refuse what is no whole number from 0 to bounds[i] - 1 in row i of [len(bounds), n].
+    """Refuse what is no whole number from 0 to bounds[i] - 1 in row i of [len(bounds), n], or [n].
 
     Raises InvalidAdapter.
     """
-    assert entry.shape[0] == len(bounds), entry
+    assert len(bounds) == (entry.shape[0] if len(entry.shape) > 1 else 1), entry
     row_bytes = (entry.stop - entry.start) // len(bounds)
     for row, bound in enumerate(bounds):
         first = entry.start + row * row_bytes

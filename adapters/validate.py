@@ -33,6 +33,7 @@ from adapters.checks.randlora import check_randlora
 from adapters.checks.road import check_road
 from adapters.checks.saved_tables import with_saved_tables
 from adapters.checks.shira import check_shira
+from adapters.checks.supertuning import check_supertuning
 from adapters.checks.tinylora import check_tinylora
 from adapters.checks.trainable_tokens import check_trainable_tokens
 from adapters.checks.unilora import check_unilora
@@ -130,6 +131,7 @@ CHECKERS: Mapping[str, Checker] = {
     "RANDLORA": check_randlora,
     "ROAD": check_road,
     "SHIRA": check_shira,
+    "SUPERTUNING": check_supertuning,
     "TINYLORA": check_tinylora,
     "TRAINABLE_TOKENS": check_trainable_tokens,
     "UNILORA": check_unilora,

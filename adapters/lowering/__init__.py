@@ -43,6 +43,7 @@ from .pvera import lower_pvera
 from .randlora import lower_randlora
 from .road import lower_road
 from .shira import lower_shira
+from .supertuning import lower_supertuning
 from .tinylora import lower_tinylora
 from .token_rows import lower_trainable_tokens
 from .unilora import lower_unilora
@@ -84,6 +85,7 @@ FAMILIES: Mapping[str, Family] = {
     "randlora": lower_randlora,
     "road": lower_road,
     "shira": lower_shira,
+    "supertuning": lower_supertuning,
     "tinylora": lower_tinylora,
     "trainable_tokens": lower_trainable_tokens,
     "unilora": lower_unilora,

@@ -83,7 +83,13 @@ class AdapterCheckpoint:
                 name,
             )
 
-    def _take(self, full: str, shape: tuple[int, ...]) -> Tensor:
+    def take_indices(self, name: str, *shape: int) -> Tensor:
+        """`take` for whole numbers, int64: in float32 those above 2^24 would be rounded."""
+        return self._take(self._root + name, shape, torch.int64)
+
+    def _take(
+        self, full: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         if full not in self._left:
             raise InvalidAdapter(f"this tensor is missing, shape {list(shape)}", full)
         tensor: Tensor = self._file.get_tensor(full)
@@ -91,7 +97,7 @@ class AdapterCheckpoint:
             raise InvalidAdapter(f"shape {list(tensor.shape)}, expected {list(shape)}", full)
         self._left.discard(full)
         # A copy even where nothing is cast: the file's memory map must not outlive the file.
-        return tensor.to(self._device, torch.float32, copy=True)
+        return tensor.to(self._device, dtype, copy=True)
 
     def finish(self) -> None:
         """Raise InvalidAdapter, naming a tensor that nobody took."""

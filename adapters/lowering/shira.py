@@ -33,11 +33,11 @@ def lower_shira(
         bounds = torch.tensor([[height], [width]], device=places.device)
         if not bool(((places >= 0) & (places < bounds)).all()):
             raise InvalidAdapter(f"points outside of the weight, [{height}, {width}]", name)
-        deltas[path] = LinearDelta(sparse=_by_rows(values, places, height))
+        deltas[path] = LinearDelta(sparse=by_rows(values, places, height))
     return deltas
 
 
-def _by_rows(values: Tensor, places: Tensor, height: int) -> Sparse:
+def by_rows(values: Tensor, places: Tensor, height: int) -> Sparse:
     """Entries [n] at places [2, n] (row, column), in any order."""
     rows, order = places[0].sort(stable=True)
     edges = torch.arange(height + 1, device=rows.device)

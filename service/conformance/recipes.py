@@ -62,6 +62,7 @@ RECIPES: Mapping[str, Recipe] = {
     "boft": Recipe(lambda r, a, t: {"boft_block_size": 2 * r}),
     "road": Recipe(lambda r, a, t: {"group_size": 2 * r}),
     "shira": Recipe(lambda r, a, t: {"r": r, "random_seed": 1}),
+    "supertuning": Recipe(lambda r, a, t: {"r": r, "lora_alpha": a, "sparsity": 0.9}),
     "tinylora": Recipe(lambda r, a, t: {"r": r, "u": 8}),
     "unilora": Recipe(
         lambda r, a, t: {"r": r, "theta_d_length": 100},
@@ -112,7 +113,7 @@ _FILLS: tuple[tuple[tuple[str, ...], _Fill], ...] = (
         ("road_theta", "peanut_", "trainable_tokens_delta"),
         lambda own, noise, s: own + 3 * noise,
     ),
-    (("oft_R", "shira_weight", "poly_lora_B"), lambda own, noise, s: own + noise),
+    (("oft_R", "shira_weight", "supertuning_", "poly_lora_B"), lambda own, noise, s: own + noise),
     (
         (
             "lokr_",

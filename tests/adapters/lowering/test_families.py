@@ -144,6 +144,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "another seed": {"random_loc_seed": 3, "scaling": 300.0},
         "lm_head": {"targets": ["lm_head", "up_proj"]},
     },
+    "supertuning": {
+        "every linear": {},
+        "without a LoRA": {"rank": None, "alpha": 0, "lora_alpha": None, "sparsity": 0.5},
+        "the smallest": {"select_top": False, "targets": ["lm_head", "up_proj"]},
+    },
     "tinylora": {
         "every linear": {},
         "tied": {"weight_tying": 0.6, "save_projection": False, "targets": ATTENTION},
