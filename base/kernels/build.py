@@ -75,6 +75,8 @@ def _units() -> dict[str, list[str]]:
     units: dict[str, list[str]] = {name: [] for name in names}
     if platform.machine().lower() in ("x86_64", "amd64"):
         units |= {"avx2": _AVX2, "avx512": _AVX512, "fast_avx2": _AVX2, "fast_vnni": _VNNI}
+    elif platform.machine().lower() in ("aarch64", "arm64"):
+        units |= {"fast_neon": ["-march=armv8.2-a+dotprod"]}
     return units
 
 

@@ -74,7 +74,7 @@ class Native:
 
     @property
     def fast_isa(self) -> str:
-        """What the fast products run on: vnni, avx2 or portable."""
+        """What the fast products run on: vnni, avx2, neon or portable."""
         return str(self._fast_name().decode())
 
     def nf4_linear(

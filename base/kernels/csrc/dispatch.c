@@ -5,6 +5,10 @@
 
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 /* Multiply-adds that pay for waking one more thread. */
 #define WORK_PER_THREAD 32768
@@ -37,6 +41,10 @@ static const fast_table *fast_of(const kernel_table *table) {
 #if defined(__x86_64__)
     if (table == &kernels_avx512 && __builtin_cpu_supports("avx512vnni")) return &fast_vnni;
     if (table != &kernels_portable) return &fast_avx2;
+#elif defined(__APPLE__) && defined(__aarch64__) /* every one of them has the dot product */
+    return &fast_neon;
+#elif defined(__linux__) && defined(__aarch64__)
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return &fast_neon;
 #endif
     (void)table;
     return &fast_portable;

@@ -13,9 +13,9 @@
  * rows: byte 4 r + i is row r, column i, so one multiply-add of four bytes and a broadcast of four
  * x8 serve 16 rows. Stored in 8 bits (w8 + 128): 4 columns of rows 0 to 15, of rows 16 to 31, the
  * next 4 columns, ... In NF4 each byte has two codes: columns 8 j + i low, 8 j + 4 + i high.
- * `PANEL_ROWS` and `_blocks` in panels.py say the same.
+ * `_lines4` and `_lines8` in panels.py lay them out.
  *
- * x8 is kept by tiles of up to TILE rows: for each block [rows][64] bytes, [rows] scales, [rows]
+ * x8 is kept by tiles of up to FAST_TILE rows: for each block [rows][64] bytes, [rows] scales, [rows]
  * sums. The sums, -128 sum x8, take off what the 128 too many in a byte of w8 has added.
  *
  * Tiling. For one tile of rows the codes go to the registers directly. For more, a stretch of a
@@ -40,12 +40,11 @@ static const uint8_t LEVELS8[16] __attribute__((aligned(16))) = {
 };
 #define NF4_UNIT (1.0f / 112.03022f)
 
-/* PARTS vectors make the 64 bytes of a line; FAST_TILE rows of x at a time.
+/* PARTS8 vectors make the 64 bytes of a line; FAST_TILE rows of x at a time.
  * line8: w8 + 128 or w8, whatever `dot4` takes; line4: the low and the high codes of a line. */
 #if defined(FAST_VNNI)
 #define PARTS8 1
 #define FAST_TILE 12 /* 24 sums, 4 w, 1 x, 2 constants */
-#define BIASED 1
 typedef __m512i w8;
 typedef __m512i i32v;
 typedef __m512 f32v;
@@ -75,7 +74,6 @@ INLINE void add_block(float *sums, i32v n, float x_scale, const float *w_scale) 
  * x8 with the sign of w8: 2 * 112 * 127 and 2 * 127 * 127 both fit. */
 #define PARTS8 2
 #define FAST_TILE 4 /* of one line: 8 sums, 2 w, 1 x, 1 constant */
-#define BIASED 0
 typedef __m256i w8;
 typedef __m256i i32v;
 INLINE i32v start_(int32_t sum) { (void)sum; return _mm256_setzero_si256(); }
@@ -104,11 +102,10 @@ INLINE void add_block(float *sums, i32v n, float x_scale, const float *w_scale) 
     _mm256_storeu_ps(sums, _mm256_fmadd_ps(value, _mm256_loadu_ps(w_scale), _mm256_loadu_ps(sums)));
 }
 
-#elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#elif defined(FAST_NEON)
 #include <arm_neon.h>
 #define PARTS8 4
-#define FAST_TILE 6 /* of one line: 24 sums, 1 w, 1 x, 2 constants */
-#define BIASED 0
+#define FAST_TILE 6 /* of one line: 12 sums, 4 w, 1 x, 2 constants */
 typedef int8x16_t w8;
 typedef int32x4_t i32v;
 INLINE i32v start_(int32_t sum) { (void)sum; return vdupq_n_s32(0); }
@@ -135,7 +132,6 @@ INLINE void add_block(float *sums, i32v n, float x_scale, const float *w_scale) 
 #else /* four rows of W at a time, 16 bit products where the compiler finds them */
 #define PARTS8 4
 #define FAST_TILE 2
-#define BIASED 0
 typedef struct { int8_t at[16]; } w8;
 typedef struct { int32_t at[4]; } i32v;
 INLINE i32v start_(int32_t sum) { (void)sum; return (i32v){{0}}; }

@@ -64,6 +64,8 @@ extern const fast_table fast_portable;
 #if defined(__x86_64__)
 extern const fast_table fast_avx2;
 extern const fast_table fast_vnni;
+#elif defined(__aarch64__)
+extern const fast_table fast_neon;
 #endif
 
 /* One instruction set's kernels. Each is told how many threads it may use. */
