@@ -118,6 +118,9 @@ def test_sweep_takes_the_files_of_the_dead(tmp_path: Path) -> None:
     for pid in (dead, str(os.getpid()), str(os.getppid()), "junk", "9" * 30):
         (tmp_path / f"{PREFIX}{pid}-0").touch()
     (tmp_path / "other").touch()
-    assert sweep(tmp_path) == 4
+    composing = tmp_path / f"{PREFIX}{dead}-directory"
+    composing.mkdir()
+    (composing / "adapter_model.safetensors").touch()
+    assert sweep(tmp_path) == 5
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"other", f"{PREFIX}{os.getppid()}-0"}
