@@ -55,12 +55,14 @@ def saved(live: Live, base: Path, home: Path, kind: str, number: int) -> Subject
     return Subject(kind, directory, base, manifest, tuple(prompt.tolist()))
 
 
-def run_mixed(subjects: Sequence[Subject], steps: Steps) -> None:
+def run_mixed(subjects: Sequence[Subject], live: Live, steps: Steps) -> None:
     """Batches of 16 rows of different kinds, until each kind has been in one. One row is the
     base's; where there are fewer kinds than rows, some come again with another prompt."""
     plain = Asked(subjects[0].prompt, None)
     for start in range(0, len(subjects), ROWS - 1):
         own = list(subjects[start : start + ROWS - 1])
+        for subject in subjects:  # who is still on the way to memory would join too late
+            live.engine.load(subject.ref)
         others = [s for s in subjects if s not in own] + own * ROWS
         fill = [replace(s.asked, prompt=s.prompt[::-1]) for s in others[: ROWS - 1 - len(own)]]
         answers = steps.together([*(s.asked for s in own), plain, *fill], TOKENS)

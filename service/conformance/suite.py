@@ -71,7 +71,7 @@ class _OnBase:
             except RuntimeError as error:  # refused: a cell of its own, and the others go on
                 failure = {"round_trip": Cell("fail", None, str(error))}
                 broken.append(Row(kind, self.name, failure))
-        checks.run_mixed(subjects, self.steps)
+        checks.run_mixed(subjects, self.live, self.steps)
         return [*(self._row(subject) for subject in subjects), *broken]
 
     def _row(self, subject: Subject) -> Row:

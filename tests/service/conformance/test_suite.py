@@ -5,7 +5,6 @@ And the checks themselves: each of them sees what it is there for.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
