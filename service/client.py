@@ -14,6 +14,7 @@ import httpx
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+ADAPTER_HUB_NAME = "adapter.safetensors"  # what AdapterHub calls the same file
 TEMPLATE_NAME = "chat_template.jinja"
 
 
@@ -106,11 +107,14 @@ class Client:
         placement: str | None = None,
         merged_dtype: str | None = None,
     ) -> dict[str, Any]:
-        """Upload what PEFT's `save_pretrained` wrote, and `chat_template.jinja` if there is one.
+        """Upload what PEFT's `save_pretrained` or AdapterHub's `save_adapter` wrote as safetensors,
+        and `chat_template.jinja` if there is one.
 
         The weights are streamed from disk. Returns the server's description of the new version.
         """
-        for required in (CONFIG_NAME, WEIGHTS_NAME):
+        names = (WEIGHTS_NAME, ADAPTER_HUB_NAME)
+        weights_name = next((n for n in names if (directory / n).is_file()), WEIGHTS_NAME)
+        for required in (CONFIG_NAME, weights_name):
             if not (directory / required).is_file():
                 raise AdapterDirectoryIncomplete(directory, required)
         fields = {"name": name, "placement": placement, "merged_dtype": merged_dtype}
@@ -119,7 +123,7 @@ class Client:
             fields["template"] = template.read_text(encoding="utf-8")
         with ExitStack() as stack:
             config = stack.enter_context((directory / CONFIG_NAME).open("rb"))
-            weights = stack.enter_context((directory / WEIGHTS_NAME).open("rb"))
+            weights = stack.enter_context((directory / weights_name).open("rb"))
             found: dict[str, Any] = self._call(
                 "POST",
                 "/adapters",

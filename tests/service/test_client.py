@@ -109,6 +109,17 @@ def test_push_sends_config_weights_and_template(tmp_path: Path, template: str | 
         assert nibble.push(directory, "mine", placement="merged")["version"] == 1
 
 
+def test_push_takes_the_name_that_adapter_hub_gives_the_weights(tmp_path: Path) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert b"weights \x00\xff" in request.read()
+        return httpx.Response(201, json={"name": "mine", "version": 1})
+
+    directory = adapter_directory(tmp_path / "d")
+    (directory / "adapter_model.safetensors").rename(directory / "adapter.safetensors")
+    with client(answer) as nibble:
+        assert nibble.push(directory, "mine")["version"] == 1
+
+
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
 def test_push_names_the_missing_file(tmp_path: Path, missing: str) -> None:
     directory = adapter_directory(tmp_path / "d")
