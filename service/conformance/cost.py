@@ -27,8 +27,10 @@ def flops_of(manifest: AdapterManifest, method: Method, spec: BaseSpec) -> int:
     total = 0
     for m, n in _targets(manifest, method, spec):
         # The expressions are constants of adapters/methods.py, never a user's.
-        numbers = {"r": manifest.rank, **manifest.config, "m": m, "n": n}
-        flops = int(eval(method.flops, {"__builtins__": {}, "len": len}, numbers))
+        rank = manifest.rank
+        numbers = {"r": rank, **manifest.config, "rank": rank, "m": m, "n": n}
+        known = {"__builtins__": {}, "len": len, "int": int}
+        flops = int(eval(method.flops, known, numbers))
         total += flops - (2 * m * n if method.form == "private weights" else 0)
     return total
 
