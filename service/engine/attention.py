@@ -8,13 +8,13 @@ the engine's thread sets it before the forward pass and clears it after.
 from __future__ import annotations
 
 import math
+import mmap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AttentionInterface
 
@@ -58,11 +58,13 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that take no memory on the host before they are written: torch would touch each."""
-    if device.type != "cpu":
+    """Zeros that take no memory on the host before they are written: torch would touch each, and
+    so would `calloc` (numpy) where it finds room that was used before."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
-    lazy = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(lazy).view(dtype).view(shape)
+    lazy = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(lazy, dtype=dtype).view(shape)
 
 
 @dataclass(slots=True)
