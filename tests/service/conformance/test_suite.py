@@ -30,20 +30,20 @@ def one_of_each_form() -> tuple[str, ...]:
     return tuple(forms.values())
 
 
-def assert_passed(rows: list[Row]) -> None:
+def assert_passed(rows: list[Row], left_out: tuple[str, ...] = ()) -> None:
     failed = {(r.kind, r.base, n): r.cells[n] for r in rows for n in r.failed}
     assert not failed, failed
     assert all(set(row.cells) == set(CHECKS) and row.cost for row in rows)
-    for check in CHECKS:  # not one of them was left out everywhere
+    for check in set(CHECKS).difference(left_out):  # each was possible for one kind at least
         assert any(row.cells[check].status == "pass" for row in rows), check
 
 
 def test_one_kind_of_each_form(tmp_path: Path) -> None:
     kinds = one_of_each_form()
     assert len(kinds) >= 6
-    rows = run(Options(("qwen3",), kinds, timed=False), tmp_path)
+    rows = run(Options(("qwen3",), kinds, timed=False, zero=False), tmp_path)
     assert [row.kind for row in rows] == list(kinds)
-    assert_passed(rows)
+    assert_passed(rows, left_out=("zero",))  # test_families.py has it, without a server
 
 
 @pytest.mark.slow
