@@ -21,22 +21,27 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from transformers import AutoTokenizer
 
 from base.errors import UnservableBase
+from base.hub import locate
 from base.load import Base, load_base
 from base.mini import MINI
 from training import checkpoint, showcase
 from training.config import TrainConfig, assignments, read_config
-from training.data import Example, examples, read_rows
+from training.data import Example, Prepared, examples, prepare, read_rows, survey
+from training.data.report import SHOWN
 from training.errors import TrainingError
 from training.evaluate import exact_match
 from training.interrupts import interrupts
 from training.methods import METHODS, attach
-from training.plan import described, make_plan
+from training.plan import described, highlighted, make_plan
 from training.recipe import Step, Trained, train
 from training.run_directory import RunDirectory
 from training.tasks import TASKS
 
+TEMPLATE_FILE = "chat_template.jinja"  # beside an adapter; `nibble adapters push` sends it along
+FILES = ".jsonl, .json, .csv, .tsv, .parquet, or a folder that datasets' save_to_disk wrote."
 app = typer.Typer(help="Train adapters over the NF4 base and measure them.", no_args_is_help=True)
 console = Console()
 
@@ -53,8 +58,8 @@ Settings = Annotated[
 def run(
     config: Annotated[Path | None, typer.Argument(help="YAML; flags win over it.")] = None,
     base: BaseOption = None,
-    data: Annotated[Path | None, typer.Option(help="JSON Lines to learn from.")] = None,
-    eval_data: Annotated[Path | None, typer.Option("--eval", help="JSON Lines held out.")] = None,
+    data: Annotated[Path | None, typer.Option(help=f"To learn from: {FILES}")] = None,
+    eval_data: Annotated[Path | None, typer.Option("--eval", help="The same, held out.")] = None,
     method: Annotated[str | None, typer.Option(help=", ".join(METHODS))] = None,
     rank: Annotated[int | None, typer.Option()] = None,
     alpha: Annotated[int | None, typer.Option()] = None,
@@ -79,8 +84,8 @@ def _run(config: TrainConfig, resume: bool) -> None:
     directory = RunDirectory(config.out)
     state = directory.resume(config) if resume else None
     base = _load(config.base)
-    data = _read(base, config.data.train, config)
-    held_out = _read(base, config.data.eval, config) if config.data.eval else []
+    found = prepare(config.data, base.tokenizer)
+    _say_what_is_wrong(found)
     torch.manual_seed(config.seed)
     adapter = attach(base, config)
     if state is None:
@@ -95,8 +100,8 @@ def _run(config: TrainConfig, resume: bool) -> None:
         done = train(
             base,
             adapter,
-            data,
-            held_out,
+            found.train,
+            found.held_out,
             config,
             report,
             resume=state,
@@ -104,6 +109,7 @@ def _run(config: TrainConfig, resume: bool) -> None:
             asked_to_stop=asked,
         )
     adapter.save(config.out)
+    _save_template(config.out, found.template)
     console.print(_outcome(config, done))
     if done.ended == "asked":
         raise typer.Exit(130)
@@ -130,8 +136,8 @@ def _outcome(config: TrainConfig, done: Trained) -> str:
 def show_plan(
     config: Annotated[Path | None, typer.Argument(help="YAML; flags win over it.")] = None,
     base: BaseOption = None,
-    data: Annotated[Path | None, typer.Option(help="JSON Lines to learn from.")] = None,
-    eval_data: Annotated[Path | None, typer.Option("--eval", help="JSON Lines held out.")] = None,
+    data: Annotated[Path | None, typer.Option(help=f"To learn from: {FILES}")] = None,
+    eval_data: Annotated[Path | None, typer.Option("--eval", help="The same, held out.")] = None,
     method: Annotated[str | None, typer.Option(help=", ".join(METHODS))] = None,
     steps: Annotated[int | None, typer.Option()] = None,
     batch_size: Annotated[int | None, typer.Option()] = None,
@@ -141,10 +147,35 @@ def show_plan(
     with _refusals():
         found = read_config(config, {**_flags(locals()), **assignments(settings or [])})
         model = _load(found.base)
+        prepared = prepare(found.data, model.tokenizer)
         torch.manual_seed(found.seed)
-        plan = make_plan(model, _read(model, found.data.train, found), found)
-        console.print(described(plan, found, model.tokenizer))
+        plan = make_plan(model, prepared.train, found)
+        console.print(described(plan, found, model.tokenizer), *prepared.described())
     if plan.too_large:
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    data: Annotated[Path, typer.Argument(help=FILES)],
+    config: Annotated[Path | None, typer.Option(help="YAML, for its data and base.")] = None,
+    base: BaseOption = None,
+    shown: Annotated[int, typer.Option(min=0, help="Bad and cut rows to name.")] = SHOWN,
+    settings: Settings = None,
+) -> None:
+    """Report on data: its lengths, what is too long, and each bad row by line and field.
+
+    Ends with 1 where a run would refuse it. Of the base only the tokenizer is loaded.
+    """
+    with _refusals():
+        flags = {"data.train": data, "base": base, **assignments(settings or [])}
+        found = read_config(config, flags)
+        tokenizer = _tokenizer(found.base)
+        prepared = survey(found.data, tokenizer, shown)
+        console.print(*prepared.described())
+        if prepared.train:
+            console.print(highlighted(prepared.train[0], tokenizer))
+    if not prepared.train or any(r.bad > found.data.max_bad_rows for r in prepared.reports):
         raise typer.Exit(1)
 
 
@@ -170,7 +201,7 @@ def _flags(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @app.command(name="eval")
 def evaluate(
-    data: Annotated[Path, typer.Argument(help="JSON Lines with the right answers.")],
+    data: Annotated[Path, typer.Argument(help=f"The right answers: {FILES}")],
     adapter: Annotated[Path | None, typer.Option(help="A directory; without it the base.")] = None,
     base: BaseOption = None,
     max_new_tokens: Annotated[int, typer.Option()] = 128,
@@ -180,7 +211,9 @@ def evaluate(
     """Exact match by greedy generation: each answer of the data against what the model says."""
     with _refusals():
         model = _load(base or "mini")
-        items = examples(read_rows(data), model.tokenizer, max_length)
+        template = adapter / TEMPLATE_FILE if adapter else None
+        own = template.read_text("utf-8") if template and template.is_file() else None
+        items = examples(read_rows(data), model.tokenizer, max_length, own)
         attached = checkpoint.load(adapter, model) if adapter else None
         with _progress() as progress:
             bar = progress.add_task("eval", total=len(items))
@@ -254,8 +287,30 @@ def _load(source: str) -> Base:
     return load_base(MINI if source == "mini" else source, dtype=dtype)
 
 
-def _read(base: Base, path: Path, config: TrainConfig) -> list[Example]:
-    return examples(read_rows(path), base.tokenizer, config.data.max_length)
+def _tokenizer(source: str) -> Any:
+    """The base's tokenizer alone."""
+    found = locate(str(MINI) if source == "mini" else source, None)
+    try:
+        return AutoTokenizer.from_pretrained(
+            found.directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # each tokenizer class fails in its own way
+        raise UnservableBase(f"the tokenizer cannot be loaded: {error}") from error
+
+
+def _save_template(out: Path, template: str | None) -> None:
+    """What the adapter was trained with goes beside it; an earlier run's template must not stay."""
+    if template is None:
+        (out / TEMPLATE_FILE).unlink(missing_ok=True)
+    else:
+        (out / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+
+
+def _say_what_is_wrong(found: Prepared) -> None:
+    """What a run that goes on all the same must not pass over in silence."""
+    for report in found.reports:
+        if said := report.summary():
+            console.print(f"{report.path}: {said}; see nibble train check", style="yellow")
 
 
 def _answer(base: Base, item: Example) -> str:

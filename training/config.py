@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from training.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
+Column = Literal["messages", "prompt", "completion", "instruction", "input", "output", "text"]
 
 
 class _Frozen(BaseModel):
@@ -19,12 +20,43 @@ class _Frozen(BaseModel):
 
 
 class DataConfig(_Frozen):
-    """JSON Lines files; see `training.data` for the two shapes of a row."""
+    """.jsonl, .json, .csv, .tsv, .parquet, or what datasets' save_to_disk wrote.
+
+    `training.data.shape` says what a row may be.
+    """
 
     train: Path
     eval: Path | None = None
+    split: float | None = Field(
+        default=None,
+        gt=0.0,
+        lt=1.0,
+        description="the part of data.train that is held out for evaluation, by a hash of the row",
+    )
     max_length: int = Field(
         default=512, ge=2, description="tokens of one example, its answer included"
+    )
+    too_long: Literal["refuse", "cut"] = Field(
+        default="refuse", description="cut: take off the beginning of the prompt"
+    )
+    loss: Literal["assistant", "completion", "all"] = Field(
+        default="assistant",
+        description="on every assistant turn, on the last one, or on the prompt too; all of a text",
+    )
+    template: Path | None = Field(
+        default=None, description="a chat template for this adapter, which is saved beside it"
+    )
+    columns: dict[Column, str] = Field(
+        default_factory=dict,
+        description="which columns of the file to take, {prompt: question, completion: answer}; "
+        "the others are left out",
+    )
+    deduplicate: bool = Field(default=False, description="leave out rows that were there before")
+    max_bad_rows: int = Field(default=0, ge=0, description="of each file; more refuse the run")
+    packing: bool = Field(
+        default=False,
+        description="several examples in one row of max_length tokens, none seeing another; "
+        "optim.batch_size then counts rows",
     )
 
 
@@ -219,8 +251,12 @@ def read_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     wanted = [f for f in ("every", "patience") if getattr(config.eval, f) is not None]
-    if wanted and config.data.eval is None:
-        raise ConfigError(f"eval.{wanted[0]} needs data.eval, the file to evaluate on")
+    if config.data.eval is not None and config.data.split is not None:
+        raise ConfigError("data.eval and data.split: one of them says what is held out")
+    if wanted and config.data.eval is None and config.data.split is None:
+        raise ConfigError(
+            f"eval.{wanted[0]} needs data.eval, the file to evaluate on, or data.split"
+        )
     return config
 
 

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from base.load import Base
 from training.config import TrainConfig
-from training.data import Example, collate, pad_id
+from training.data import Example, length_of
 from training.methods import attach
 from training.recipe import Run
 
@@ -56,7 +56,8 @@ def make_plan(base: Base, data: Sequence[Example], config: TrainConfig) -> Plan:
     try:
         run = Run(base, adapter, data, config)
         _reset_peak()
-        _try_longest(run, data, config)
+        epochs = config.optim.steps / run.batches.per_epoch
+        _try_longest(run)
         seconds = [_timed(run) for _ in range(TRIAL_STEPS)]
         peak, free = _peak(base), _free(base)
         parameters = sum(p.numel() for p in run.parameters)
@@ -67,10 +68,10 @@ def make_plan(base: Base, data: Sequence[Example], config: TrainConfig) -> Plan:
         parameters=parameters,
         base_parameters=_base_parameters(base),
         examples=len(data),
-        epochs=config.optim.steps * min(config.optim.batch_size, len(data)) / len(data),
+        epochs=epochs,
         loss_tokens=sum(example.loss_tokens for example in data),
-        tokens=sum(len(example.tokens) for example in data),
-        longest=max(len(example.tokens) for example in data),
+        tokens=sum(length_of(data, i) for i in range(len(data))),
+        longest=max(length_of(data, i) for i in range(len(data))),
         seconds_per_step=sorted(seconds)[len(seconds) // 2],
         peak_bytes=peak,
         free_bytes=free,
@@ -78,10 +79,9 @@ def make_plan(base: Base, data: Sequence[Example], config: TrainConfig) -> Plan:
     )
 
 
-def _try_longest(run: Run, data: Sequence[Example], config: TrainConfig) -> None:
-    chosen = sorted(data, key=lambda example: -len(example.tokens))[: config.optim.batch_size]
-    batch = collate(chosen, pad_id(run.base.tokenizer))
-    given, run.batches = run.batches, iter([batch])  # type: ignore[assignment]
+def _try_longest(run: Run) -> None:
+    given = run.batches
+    run.batches = iter([given.heaviest()])  # type: ignore[assignment]
     run.step()
     run.batches = given
 

@@ -14,7 +14,16 @@ from torch.nn import functional as F
 
 from base.load import Base
 from training.config import OptimConfig, TrainConfig
-from training.data import IGNORED, Batches, Example, TrainBatch, collate, pad_id
+from training.data import (
+    IGNORED,
+    Batches,
+    Example,
+    TrainBatch,
+    collate,
+    length_of,
+    pad_id,
+    refuse_if_mixed,
+)
 from training.methods import Attached
 
 FLOOR = 0.1  # of the rate, where the cosine ends
@@ -71,7 +80,10 @@ class Run:
             self.optimizer, lambda step: rate(step, config.optim)
         )
         pad = pad_id(base.tokenizer)
-        self.batches = Batches(data, config.optim.batch_size, pad, config.seed)
+        pack = config.data.max_length if config.data.packing else None
+        if pack is not None:
+            refuse_if_mixed(base.model, base.device, adapter.virtual_tokens)
+        self.batches = Batches(data, config.optim.batch_size, pad, config.seed, pack)
         self.progress = Progress()
         self.best: dict[str, Any] | None = None  # the adapter's state at the best evaluation
 
@@ -218,7 +230,13 @@ def batch_loss(base: Base, batch: TrainBatch, adapter: Attached | None = None) -
     following = batch.labels[:, 1:].to(base.device)  # what each position is to say
     columns = (following != IGNORED).any(dim=0).nonzero().flatten()
     tokens, mask = batch.input_ids.to(base.device), batch.attention_mask.to(base.device)
-    if adapter is None:
+    if batch.position_ids is not None:  # transformers keeps packed examples apart without a mask
+        run = base.model if adapter is None else adapter.forward
+        places = batch.position_ids.to(base.device)
+        logits = run(
+            input_ids=tokens, position_ids=places, logits_to_keep=columns, use_cache=False
+        ).logits
+    elif adapter is None:
         logits = base.model(
             input_ids=tokens, attention_mask=mask, logits_to_keep=columns, use_cache=False
         ).logits
@@ -235,9 +253,10 @@ def mean_loss(
 ) -> float:
     """Mean cross-entropy over all loss tokens of `data`, in nats."""
     total, count = 0.0, 0
-    ordered = sorted(data, key=lambda example: len(example.tokens))
+    ordered = sorted(range(len(data)), key=lambda i: length_of(data, i))
     for start in range(0, len(ordered), batch_size):
-        batch = collate(ordered[start : start + batch_size], pad_id(base.tokenizer))
+        chosen = [data[i] for i in ordered[start : start + batch_size]]
+        batch = collate(chosen, pad_id(base.tokenizer))
         total += batch_loss(base, batch, adapter).item() * batch.loss_tokens
         count += batch.loss_tokens
     return total / count

@@ -54,7 +54,7 @@ def test_a_completion_bears_loss_and_its_prompt_does_not(base: Base) -> None:
         ({"messages": [*CHAT[:1], {"role": "assistant", "content": ""}]}, "empty answer"),
         ({"prompt": "a", "completion": ""}, "empty answer"),
         ({"prompt": "a", "completion": 3}, "must be strings"),
-        ({"text": "a"}, "messages or prompt and completion"),
+        ({"prompt": "a", "text": "a"}, r"fields \['prompt', 'text'\]; one of messages"),
         ({"messages": [{"role": "bot", "content": "a"}]}, "role is 'bot'"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\]"),
         ({"messages": "hello"}, "must be a list"),

@@ -1,0 +1,135 @@
+"""A run's data: its files read once, with bad rows counted, duplicates found, a part held out.
+
+Which rows are held out is decided by the hash of what they ask, so it depends neither on their
+order nor on the seed: a file that grows keeps its test rows, and two answers to one question
+stand on the same side.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import InvalidAdapter
+from adapters.limits import Limits
+from adapters.template import check_template
+from training.config import DataConfig
+from training.data.corpus import Corpus
+from training.data.encoding import Encoding
+from training.data.report import SHOWN, Report
+from training.data.shape import chosen, question
+from training.data.source import Row, scan
+from training.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a run learns from and is evaluated on."""
+
+    train: Corpus
+    held_out: Corpus
+    reports: tuple[Report, ...]  # of data.train, then of data.eval where there is one
+    template: str | None  # data.template's text
+
+    def described(self) -> list[Any]:
+        """One part for each file."""
+        corpora = (self.train, self.held_out)
+        return [r.described(c) for r, c in zip(self.reports, corpora, strict=False)]
+
+
+@dataclass(slots=True)
+class _Reading:
+    """One file's rows on their way into `taken` and `held_out`."""
+
+    config: DataConfig
+    encoding: Encoding
+    report: Report
+    taken: Corpus = field(default_factory=Corpus)
+    held_out: Corpus = field(default_factory=Corpus)
+    seen: set[int] = field(default_factory=set)
+
+    def read(self, split: float, also: frozenset[int] | set[int] = frozenset()) -> None:
+        """`also`: the digests of another file's rows, to be counted here."""
+        for place, row in scan(self.report.path):
+            self.report.rows += 1
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                self._take(place, row, split, also)
+            except DataError as error:
+                self.report.reject(error)
+
+    def _take(self, place: str, row: Row, split: float, also: frozenset[int] | set[int]) -> None:
+        report, row = self.report, chosen(row, self.config.columns)
+        encoded = self.encoding.examples(place, row)
+        digest = _digest(json.dumps(row, ensure_ascii=False, sort_keys=True, default=str))
+        report.also_in_train += digest in also
+        if digest in self.seen:
+            report.duplicates += 1
+            if self.config.deduplicate:
+                report.left_out += 1
+                return
+        self.seen.add(digest)
+        report.note(place, encoded)
+        held = _digest(question(row)) < split * 2**64
+        report.held_out += held
+        for example in encoded.examples:
+            (self.held_out if held else self.taken).append(example)
+
+
+def prepare(config: DataConfig, tokenizer: Any) -> Prepared:
+    """Read `config`'s files. Raises DataError beyond `max_bad_rows`, or where nothing is left."""
+    found = survey(config, tokenizer)
+    for report in found.reports:
+        report.refuse_beyond(config.max_bad_rows)
+    if not found.train:
+        raise DataError(f"{config.train}: no rows: at least one example is needed")
+    if (config.eval or config.split) and not found.held_out:
+        why = config.eval or f"{config.train}: data.split={config.split}"
+        raise DataError(f"{why}: no rows to evaluate on")
+    return found
+
+
+def survey(config: DataConfig, tokenizer: Any, shown: int = SHOWN) -> Prepared:
+    """The same, with any number of bad rows: they are in the reports."""
+    template = _template(config.template)
+    encoding = Encoding(
+        _plain(tokenizer),
+        config.max_length,
+        config.loss,
+        template,
+        config.too_long,
+    )
+    train = _Reading(config, encoding, Report(config.train, shown))
+    train.read(config.split or 0.0)
+    if config.eval is None:
+        return Prepared(train.taken, train.held_out, (train.report,), template)
+    held = _Reading(config, encoding, Report(config.eval, shown))
+    held.read(0.0, also=train.seen)
+    return Prepared(train.taken, held.taken, (train.report, held.report), template)
+
+
+def _plain(tokenizer: Any) -> Any:
+    if tokenizer is None:
+        raise DataError("the base has no tokenizer: its data cannot be read")
+    return tokenizer
+
+
+def _template(path: Path | None) -> str | None:
+    """Raises ConfigError where serving would refuse the template."""
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        check_template(text, Limits())
+    except (OSError, UnicodeDecodeError, InvalidAdapter) as error:
+        raise ConfigError(f"data.template {path}: {error}") from None
+    return text
+
+
+def _digest(text: str) -> int:
+    raw = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(raw, "big")

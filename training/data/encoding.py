@@ -1,0 +1,147 @@
+"""A row as examples: token ids and which of them bear loss.
+
+The prompt before an answer is exactly what serving renders, token for token, so a conversation of
+n assistant turns gives n examples. The stop token after an answer bears loss too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from adapters.errors import InvalidChat
+from adapters.template import render_chat
+from training.data.shape import Turn, turns
+from training.data.source import Row
+from training.errors import DataError
+
+Loss = Literal["assistant", "completion", "all"]
+TooLong = Literal["refuse", "cut"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """`tokens[answer_start:]` bear loss; the last one is the stop token, but in a document's
+    earlier pieces."""
+
+    tokens: tuple[int, ...]
+    answer_start: int
+
+    @property
+    def loss_tokens(self) -> int:
+        return len(self.tokens) - self.answer_start
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The examples of one row."""
+
+    examples: list[Example]
+    cut: int = 0  # tokens of prompts that were taken off
+    pieces: int = 0  # of a document that is longer than one example
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How rows become examples.
+
+    `loss`: on every assistant turn; on a conversation's last one, its completion; or on all tokens
+    but the first, which nothing predicts. A document always bears loss on all of it.
+    `too_long` "cut" takes off the beginning of a prompt; an answer is never cut, for the end of it
+    is what teaches the model to stop. A document is split instead: each piece begins with the last
+    token of the one before, so every token is learnt once.
+    """
+
+    tokenizer: Any
+    max_length: int
+    loss: Loss = "assistant"
+    template: str | None = None  # jinja; without it the base's own
+    too_long: TooLong = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no end-of-sequence token: no example could end")
+
+    def examples(self, place: str, row: Row) -> Encoded:
+        """Raises DataError, with place and field, where nothing can be learnt from the row."""
+        found = turns(place, row)
+        if found[0].asked is None:
+            return self._document(place, found[0])
+        if self.loss != "assistant":
+            found = found[-1:]
+        made = [self._example(place, turn) for turn in found]
+        return Encoded([example for example, _ in made], sum(cut for _, cut in made))
+
+    def _example(self, place: str, turn: Turn) -> tuple[Example, int]:
+        """The example, and how many tokens of its prompt were cut off."""
+        if not turn.answer:
+            raise DataError(
+                f"{place}: {turn.field}: an empty answer, so no token but the stop token bears loss"
+            )
+        prompt, said = self._prompt(place, turn), self._said(place, turn)
+        over = len(prompt) + len(said) - self.max_length
+        if over > 0:
+            self._check_length(place, turn, len(prompt), len(said))
+            prompt = prompt[over:]
+        start = 1 if self.loss == "all" else len(prompt)
+        return Example((*prompt, *said), start), max(0, over)
+
+    def _check_length(self, place: str, turn: Turn, prompt: int, said: int) -> None:
+        limit = f"data.max_length is {self.max_length}"
+        if said >= self.max_length:
+            raise DataError(f"{place}: {turn.field}: an answer of {said} tokens, {limit}")
+        if self.too_long == "refuse":
+            raise DataError(
+                f"{place}: {turn.field}: {prompt + said} tokens with its prompt, {limit}; "
+                "data.too_long=cut takes off the beginning of the prompt"
+            )
+
+    def _document(self, place: str, turn: Turn) -> Encoded:
+        if not turn.answer.strip():
+            raise DataError(f"{place}: {turn.field}: an empty text, so no token bears loss")
+        empty = self.tokenizer.encode("")
+        begin = [token for token in empty[:1] if token == self.tokenizer.bos_token_id]
+        tokens = (*begin, *self._said(place, turn))
+        starts = range(0, len(tokens) - 1, self.max_length - 1)
+        pieces = [Example(tokens[at : at + self.max_length], 1) for at in starts]
+        return Encoded(pieces, pieces=len(pieces) if len(pieces) > 1 else 0)
+
+    def _prompt(self, place: str, turn: Turn) -> list[int]:
+        if isinstance(turn.asked, str):
+            ids: list[int] = self.tokenizer.encode(turn.asked)
+            return ids
+        try:
+            return render_chat(self.tokenizer, turn.asked or (), self.template)
+        except InvalidChat as error:
+            raise DataError(f"{place}: before {turn.field}: {error}") from None
+
+    def _said(self, place: str, turn: Turn) -> list[int]:
+        said = encode(self.tokenizer, turn.answer)
+        control = set(said) & set(self.tokenizer.all_special_ids)
+        if control:
+            spelt = self.tokenizer.convert_ids_to_tokens(sorted(control))
+            raise DataError(
+                f"{place}: {turn.field}: the answer spells {spelt}, which would be control tokens"
+            )
+        return [*said, self.tokenizer.eos_token_id]
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of what the model is to say."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def examples(
+    rows: Iterable[tuple[str, Row]],
+    tokenizer: Any,
+    max_length: int,
+    template: str | None = None,
+) -> list[Example]:
+    """All rows as examples. Raises DataError at the first row that nothing can be learnt from."""
+    encoding = Encoding(tokenizer, max_length, template=template)
+    found = [example for place, row in rows for example in encoding.examples(place, row).examples]
+    if not found:
+        raise DataError("no rows: at least one example is needed")
+    return found

@@ -1,0 +1,182 @@
+"""The rows of a file, one at a time: no format is read whole, so a file may exceed the memory.
+
+A row has a place to name it by: "file:line", or "file:row n" where the format has no lines.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from training.data.arrow import dataset_directory, parquet
+from training.errors import DataError
+
+Row = Mapping[str, Any]
+Found = tuple[str, Row | DataError]
+LONGEST_ROW = 64 * 1024 * 1024  # characters
+_CHUNK = 1 << 20
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+def scan(path: Path) -> Iterator[Found]:
+    """(place, row) of each row, or (place, why it is none).
+
+    Raises DataError where the file cannot be read or nothing after a fault could be trusted.
+    """
+    try:
+        yield from _reader(path)(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """(place, row) of each row. Raises DataError at the first one that is none."""
+    for place, row in scan(path):
+        if isinstance(row, DataError):
+            raise row
+        yield place, row
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[Found]]:
+    if path.is_dir():
+        return dataset_directory
+    try:
+        return READERS[path.suffix.lower()]
+    except KeyError:
+        known = ", ".join(suffix for suffix in READERS if suffix)
+        raise DataError(
+            f"{path}: {path.suffix} is not known; one of {known}, or a directory that "
+            "datasets.save_to_disk wrote, is needed"
+        ) from None
+
+
+def _json_lines(path: Path) -> Iterator[Found]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                yield place, _object(place, json.loads(raw.decode("utf-8-sig")))
+            except (ValueError, RecursionError) as error:
+                yield place, DataError(f"{place}: not JSON: {error}")
+
+
+def _object(place: str, value: Any) -> Row | DataError:
+    if isinstance(value, dict):
+        return value
+    return DataError(f"{place}: an object is needed, this is a {type(value).__name__}")
+
+
+def _json(path: Path) -> Iterator[Found]:
+    """The elements of one array. A fault in its notation ends it: where is the next element?"""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        window = _Window(path, file)
+        if window.sign() != "[":
+            raise DataError(f"{path}:{window.line}: an array of objects is needed")
+        window.skip()
+        number, sign = 0, window.sign()
+        while sign != "]":
+            number += 1
+            place = f"{path}:{window.line}, item {number}"
+            yield place, _object(place, window.value())
+            sign = window.sign()
+            if sign == ",":
+                window.skip()
+                window.sign()
+            elif sign != "]":
+                raise DataError(f"{path}:{window.line}: {sign!r} after item {number}, not , or ]")
+
+
+class _Window:
+    """What has been read of a JSON text and not yet been parsed."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self.path, self.file = path, file
+        self.text, self.at, self.line = "", 0, 1
+
+    def sign(self) -> str:
+        """The next character that is not blank, which stays; "" at the end."""
+        while True:
+            blank = _BLANK.match(self.text, self.at)
+            assert blank is not None
+            self._go_to(blank.end())
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._grow():
+                return ""
+
+    def skip(self) -> None:
+        self.at += 1
+
+    def value(self) -> Any:
+        """The value that begins here."""
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+            except RecursionError:
+                raise DataError(f"{self.path}:{self.line}: nested too deeply") from None
+            except json.JSONDecodeError as error:
+                if len(self.text) - self.at <= LONGEST_ROW and self._grow():
+                    continue
+                line = self.line + self.text.count("\n", self.at, error.pos)
+                raise DataError(f"{self.path}:{line}: not JSON: {error.msg}") from None
+            self._go_to(end)
+            return value
+
+    def _go_to(self, end: int) -> None:
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end
+
+    def _grow(self) -> bool:
+        """Read on, twice as far each time; what has been parsed is dropped."""
+        rest = self.text[self.at :]
+        more = self.file.read(max(_CHUNK, len(rest)))
+        self.text, self.at = rest + more, 0
+        return bool(more)
+
+
+def _csv(path: Path, delimiter: str) -> Iterator[Found]:
+    """The first line names the columns. A field in quotation marks may hold line breaks."""
+    csv.field_size_limit(LONGEST_ROW)  # of the whole process; the default refuses long documents
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise DataError(f"{path}:1: {error}") from None
+        if not all(header) or len(set(header)) < len(header):
+            raise DataError(f"{path}:1: columns {header}; each needs a name of its own")
+        while True:
+            place = f"{path}:{reader.line_num + 1}"
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield place, DataError(f"{place}: {error}")
+                continue
+            if cells:
+                yield place, _record(place, header, cells)
+
+
+def _record(place: str, header: list[str], cells: list[str]) -> Row | DataError:
+    if len(cells) == len(header):
+        return dict(zip(header, cells, strict=True))
+    return DataError(f"{place}: {len(cells)} fields, the header has {len(header)}: {header}")
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[Found]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": partial(_csv, delimiter=","),
+    ".tsv": partial(_csv, delimiter="\t"),
+    ".parquet": parquet,
+    "": _json_lines,
+}
