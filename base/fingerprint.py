@@ -17,9 +17,11 @@ _NOT_ARCHITECTURE = frozenset(
 
 
 def default_cache_dir() -> Path:
-    """$NIBBLE_HOME, else ~/.cache/nibble."""
-    home = os.environ.get("NIBBLE_HOME")
-    return Path(home) if home else Path.home() / ".cache" / "nibble"
+    """$NIBBLE_HOME, else nibble in $XDG_CACHE_HOME, else ~/.cache/nibble."""
+    if home := os.environ.get("NIBBLE_HOME"):
+        return Path(home)
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return (Path(caches) if caches else Path.home() / ".cache") / "nibble"
 
 
 def fingerprint(

@@ -17,6 +17,7 @@ from base.errors import UnservableBase
 from base.filling import Filling
 from base.fingerprint import default_cache_dir, fingerprint
 from base.hub import Source, locate
+from base.kept import KeptBase
 from base.kernels import PanelWeight, Precision
 from base.machine import choose_dtype, inspect
 from base.nf4 import NF4Linear
@@ -77,16 +78,22 @@ def load_base(
     precision: Precision = "exact",
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    keep: bool = True,
+    always_probe: bool = False,
 ) -> Base:
     """Load a base from a directory or a hub id (`organisation/name`), and quantise it to NF4.
 
     Each decoder linear is quantised as its tensor is read, and the float copy is dropped at once:
     the peak is the NF4 base and about one tensor. Only safetensors are read, and no Python of the
-    checkpoint runs. There is no network unless `source` is a hub id. `cache_dir` keeps the hashes
-    of big weight files (default: $NIBBLE_HOME, else ~/.cache/nibble). A checkpoint that is already
+    checkpoint runs. There is no network unless `source` is a hub id. A checkpoint that is already
     in bitsandbytes' NF4 stays as it is, whatever `double_quant` says. `precision` "fast" lays the
     weights out for products in 8 bits, for a CPU with the C library; anywhere else it changes
     nothing, and `Base.precision` says so.
+
+    `cache_dir` (default: `default_cache_dir`) keeps the hashes of big weight files and, with `keep`
+    and on a CPU, the base as it serves: the next load maps that file, and its tensors are the same
+    bits. The trial run of `base.probe` is then left out where this code has passed it on this base,
+    unless `always_probe`.
     Raises UnservableBase, with the reason.
     """
     found = locate(str(source), revision)
@@ -97,23 +104,28 @@ def load_base(
     where = _device(device)
     compute = _dtype(dtype, where)
     checkpoint = Checkpoint(found.directory)
+    cache = Path(cache_dir) if cache_dir else default_cache_dir()
+
+    def digest(double: bool) -> str:
+        return fingerprint(config_json, checkpoint.files, double_quant=double, cache_dir=cache)
+
+    asked = digest(double_quant)
+    kept = KeptBase(cache, asked, compute, precision) if keep and where.type == "cpu" else None
     model = empty_model(config_json, compute)
-    Filling(model, checkpoint, where, compute, double_quant, precision).run()
-    model.to(where)
-    attention = probe_attention(model, where)
-    heap.trim()
+    if kept is None or not kept.fill(model):
+        Filling(model, checkpoint, where, compute, double_quant, precision).run()
+        model.to(where)
+        heap.trim()
+        if kept is not None:
+            kept.save(model)
+    attention = _probed(model, where, kept, always_probe)
     tokenizer = _tokenizer(found.directory)
     layers = _Layers.of(model)
-    digest = fingerprint(
-        config_json,
-        checkpoint.files,
-        double_quant=layers.double_quant,
-        cache_dir=Path(cache_dir) if cache_dir else default_cache_dir(),
-    )
+    actual = asked if layers.double_quant == double_quant else digest(layers.double_quant)
     return Base(
         model=model,
         tokenizer=tokenizer,
-        spec=_spec(found, digest, model, layers, attention),
+        spec=_spec(found, actual, model, layers, attention),
         dtype=compute,
         device=where,
         eos_token_ids=_eos_token_ids(found.directory, model.config, tokenizer),
@@ -121,6 +133,19 @@ def load_base(
         _embeddings=layers.embeddings,
         _norms=layers.norms,
     )
+
+
+def _probed(
+    model: Any, device: torch.device, kept: KeptBase | None, always: bool
+) -> AttentionShape:
+    """The shape of the model's attention, after a trial run that it passes now or has passed."""
+    passed = None if kept is None or always else kept.passed()
+    if passed is not None:
+        return passed
+    attention = probe_attention(model, device)
+    if kept is not None:
+        kept.note_passed(attention)
+    return attention
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,8 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         double_quant=settings.double_quant,
         precision=settings.precision,
         revision=settings.revision,
+        keep=settings.keep_base,
+        always_probe=settings.always_probe,
     )
     if base.precision != settings.precision:
         logger.info("precision", asked=settings.precision, serving=base.precision, why=NO_FAST)

@@ -115,6 +115,14 @@ class Settings(BaseSettings):
         "fast",
     )
     double_quant: bool = _setting("Quantise the NF4 scales once more.", "Base", False)
+    keep_base: bool = _setting(
+        "Keep the quantised base on disk for a quick next start (`nibble doctor` says where).",
+        "Base",
+        True,
+    )
+    always_probe: bool = _setting(
+        "Repeat the base's trial run at a start for which it is known to pass.", "Base", False
+    )
     hf_token: SecretStr | None = _setting("Token for a base behind a login.", "Base", None)
 
     home: Path = _setting(

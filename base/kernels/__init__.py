@@ -50,6 +50,7 @@ __all__ = [
     "native_status",
     "nf4_linear",
     "paged_attention",
+    "panels_serve",
     "steps",
     "with_precision",
 ]
@@ -69,6 +70,11 @@ def native_status() -> str:
 def fast_status() -> str:
     """One line for people: what the fast products run on, or why all are exact."""
     return "exact everywhere: no C library" if _native is None else _native.fast_isa
+
+
+def panels_serve() -> bool:
+    """Are there products over panels here, so that `fast` differs from `exact` on the CPU?"""
+    return _native is not None
 
 
 def with_precision(weight: NF4Weight, precision: Precision) -> Weight:

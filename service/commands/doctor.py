@@ -26,7 +26,11 @@ def run(
 
     Ends with status 1 when something here would keep nibble from working.
     """
-    from base.kernels import fast_status, native_status  # imports torch
+    from base.fingerprint import default_cache_dir
+    from base.kept import kept_bytes, kept_folder  # imports torch
+    from base.kernels import fast_status, native_status
+
+    cache = default_cache_dir()
 
     machine = inspect()
     dtype, why = choose_dtype(machine, device)
@@ -38,6 +42,7 @@ def run(
                 "dtype": {"name": dtype, "why": why},
                 "kernels": native_status(),
                 "precision": {"default": _default_precision(), "fast": fast_status()},
+                "kept": {"bases": str(kept_folder(cache)), "bytes": kept_bytes(cache)},
                 "fits": [_as_json(fit) for fit in fits(machine)],
                 "versions": versions(),
                 "problem": problem,
@@ -48,6 +53,7 @@ def run(
             "dtype": f"{dtype}: {why}",
             "CPU kernels": native_status(),
             "precision": f"{_default_precision()} unless --precision; fast: {fast_status()}",
+            "kept bases": f"{_gib(kept_bytes(cache))} in {kept_folder(cache)}; may be removed",
         }
         _print_machine(machine, computed)
         _print_fits(machine)

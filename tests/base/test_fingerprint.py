@@ -100,5 +100,8 @@ def test_the_default_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("NIBBLE_HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path
     monkeypatch.delenv("NIBBLE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert default_cache_dir() == tmp_path / "caches" / "nibble"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / ".cache" / "nibble"

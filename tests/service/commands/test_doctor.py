@@ -42,6 +42,17 @@ def test_text_says_the_same() -> None:
         assert size.label in done.stdout
 
 
+def test_it_tells_where_bases_are_kept_and_how_large(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NIBBLE_HOME", str(tmp_path))
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "x.safetensors").write_bytes(bytes(3 << 20))
+    done = CliRunner().invoke(doctor.app, ["--json"])
+    assert json.loads(done.stdout)["kept"] == {"bases": f"{tmp_path}/bases", "bytes": 3 << 20}
+    assert "3 MiB in" in CliRunner().invoke(doctor.app, []).stdout
+
+
 def test_a_problem_ends_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "shadowed", lambda: "something stands before ours")
     done = CliRunner().invoke(doctor.app, [])
