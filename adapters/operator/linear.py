@@ -144,8 +144,17 @@ class AdaptedLinear(AdaptedLayer):
     def put(self, part: Any, table: AdapterTable, place: int) -> bool:
         if not isinstance(part, _Terms) or part.before or part.beside or part.after:
             return False
+        # A term that does not fit takes the module's way, which says so: C would not look.
+        if not all(self._fits(term) for term in part.low_rank):
+            return False
         table.put_terms(place, part.low_rank)
         return True
+
+    def _fits(self, term: kernels.LowRank) -> bool:
+        return term.in_features in (None, self.in_features) and term.out_features in (
+            None,
+            self.out_features,
+        )
 
     def _bias_beyond(self, delta: LinearDelta) -> Tensor | None:
         """What is left to add once the base's b is in y: b_eff - Q (g ⊙ b).

@@ -40,6 +40,8 @@ class AdaptedNorm(AdaptedLayer):
         return y
 
     def put(self, part: Any, table: AdapterTable, place: int) -> bool:
+        if part.shape != self.weight.shape:
+            return False
         table.put_norm(place, part)
         return True
 

@@ -301,11 +301,14 @@ def test_a_bottleneck_stands_after_the_layer(
     own = adapter({"linear": delta})
     block.context.segments = Segments.of([(2, None), (3, own), (1, None)])
     got = block(r)[0]
+    block.context.segments = Segments.of([(6, None)])
+    alone = block(r)[0]
     y, r = block.plain(r)[0], r[0]
     z = y * reads_output + r * reads_stream
     want = y + nn.functional.silu(z @ D.t() + c) @ U.t() + u + extra * r
     assert relative_error(got[2:5], want[2:5]) < 1e-6
-    assert torch.equal(got[[0, 1, 5]], y[[0, 1, 5]])
+    assert torch.equal(got[[0, 1, 5]], alone[[0, 1, 5]])
+    assert relative_error(alone, y) < 1e-6
     assert not block.context.inputs  # taken, so that no step holds what it need not
 
 

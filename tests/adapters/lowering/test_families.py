@@ -37,6 +37,7 @@ from tests.oracle import (
 
 Servers = Callable[..., Server]
 BOUND = 1e-5  # of logits, relative; measured 3e-7 to 4e-6
+BOUNDS = {"randlora": 4e-5}  # its bases are summed at full rank: measured 1.1e-5 to 1.5e-5
 Q0 = "model.layers.0.self_attn.q_proj"
 PRUNED = {
     f"{Q0}.lora_E": [True, False, True, False],
@@ -316,7 +317,7 @@ def test_equals_peft_alone_in_a_mixed_batch(
     got = served.run(list(zip(PROMPTS, batch, strict=True)))
     want = [lora[1], oracle.logits(PROMPTS[1]), base[1], dora[1], oracle.logits(PROMPTS[4])]
     for logits, expected in zip(got, want, strict=True):
-        assert relative_error(logits, expected) < BOUND
+        assert relative_error(logits, expected) < BOUNDS.get(kind, BOUND)
     alone = served.run([(PROMPTS[1], None)])[0]
     assert relative_error(got[1], alone) > 1e-2  # the adapter says something
 

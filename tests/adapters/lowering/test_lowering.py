@@ -49,8 +49,8 @@ def test_placement_is_the_manifest_s_unless_said_otherwise(served: Server, adapt
 
 
 def test_an_unknown_kind_is_refused(served: Server, adapter: Path) -> None:
-    manifest = read_manifest(adapter, served.base.spec, kind="oft")
-    with pytest.raises(InvalidAdapter, match="kind: kind 'oft' cannot be served"):
+    manifest = read_manifest(adapter, served.base.spec, kind="xlora")
+    with pytest.raises(InvalidAdapter, match="kind: kind 'xlora' cannot be served"):
         lower(manifest, adapter / "adapter_model.safetensors", served.base)
 
 

@@ -32,7 +32,7 @@ class Played:
 def origin(n: int = 1, **sampling: Any) -> Origin:
     return Origin(
         Request("r", (1, 2, 3), Sampling(**{"max_new_tokens": 3, **sampling}), n=n),
-        manifest=None,
+        selection=None,
         best_of=False,
         details=True,
         prefix="",
