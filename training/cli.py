@@ -41,7 +41,7 @@ from training.run_directory import RunDirectory
 from training.tasks import TASKS
 
 TEMPLATE_FILE = "chat_template.jinja"  # beside an adapter; `nibble adapters push` sends it along
-FILES = ".jsonl, .json, .csv, .tsv, .parquet, or a folder that datasets' save_to_disk wrote."
+FILES = ".jsonl, .json, .csv, .tsv, .parquet, a folder of one of these, or a saved dataset."
 app = typer.Typer(help="Train adapters over the NF4 base and measure them.", no_args_is_help=True)
 console = Console()
 

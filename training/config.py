@@ -20,7 +20,7 @@ class _Frozen(BaseModel):
 
 
 class DataConfig(_Frozen):
-    """.jsonl, .json, .csv, .tsv, .parquet, or what datasets' save_to_disk wrote.
+    """.jsonl, .json, .csv, .tsv, .parquet, a folder of these, or what datasets' save_to_disk wrote.
 
     `training.data.shape` says what a row may be.
     """

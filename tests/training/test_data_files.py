@@ -98,12 +98,30 @@ def test_a_split_is_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"splits train, test: name one"):
         list(scan(folder))
     assert len(list(read_rows(folder / "test"))) == 3
-    with pytest.raises(DataError, match=r"no state\.json"):
-        list(scan(tmp_path))
     state = folder / "test" / "state.json"
     state.write_text('{"_data_files": [{"filename": "../train/data.arrow"}]}')
     with pytest.raises(DataError, match="not a file of this directory"):
         list(scan(folder / "test"))
+
+
+def test_a_folder_of_files_is_read_as_one_unless_splits_would_mix(tmp_path: Path) -> None:
+    def shard(name: str, *numbers: int) -> None:
+        (tmp_path / name).write_text("".join(f'{{"a": {n}}}\n' for n in numbers))
+
+    with pytest.raises(DataError, match="without files of data"):
+        list(scan(tmp_path))
+    shard("train-00001.jsonl", 3)
+    shard("train-00000.jsonl", 1, 2)
+    (tmp_path / "README.md").write_text("about")
+    assert [row["a"] for _, row in read_rows(tmp_path)] == [1, 2, 3]
+    assert [place.rpartition("/")[2] for place, _ in read_rows(tmp_path)][
+        2
+    ] == "train-00001.jsonl:1"
+    for stranger in ("test.jsonl", "train-00002.csv", "more.jsonl"):
+        shard(stranger, 4)
+        with pytest.raises(DataError, match="more than one kind or split; name one file"):
+            list(scan(tmp_path))
+        (tmp_path / stranger).unlink()
 
 
 @pytest.mark.parametrize(
@@ -114,6 +132,8 @@ def test_a_split_is_never_guessed(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1}\n\n{"a": 2}]', r"a\.json:3: '{' after item 1"),
         ("a.json", '[{"a": 1},\n{"a"\n 2}]', r"a\.json:3: not JSON"),
         ("a.json", '[{"a": 1}', r"a\.json:1: '' after item 1"),
+        ("a.json", '[{"a": 1}]\n[{"a": 2}]', r"a\.json:2: '\[' after the array"),
+        ("a.csv", 'a\n1\n"2\n3\n', r"a\.csv:3: unexpected end of data"),
         ("a.json", "[" * 200_000, "nested too deeply"),
         ("a.csv", "a,a\n1,2\n", r"a\.csv:1: columns"),
         ("a.parquet", "no parquet at all", r"a\.parquet: "),
@@ -131,7 +151,11 @@ def test_a_file_that_cannot_be_trusted_further_is_refused(
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.jsonl", b'{"a": 1}\n{"a"\n{"a": 2}\n', r"a\.jsonl:2: not JSON"),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n{"a"\n{"a": 2}\n',
+            r"a\.jsonl:2: not JSON: Expecting ':' delimiter, column 5",
+        ),
         ("a.jsonl", b'{"a": 1}\n"\xff"\n{"a": 2}\n', r"a\.jsonl:2: not JSON.*utf-8"),
         ("a.json", b'[{"a": 1},\n 7,\n{"a": 2}]', r"a\.json:2, item 2: .*int"),
         ("a.csv", b"a\n1\n2,3\n2\n", r"a\.csv:3: 2 fields"),

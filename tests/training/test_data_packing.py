@@ -124,6 +124,27 @@ def test_an_epoch_packs_every_example_once_and_the_cursor_goes_on() -> None:
     assert not torch.equal(next(stream).input_ids, epoch[0].input_ids)
 
 
+def test_a_packed_run_resumes_with_the_same_bits(base: Base) -> None:
+    config = _packing(steps=6, batch_size=2)
+    data = [Example((10 + i, *range(50, 51 + i % 5), STOP), 1) for i in range(12)]
+
+    def weights(cut: int) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        adapter = attach(base, config)
+        run = Run(base, adapter, data, config)
+        for step in range(6):
+            if step == cut:
+                state = run.state()
+                run = Run(base, adapter, data, config)
+                run.restore(state)
+            run.step()
+        adapter.detach()
+        return adapter.parameters()
+
+    pairs = zip(weights(cut=9), weights(cut=4), strict=True)
+    assert all(torch.equal(whole, resumed) for whole, resumed in pairs)
+
+
 def test_a_packed_run_learns_and_is_planned(base: Base, tmp_path: Path) -> None:
     config = _packing(steps=20, batch_size=2)
     data = [Example((10 + i, 50 + 3 * i, 90 + i, STOP), 1) for i in range(12)]

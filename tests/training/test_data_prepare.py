@@ -218,3 +218,27 @@ def test_check_ends_with_1_where_a_run_would_refuse(base_directory: Path, tmp_pa
     assert (good.exit_code, bad.exit_code) == (0, 1)
     assert "rows.jsonl:4: completion: an empty answer" in bad.output.replace("\n", "")
     assert "median" in good.output
+
+
+def test_a_run_saves_its_template_and_evaluates_with_it(
+    base_directory: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    out = tmp_path / "out"
+    rows = [{"instruction": f"say {i}", "output": f"w {i}"} for i in range(20)]
+    data = _file(tmp_path, *rows)
+    flags = ["--base", str(base_directory), "--data", str(data), "--out", str(out), "--steps", "1"]
+    more = ["--set", f"data.template={template}", "--set", "data.split=0.3"]
+    result = CliRunner().invoke(app, ["run", *flags, *more])
+    assert result.exit_code == 0, result.output
+    assert "held out" in result.output
+    saved = out / "chat_template.jinja"
+    assert saved.read_text() == template.read_text()
+    saved.write_text("{{ raise_exception('this one is used') }}")
+    arguments = ["eval", str(data), "--base", str(base_directory), "--adapter", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "this one is used" in result.output
+    assert CliRunner().invoke(app, ["run", *flags]).exit_code == 0
+    assert not saved.exists()

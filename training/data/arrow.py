@@ -34,17 +34,13 @@ def dataset_directory(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     that slips into the training data spoils what is measured later.
     """
     if (path / "dataset_dict.json").is_file():
-        splits = _json(path / "dataset_dict.json").get("splits", [])
-        raise DataError(f"{path} holds the splits {', '.join(splits)}: name one of these folders")
-    if not (path / "state.json").is_file():
-        raise DataError(
-            f"{path}: no state.json, so datasets.save_to_disk did not write it; name a file in it"
-        )
+        splits = ", ".join(map(str, _json(path / "dataset_dict.json").get("splits", [])))
+        raise DataError(f"{path} holds the splits {splits}: name one of these folders")
     state = _json(path / "state.json")
     if state.get("_indices_data_files"):
         raise DataError(f"{path}: rows are chosen by an index; save flatten_indices() of it")
     for entry in state.get("_data_files", []):
-        name = str(entry["filename"])
+        name = str(entry.get("filename") if isinstance(entry, dict) else entry)
         if Path(name).name != name:
             raise DataError(f"{path / 'state.json'}: {name!r} is not a file of this directory")
         yield from _stream(path / name)

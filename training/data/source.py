@@ -20,6 +20,8 @@ Row = Mapping[str, Any]
 Found = tuple[str, Row | DataError]
 LONGEST_ROW = 64 * 1024 * 1024  # characters
 _CHUNK = 1 << 20
+_SPLITS = frozenset(("train", "test", "validation", "valid", "val", "dev", "eval"))
+_DECODER = json.JSONDecoder()
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -44,15 +46,32 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _reader(path: Path) -> Callable[[Path], Iterator[Found]]:
     if path.is_dir():
-        return dataset_directory
+        saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        return dataset_directory if saved else _shards
     try:
         return READERS[path.suffix.lower()]
     except KeyError:
         known = ", ".join(suffix for suffix in READERS if suffix)
         raise DataError(
-            f"{path}: {path.suffix} is not known; one of {known}, or a directory that "
+            f"{path}: {path.suffix} is not known; one of {known}, a folder of these, or one that "
             "datasets.save_to_disk wrote, is needed"
         ) from None
+
+
+def _shards(path: Path) -> Iterator[Found]:
+    """The files of a folder by name, as one. Raises DataError where they may not belong together:
+    a test file that slips into the training data spoils what is measured later."""
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in READERS and p.suffix)
+    if not files:
+        raise DataError(f"{path}: a folder without state.json and without files of data")
+    names = [re.split(r"[^a-z]", file.name.lower(), maxsplit=1)[0] for file in files]
+    splits = sorted({name for name in names if name in _SPLITS})
+    suffixes = sorted({file.suffix.lower() for file in files})
+    if len(suffixes) > 1 or len(splits) > 1 or (splits and set(names) != set(splits)):
+        listed = ", ".join(file.name for file in files[:8])
+        raise DataError(f"{path}: {listed}: more than one kind or split; name one file")
+    for file in files:
+        yield from _reader(file)(file)
 
 
 def _json_lines(path: Path) -> Iterator[Found]:
@@ -62,7 +81,10 @@ def _json_lines(path: Path) -> Iterator[Found]:
                 continue
             place = f"{path}:{number}"
             try:
-                yield place, _object(place, json.loads(raw.decode("utf-8-sig")))
+                yield place, _object(place, json.loads(raw.decode("utf-8-sig").rstrip()))
+            except json.JSONDecodeError as error:
+                why = f"{error.msg}, column {error.colno}"
+                yield place, DataError(f"{place}: not JSON: {why}")
             except (ValueError, RecursionError) as error:
                 yield place, DataError(f"{place}: not JSON: {error}")
 
@@ -91,6 +113,9 @@ def _json(path: Path) -> Iterator[Found]:
                 window.sign()
             elif sign != "]":
                 raise DataError(f"{path}:{window.line}: {sign!r} after item {number}, not , or ]")
+        window.skip()
+        if sign := window.sign():
+            raise DataError(f"{path}:{window.line}: {sign!r} after the array, which would be lost")
 
 
 class _Window:
@@ -118,7 +143,7 @@ class _Window:
         """The value that begins here."""
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+                value, end = _DECODER.raw_decode(self.text, self.at)
             except RecursionError:
                 raise DataError(f"{self.path}:{self.line}: nested too deeply") from None
             except json.JSONDecodeError as error:
@@ -159,7 +184,10 @@ def _csv(path: Path, delimiter: str) -> Iterator[Found]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield place, DataError(f"{place}: {error}")
+                fault = DataError(f"{place}: {error}")
+                if "end of data" in str(error):  # an open quotation mark took all that follows
+                    raise fault from None
+                yield place, fault
                 continue
             if cells:
                 yield place, _record(place, header, cells)
