@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -150,14 +150,15 @@ def _bitsandbytes_run(x: Tensor, weights: list[NF4Weight]) -> Callable[[], objec
     return run
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`arguments`: of a command line; None: of this process's."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m base.kernels.bench")
     parser.add_argument("--shapes", default=SHAPES, help="out x in, separated by commas")
     parser.add_argument("--rows", default="1,4,8,32,256", help="rows of x")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=0.5, help="for each shape and rows")
     parser.add_argument("--double-quant", action="store_true", help="scales quantised too")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     memory, arithmetic = memory_limit(), arithmetic_limit()
     print(f"{options.threads} threads; reads {memory:.1f} GB/s, float32 {arithmetic:.0f} GFLOP/s")

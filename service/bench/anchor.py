@@ -18,8 +18,11 @@ def anchor(
 ) -> tuple[PeerProcess, dict[str, float]]:
     """The fastest peer, running, and the tokens/s of a short mixed batch in each dtype.
 
-    The dtypes take turns and the best try of each counts: a busy moment must not choose.
+    The dtypes take turns and the best try of each counts: a busy moment must not choose. Where
+    there is one dtype only, nothing is tried.
     """
+    if len(dtypes) == 1:
+        return start(dtypes[0]), {}
     peers = {dtype: start(dtype) for dtype in dtypes}
     rates = dict.fromkeys(dtypes, 0.0)
     for number in (_WARM_UP, *_TRIALS):

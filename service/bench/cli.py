@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
+from urllib.parse import quote
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from base.fingerprint import default_cache_dir
-from base.machine import inspect
+from base.kernels import Precision
+from base.kernels import bench as kernels
+from base.machine import Machine, inspect
 from base.mini import MINI
 from service.bench.compare import Figures, Options, compare
+from service.bench.performance import write_page
 from service.bench.random_model import SHAPES, random_model
-from service.bench.report import memory_table, rates_table
+from service.bench.report import memory_table, own_table, rates_table
 from service.bench.residency_report import (
     check_markers,
     put_between_markers,
     residency_markdown,
 )
-from service.bench.scenario import SCENARIOS
+from service.bench.scenario import FULL, SUITES, Scenario
 from service.bench.zipf import Scene, measure_apart, scenes
 
 DTYPES = ("float32", "bfloat16")
+PRECISIONS: tuple[Precision, ...] = ("fast", "exact")
 
 app = typer.Typer(help="Measure throughput and latency on this machine, beside PEFT's own loops.")
 console = Console()
@@ -44,45 +51,98 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="Of every peer.")] = os.cpu_count() or 1,
     peft: Annotated[bool, typer.Option(help="Measure PEFT too.")] = True,
     peft_dtype: Annotated[
-        str, typer.Option(help=f"{' or '.join(DTYPES)}; auto tries both and keeps the faster.")
+        str,
+        typer.Option(
+            help=f"{' or '.join(DTYPES)}; auto tries both and keeps the faster, or takes float32 "
+            "where the CPU does not multiply bfloat16."
+        ),
     ] = "auto",
+    peft_rounds: Annotated[
+        int | None, typer.Option(min=1, help="Of PEFT, which is slow. Default: as --rounds.")
+    ] = None,
+    llama: Annotated[
+        bool, typer.Option(help="Measure llama.cpp too, where llama-cpp-python is installed.")
+    ] = True,
     precision: Annotated[
-        Literal["exact", "fast"], typer.Option(help="Of nibble's products: float32, or 8 bits.")
-    ] = "fast",
-    only: Annotated[list[str] | None, typer.Option(help="A scenario by its name.")] = None,
+        list[str] | None,
+        typer.Option(help="Of nibble's products: exact or fast, once for each. Default: both."),
+    ] = None,
+    suite: Annotated[str, typer.Option(help=f"The workloads: {' or '.join(SUITES)}.")] = "quick",
+    only: Annotated[
+        list[str] | None, typer.Option(help="A workload of any suite by its name.")
+    ] = None,
+    kernel: Annotated[
+        bool, typer.Option("--kernel", help="The NF4 products alone, on each instruction set.")
+    ] = False,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
     ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the page here, its chart beside it as .svg.")
+    ] = None,
     cache: Annotated[Path | None, typer.Option(help="Where random models are kept.")] = None,
 ) -> None:
-    """One base request, one adapter, eight with the same and eight with distinct LoRAs at once.
+    """Requests with and without adapters at once, one base, beside PEFT's loops and llama.cpp.
 
     Every peer has its own process and the same NF4 weights, adapters, prompts and threads; they
-    take turns, round by round. Adapters are LoRAs of rank 16 on every linear layer.
+    take turns, round by round. llama.cpp has Q4_0 of the same weights. Adapters are of rank 16 on
+    every linear layer unless the workload says otherwise.
     """
     if context.invoked_subcommand is not None:
         return
-    names = [scenario.name for scenario in SCENARIOS]
-    if unknown := set(only or ()) - set(names):
-        raise typer.BadParameter(f"--only {sorted(unknown)}: any of {names} is needed")
-    if peft_dtype not in ("auto", *DTYPES):
-        raise typer.BadParameter(f"--peft-dtype {peft_dtype}: auto, {' or '.join(DTYPES)}")
-    dtypes = DTYPES if peft_dtype == "auto" else (peft_dtype,)
+    if kernel:
+        kernels.main(["--threads", str(threads)])
+        return
     options = Options(
         model=model,
+        scenarios=_scenarios(suite, only),
+        peft_dtypes=_dtypes(peft_dtype, inspect()) if peft else (),
+        precisions=_precisions(precision),
         directory=directory_of(model, cache),
-        scenarios=tuple(each for each in SCENARIOS if not only or each.name in only),
         rounds=rounds,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         threads=threads,
-        peft_dtypes=dtypes if peft else (),
-        precision=precision,
+        peft_rounds=peft_rounds,
+        gguf=_gguf_of(model, cache) if llama else None,
+        command=shlex.join(["nibble", *sys.argv[1:]]),
     )
     figures = _compare(options)
     _show(figures)
     if json_path:
         json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if markdown:
+        write_page(figures, markdown)
+
+
+def _scenarios(suite: str, only: list[str] | None) -> tuple[Scenario, ...]:
+    if suite not in SUITES:
+        raise typer.BadParameter(f"--suite {suite}: {' or '.join(SUITES)}")
+    names = [scenario.name for scenario in FULL]
+    if unknown := set(only or ()) - set(names):
+        raise typer.BadParameter(f"--only {sorted(unknown)}: any of {names} is needed")
+    return tuple(each for each in FULL if each.name in only) if only else SUITES[suite]
+
+
+def _dtypes(wanted: str, machine: Machine) -> tuple[str, ...]:
+    """What PEFT is tried in. Emulated bfloat16 takes minutes for a figure that nobody wants."""
+    if wanted not in ("auto", *DTYPES):
+        raise typer.BadParameter(f"--peft-dtype {wanted}: auto, {' or '.join(DTYPES)}")
+    if wanted != "auto":
+        return (wanted,)
+    return DTYPES if any("bf16" in name for name in machine.features) else ("float32",)
+
+
+def _precisions(wanted: list[str] | None) -> tuple[Precision, ...]:
+    if unknown := set(wanted or ()) - set(PRECISIONS):
+        raise typer.BadParameter(f"--precision {sorted(unknown)}: {' or '.join(PRECISIONS)}")
+    return tuple(each for each in PRECISIONS if not wanted or each in wanted)
+
+
+def _gguf_of(model: str, cache: Path | None) -> Path:
+    """Where llama.cpp's weights of this model are kept. A directory is known by its whole path."""
+    name = model if model in (*SHAPES, "mini") else quote(str(Path(model).resolve()), safe="")
+    return (cache or default_cache_dir() / "bench") / "gguf" / f"{name}.q4_0.gguf"
 
 
 def directory_of(model: str, cache: Path | None) -> Path:
@@ -169,6 +229,8 @@ def _compare(options: Options) -> Figures:
 
 def _show(figures: Figures) -> None:
     console.print(rates_table(figures["results"], figures["ratios"]))
+    if figures["own_ratios"]:
+        console.print(own_table(figures["own_ratios"]))
     console.print(memory_table(figures["memory"]))
     for note in figures["notes"]:
         console.print(note)

@@ -32,6 +32,12 @@ def quantised_bytes(base: Base) -> int:
     return sum(m.weight.nbytes for m in base.model.modules() if isinstance(m, NF4Linear))
 
 
+def head_bytes(base: Base) -> int:
+    """Bytes of the output head, which every step reads whole."""
+    head = base.model.get_output_embeddings()
+    return int(head.weight.nbytes)
+
+
 def _fields(path: Path) -> dict[str, int]:
     """The lines `Name:   123 kB` of one file of /proc, in bytes."""
     found = {}

@@ -10,10 +10,11 @@ from typing import Any
 
 from adapters.limits import Limits
 from adapters.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
+from adapters.validation_child import validate_here
 from base.kernels import native_status
 from base.load import load_base
 from base.spec import BaseSpec
-from service.bench.memory import quantised_bytes, resident
+from service.bench.memory import head_bytes, quantised_bytes, resident
 from service.bench.peer import Setup
 from service.bench.scenario import Job, Round, round_of
 from service.engine.config import EngineConfig
@@ -81,7 +82,17 @@ class NibblePeer:
             "embedding_bytes": sum(embeddings.values()),
             "kv_cache_bytes": self._engine.kv_cache_bytes,
             "adapter_bytes": sum(report.nbytes for report in self._loaded),
+            "each_adapter_bytes": [report.nbytes for report in self._loaded],
+            "step_bytes": self._nf4_bytes + head_bytes(self._base),
+            "token_bytes": self._token_bytes(),
+            "arithmetic": "int8" if self._base.precision == "fast" else "float32",
         }
+
+    def _token_bytes(self) -> int:
+        """Keys and values of one token, in all layers."""
+        spec = self._base.spec
+        width = spec.num_kv_heads * spec.head_dim
+        return 2 * spec.num_layers * width * self._base.dtype.itemsize
 
     def close(self) -> None:
         self._engine.stop()
@@ -96,6 +107,7 @@ class NibblePeer:
             None,
             self._base.spec,
             Limits(),
+            check=validate_here,  # nobody else's files, so no child for each
         )
         return AdapterRef.of(manifest)
 

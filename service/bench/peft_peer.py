@@ -13,7 +13,7 @@ from torch import Tensor
 from base.kernels import NF4Weight
 from base.load import Base, load_base
 from base.nf4 import NF4Linear
-from service.bench.memory import quantised_bytes
+from service.bench.memory import head_bytes, quantised_bytes
 from service.bench.peer import Setup
 from service.bench.scenario import Job, Round, round_of
 
@@ -29,7 +29,7 @@ class PeftPeer:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         self._dtype: str = setup.options["dtype"]
         base = load_base(setup.model, device="cpu", dtype=self._dtype)
-        self._bytes = quantised_bytes(base)
+        self._bytes, self._head_bytes = quantised_bytes(base), head_bytes(base)
         self._linears = _to_bitsandbytes(base)
         self._model = _with_adapters(base, setup)
 
@@ -56,6 +56,8 @@ class PeftPeer:
         return {
             "dtype": self._dtype,
             "nf4_bytes": self._bytes,
+            "step_bytes": self._bytes + self._head_bytes,
+            "arithmetic": "float32",
             "repacked": all(getattr(state, "packing_format_for_cpu", False) for state in states),
         }
 

@@ -5,17 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from service.bench import llama_peer, peft_peer
 from service.bench.nibble_peer import ENGINE
 from service.bench.peer import PeerProcess
-from service.bench.peft_peer import MIXED, ONE_BATCH, ONE_BY_ONE
-from service.bench.scenario import BASE, DISTINCT, ONE, SAME, Round, Scenario, job
+from service.bench.scenario import (
+    BASE,
+    CHAT,
+    DISTINCT,
+    NONE,
+    ONE,
+    PREFILL,
+    SAME,
+    Round,
+    Scenario,
+    job,
+)
 
-NIBBLE = "nibble"
-PEFT_WAYS = {
-    BASE: (ONE_BY_ONE,),
-    ONE: (ONE_BY_ONE,),
-    SAME: (ONE_BATCH,),
-    DISTINCT: (ONE_BY_ONE, MIXED),
+NIBBLE, PEFT, LLAMA = "nibble", "peft", "llama.cpp"
+BARE = ", nothing registered"  # ends the name of a nibble that was never given an adapter
+WARM_UP_TOKENS = 4
+
+# What a peer cannot do, or does not finish in minutes, has no row: PEFT mixes no kinds over NF4,
+# and recomputes DoRA's norms of dequantised weights for each token; llama.cpp serves LoRA only.
+PEFT_WAYS: Mapping[Scenario, tuple[str, ...]] = {
+    BASE: (peft_peer.ONE_BY_ONE,),
+    ONE: (peft_peer.ONE_BY_ONE,),
+    SAME: (peft_peer.ONE_BATCH,),
+    DISTINCT: (peft_peer.ONE_BY_ONE, peft_peer.MIXED),
+    NONE: (peft_peer.ONE_BATCH,),
+    PREFILL: (peft_peer.ONE_BY_ONE,),
+}
+LLAMA_WAYS: Mapping[Scenario, tuple[str, ...]] = {
+    BASE: (llama_peer.ONE_BATCH,),
+    ONE: (llama_peer.ONE_BATCH,),
+    SAME: (llama_peer.ONE_BATCH,),
+    DISTINCT: (llama_peer.ONE_BY_ONE,),
+    NONE: (llama_peer.ONE_BATCH,),
+    PREFILL: (llama_peer.ONE_BATCH,),
+    CHAT: (llama_peer.ONE_BATCH,),
 }
 
 
@@ -27,6 +54,20 @@ class Contestant:
     peer: str
     way: str
 
+    @property
+    def ours(self) -> bool:
+        """Is it this server as people run it, with its adapters?"""
+        return self.peer.startswith(NIBBLE) and not self.peer.endswith(BARE)
+
+
+def ways_of(peer: str, scenario: Scenario) -> tuple[str, ...]:
+    """The ways in which this peer serves the scenario; none: it takes no part."""
+    if peer == PEFT:
+        return PEFT_WAYS.get(scenario, ())
+    if peer == LLAMA:
+        return LLAMA_WAYS.get(scenario, ())
+    return () if peer.endswith(BARE) and scenario != NONE else (ENGINE,)
+
 
 def contestants(scenarios: Sequence[Scenario], peers: Sequence[str]) -> list[Contestant]:
     """Every peer in each of its ways, scenario by scenario."""
@@ -34,7 +75,7 @@ def contestants(scenarios: Sequence[Scenario], peers: Sequence[str]) -> list[Con
         Contestant(scenario, peer, way)
         for scenario in scenarios
         for peer in peers
-        for way in ((ENGINE,) if peer == NIBBLE else PEFT_WAYS[scenario])
+        for way in ways_of(peer, scenario)
     ]
 
 
@@ -42,16 +83,17 @@ def measure(
     rows: Sequence[Contestant],
     peers: Mapping[str, PeerProcess],
     *,
-    rounds: int,
+    rounds: Mapping[str, int],
     vocabulary: int,
     prompt_tokens: int,
     new_tokens: int,
     report: Callable[[Contestant], None],
 ) -> dict[Contestant, list[Round]]:
-    """`rounds` of each row after one that is not counted; `report` hears of each try."""
+    """`rounds[peer]` of each row, after a short one that is not counted; `report` hears of each."""
     found: dict[Contestant, list[Round]] = {row: [] for row in rows}
-    for number, row in _order(rows, rounds):
-        asked = job(row.scenario, number, vocabulary, prompt_tokens, new_tokens)
+    for number, row in order(rows, rounds):
+        tokens = new_tokens if number > 0 else min(new_tokens, WARM_UP_TOKENS)
+        asked = job(row.scenario, number, vocabulary, prompt_tokens, tokens)
         result = peers[row.peer].run(asked, row.way)
         if number > 0:
             found[row].append(result)
@@ -59,8 +101,20 @@ def measure(
     return found
 
 
-def _order(rows: Sequence[Contestant], rounds: int) -> Iterator[tuple[int, Contestant]]:
+def order(
+    rows: Sequence[Contestant], rounds: Mapping[str, int]
+) -> Iterator[tuple[int, Contestant]]:
     """Round 0 warms up. All rows of a round follow each other; every other round runs backwards,
-    so that none is always the one after another's heat."""
-    for number in range(rounds + 1):
-        yield from ((number, row) for row in (rows if number % 2 == 0 else reversed(rows)))
+    so that none is always the one after another's heat.
+
+    PEFT has one row warmed up for all: it takes many seconds for each and gains nothing by it.
+    """
+    warmed = set()
+    for number in range(max(rounds.values()) + 1):
+        for row in rows if number % 2 == 0 else reversed(rows):
+            if number > rounds[row.peer]:
+                continue
+            if number == 0 and row.peer == PEFT and PEFT in warmed:
+                continue
+            warmed.add(row.peer)
+            yield number, row

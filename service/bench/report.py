@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from service.bench.plan import NIBBLE, Contestant
-from service.bench.scenario import Round
+from service.bench.plan import BARE, NIBBLE, Contestant
+from service.bench.scenario import DISTINCT, DORA, MANY, NONE, SAME, Round
 
 MIB = 1 << 20
 
@@ -20,15 +20,19 @@ def percentile(values: Sequence[float], part: float) -> float:
     return sorted(values)[max(0, math.ceil(part * len(values)) - 1)]
 
 
-def row_of(row: Contestant, rounds: Sequence[Round]) -> dict[str, Any]:
-    """One contestant's figures: rates in tokens/s, times in milliseconds."""
-    rates = [each.tokens_per_second for each in rounds]
+def row_of(row: Contestant, rounds: Sequence[Round], prompt_tokens: int) -> dict[str, Any]:
+    """One contestant's figures: rates in tokens/s, times in milliseconds.
+
+    The rate is of output tokens, or of prompt tokens where the scenario counts those.
+    """
+    rates = [_rate(row, each, prompt_tokens) for each in rounds]
     first = [value for each in rounds for value in each.first_token]
     gaps = [value for each in rounds for value in each.gaps]
     return {
         "scenario": row.scenario.name,
         "peer": row.peer,
         "way": row.way,
+        "counts": row.scenario.counts,
         "tokens_per_second": round(statistics.median(rates), 2),
         "tokens_per_second_rounds": [round(rate, 2) for rate in rates],
         "first_token_ms": _percentiles(first),
@@ -36,46 +40,92 @@ def row_of(row: Contestant, rounds: Sequence[Round]) -> dict[str, Any]:
     }
 
 
+def _rate(row: Contestant, result: Round, prompt_tokens: int) -> float:
+    if row.scenario.counts == "output":
+        return result.tokens_per_second
+    tokens = row.scenario.prompt_of(prompt_tokens) * len(row.scenario.adapters)
+    return tokens / max(result.first_token)
+
+
 def ratios_of(found: Mapping[Contestant, Sequence[Round]]) -> list[dict[str, Any]]:
-    """Nibble's rate over each other row's of the same scenario: median of the rounds' ratios."""
+    """Nibble's rate, in each of its precisions, over each other peer's of the same scenario."""
+    return [
+        {
+            "scenario": other.scenario.name,
+            "peer": ours.peer,
+            "over": f"{other.peer}: {other.way}",
+            **_ratio(found[ours], found[other]),
+        }
+        for other in found
+        for ours in found
+        if ours.ours and not other.peer.startswith(NIBBLE) and ours.scenario == other.scenario
+    ]
+
+
+def own_ratios(found: Mapping[Contestant, Sequence[Round]]) -> list[dict[str, Any]]:
+    """What adapters cost: Nibble's rate in one scenario over its rate in another.
+
+    "No adapter" is the peer that was never given one, where that was measured.
+    """
+    rates = {(row.scenario, row.peer): rounds for row, rounds in found.items()}
     ratios = []
-    for row, rounds in found.items():
-        ours = next((r for r in found if r.peer == NIBBLE and r.scenario == row.scenario), None)
-        if ours is None or row.peer == NIBBLE:
-            continue
-        pairs = zip(found[ours], rounds, strict=True)
-        each = [a.tokens_per_second / b.tokens_per_second for a, b in pairs]
-        ratios.append(
-            {
-                "scenario": row.scenario.name,
-                "over": f"{row.peer}: {row.way}",
-                "ratio": round(statistics.median(each), 2),
-                "lowest": round(min(each), 2),
-                "highest": round(max(each), 2),
-            }
-        )
+    for peer in dict.fromkeys(row.peer for row in found if row.ours):
+        bare = f"{peer}{BARE}" if (NONE, f"{peer}{BARE}") in rates else peer
+        pairs = {
+            "8 distinct adapters / 8 without": ((DISTINCT, peer), (NONE, bare)),
+            "DoRA / LoRA, 8 distinct": ((DORA, peer), (DISTINCT, peer)),
+            "registered but unused / none": ((NONE, peer), (NONE, bare)),
+            "8 distinct / 8 the same": ((DISTINCT, peer), (SAME, peer)),
+            "32 distinct of mixed kinds / 8 distinct": ((MANY, peer), (DISTINCT, peer)),
+        }
+        ratios += [
+            {"what": what, "peer": peer, **_ratio(rates[over], rates[under])}
+            for what, (over, under) in pairs.items()
+            if over != under and over in rates and under in rates
+        ]
     return ratios
+
+
+def _ratio(ours: Sequence[Round], theirs: Sequence[Round]) -> dict[str, float]:
+    """Of the rates in output tokens, round with round, as far as both have them."""
+    pairs = zip(ours, theirs, strict=False)
+    each = [a.tokens_per_second / b.tokens_per_second for a, b in pairs]
+    return {
+        "ratio": round(statistics.median(each), 2),
+        "lowest": round(min(each), 2),
+        "highest": round(max(each), 2),
+    }
 
 
 def rates_table(rows: Sequence[Mapping[str, Any]], ratios: Sequence[Mapping[str, Any]]) -> Table:
     """A line for each contestant."""
-    times = {(each["scenario"], each["over"]): each["ratio"] for each in ratios}
-    table = Table(title="output tokens/s of all requests together; times in ms, p50 / p99")
+    times: dict[tuple[str, str], list[str]] = {}
+    for each in ratios:
+        times.setdefault((each["scenario"], each["over"]), []).append(f"{each['ratio']:.1f}×")
+    table = Table(title="tokens/s of all requests together; times in ms, p50 / p99")
     for name in ("scenario", "who", "tokens/s", "nibble is", "first token", "between tokens"):
         table.add_column(name, justify="left" if name in ("scenario", "who") else "right")
     last = None
     for row in rows:
         who = f"{row['peer']}: {row['way']}"
-        ratio = times.get((row["scenario"], who))
         table.add_row(
             row["scenario"] if row["scenario"] != last else "",
             who,
             f"{row['tokens_per_second']:.1f}",
-            f"{ratio:.1f}×" if ratio else "",
+            " ".join(times.get((row["scenario"], who), [])),
             _pair(row["first_token_ms"]),
             _pair(row["inter_token_ms"]),
         )
         last = row["scenario"]
+    return table
+
+
+def own_table(ratios: Sequence[Mapping[str, Any]]) -> Table:
+    """What adapters cost, a line for each ratio."""
+    table = Table("rate over rate", "who", "ratio", "lowest", "highest")
+    for each in ratios:
+        figures = [f"{each[key]:.2f}" for key in ("ratio", "lowest", "highest")]
+        table.add_row(each["what"], each["peer"], *figures)
     return table
 
 

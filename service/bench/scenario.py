@@ -5,21 +5,40 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Requests that arrive together; request i uses adapter `adapters[i]`, None is the base."""
+    """Requests that arrive together; request i uses adapter `adapters[i]`, None is the base.
+
+    The numbers are those of `random_adapters.assortment`: 0 to 7 are LoRAs, 8 to 15 DoRAs.
+    """
 
     name: str
     adapters: tuple[int | None, ...]
+    prompt_tokens: int | None = None  # in place of the run's
+    new_tokens: int | None = None  # in place of the run's
+    shared_tokens: int = 0  # that all prompts of a round begin with
+    counts: Literal["output", "prompt"] = "output"  # the tokens that its rate is of
+
+    def prompt_of(self, run: int) -> int:
+        """Prompt tokens of each request, where the run's other scenarios have `run`."""
+        return self.prompt_tokens or run
 
 
 BASE = Scenario("1 base", (None,))
 ONE = Scenario("1 adapter", (0,))
 SAME = Scenario("8, same adapter", (0,) * 8)
 DISTINCT = Scenario("8, distinct adapters", tuple(range(8)))
-SCENARIOS = (BASE, ONE, SAME, DISTINCT)
+NONE = Scenario("8, no adapter", (None,) * 8)
+DORA = Scenario("8, distinct DoRA", tuple(range(8, 16)))
+MANY = Scenario("32, mixed kinds and ranks", tuple(range(32)))
+PREFILL = Scenario("prefill 512", (None,), prompt_tokens=512, new_tokens=1, counts="prompt")
+CHAT = Scenario("8 chats, shared prefix", (0,) * 8, prompt_tokens=512, shared_tokens=448)
+QUICK = (BASE, ONE, SAME, DISTINCT, NONE)
+FULL = (*QUICK, DORA, MANY, PREFILL, CHAT)
+SUITES = {"quick": QUICK, "full": FULL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +79,16 @@ def job(
 ) -> Job:
     """The scenario's round `number`, its prompts drawn from the seed of that number.
 
-    No two rounds share a prompt, or a prefix cache would answer for the engine.
+    No two rounds share a prompt, or a prefix cache would answer for the engine. What the prompts
+    of one round share is the scenario's to say.
     """
     chance = random.Random(f"{scenario.name} {number}")
     first = min(16, vocabulary // 2)  # low ids are often special
-    prompts = tuple(
-        tuple(chance.randrange(first, vocabulary) for _ in range(prompt_tokens))
-        for _ in scenario.adapters
-    )
-    return Job(scenario, prompts, new_tokens)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(chance.randrange(first, vocabulary) for _ in range(count))
+
+    shared = tokens(scenario.shared_tokens)
+    own = scenario.prompt_of(prompt_tokens) - len(shared)
+    prompts = tuple(shared + tokens(own) for _ in scenario.adapters)
+    return Job(scenario, prompts, min(new_tokens, scenario.new_tokens or new_tokens))

@@ -21,6 +21,14 @@ class Runner:
         self.closed = True
 
 
+def test_a_single_dtype_needs_no_trial() -> None:
+    only = Runner()  # has no round to give
+    best, rates = anchor({"a": only}.__getitem__, ["a"], vocabulary=512, prompt_tokens=4)  # type: ignore[arg-type]
+    assert best is only  # type: ignore[comparison-overlap]
+    assert not only.closed
+    assert rates == {}
+
+
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
 def test_the_faster_dtype_is_kept_whatever_disturbed_it(order: tuple[str, str]) -> None:
     peers = {"a": Runner(90.0, 9.0, 2.0, 9.0), "b": Runner(1.0, 3.0, 3.0, 3.0)}  # first: warm-up

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
-from service.bench.cli import app
+from base.machine import Machine
+from service.bench.cli import _dtypes, app
 
 runner = CliRunner()
 
@@ -23,7 +25,9 @@ def test_the_figures_of_a_small_run(base_directory: Path, tmp_path: Path) -> Non
         "--json",
         str(out),
     ]
-    arguments += ["--only", "8, distinct adapters"]
+    page = tmp_path / "PERFORMANCE.md"
+    arguments += ["--only", "8, distinct adapters", "--precision", "exact", "--no-llama"]
+    arguments += ["--markdown", str(page)]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
@@ -35,13 +39,35 @@ def test_the_figures_of_a_small_run(base_directory: Path, tmp_path: Path) -> Non
     assert all(row["tokens_per_second"] > 0 for row in figures["results"])
     assert len(figures["ratios"]) == 2
     assert figures["memory"]["rss_bytes"] > figures["memory"]["nf4_bytes"] > 0
-    assert figures["peers"]["nibble"]["adapter_bytes"] > figures["memory"]["adapter_bytes"] == 0
+    assert (
+        figures["peers"]["nibble exact"]["adapter_bytes"] > figures["memory"]["adapter_bytes"] == 0
+    )
     assert figures["machine"]["versions"]["torch"]
     assert "mixed batch" in result.output
+    assert figures["command"].startswith("nibble ")
+    assert all("limit" in row for row in figures["results"])
+    assert figures["limits"]["read_gbytes"] > 0
+    assert "adapter_names, mixed batch" in page.read_text()
+    assert (tmp_path / "PERFORMANCE.svg").read_text().count("<rect") == 4  # the ground, 3 bars
+
+
+def test_bfloat16_is_tried_only_where_the_cpu_multiplies_it() -> None:
+    assert _dtypes("auto", Machine("", ("avx2", "avx512f"), 2, 1, 1)) == ("float32",)
+    assert _dtypes("auto", Machine("", ("avx512_bf16",), 2, 1, 1)) == ("float32", "bfloat16")
+    assert _dtypes("bfloat16", Machine("", (), 2, 1, 1)) == ("bfloat16",)
+
+
+def test_the_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("base.kernels.bench.main", asked.append)
+    result = runner.invoke(app, ["--kernel", "--threads", "1"])
+    assert result.exit_code == 0, result.output
+    assert asked == [["--threads", "1"]]
 
 
 def test_an_unknown_model_or_scenario_is_refused() -> None:
     wrong = (["--model", "qwen9"], ["--only", "9 adapters"], ["--peft-dtype", "int8"])
+    wrong += (["--suite", "slow"], ["--precision", "half"])
     for arguments in wrong:
         result = runner.invoke(app, arguments)
         assert result.exit_code == 2, result.output

@@ -10,7 +10,7 @@ from base.nf4 import NF4Linear
 from service.bench.nibble_peer import ENGINE, NibblePeer
 from service.bench.peer import Setup
 from service.bench.peft_peer import MIXED, ONE_BATCH, ONE_BY_ONE, PeftPeer, _to_bitsandbytes
-from service.bench.scenario import BASE, DISTINCT, ONE, SAME, Round, Scenario, job
+from service.bench.scenario import BASE, DISTINCT, NONE, ONE, SAME, Round, Scenario, job
 
 NEW = 5
 
@@ -36,6 +36,7 @@ def peft(base_directory: Path, adapters: tuple[Path, ...]) -> PeftPeer:
         (SAME, ONE_BATCH),
         (DISTINCT, ONE_BY_ONE),
         (DISTINCT, MIXED),
+        (NONE, ONE_BATCH),
     ],
 )
 def test_peft_times_every_token_of_every_request(
@@ -82,5 +83,10 @@ def test_nibble_times_every_token_of_every_request(
         assert facts["nf4_bytes"] > 0
         assert facts["rss_bytes"] > facts["nf4_bytes"] + facts["embedding_bytes"]
         assert facts["adapter_bytes"] > 8 * 4 * 4 * (64 + 64)
+        assert sum(facts["each_adapter_bytes"]) == facts["adapter_bytes"]
+        head = peer._base.model.get_output_embeddings().weight.nbytes
+        assert facts["step_bytes"] == facts["nf4_bytes"] + head
+        cache = peer._engine.kv_cache_bytes
+        assert cache % (facts["token_bytes"] * peer._engine.config.block_size) == 0
     finally:
         peer.close()

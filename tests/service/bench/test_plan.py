@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from service.bench.plan import Contestant, contestants, measure
-from service.bench.scenario import DISTINCT, ONE, SCENARIOS, Job, Round
+from service.bench.plan import BARE, Contestant, contestants, measure, order
+from service.bench.scenario import DISTINCT, DORA, FULL, MANY, NONE, ONE, QUICK, Job, Round
 
 PEERS = ("nibble", "peft")
+FAST = "nibble fast"
 
 
 class Recorder:
@@ -19,12 +20,46 @@ class Recorder:
 
 
 def test_every_peer_serves_every_scenario_and_peft_both_ways_where_adapters_differ() -> None:
-    rows = contestants(SCENARIOS, PEERS)
+    rows = contestants(QUICK, PEERS)
     assert {(row.scenario, row.peer) for row in rows} == {
-        (scenario, peer) for scenario in SCENARIOS for peer in PEERS
+        (scenario, peer) for scenario in QUICK for peer in PEERS
     }
     ways = [row.way for row in rows if row.scenario == DISTINCT and row.peer == "peft"]
     assert ways == ["set_adapter, one by one", "adapter_names, mixed batch"]
+
+
+def test_who_takes_part_in_what() -> None:
+    rows = contestants(FULL, [FAST, FAST + BARE, "peft", "llama.cpp"])
+    taking = {scenario: {row.peer for row in rows if row.scenario == scenario} for scenario in FULL}
+    assert taking[MANY] == taking[DORA] == {FAST}
+    assert taking[NONE] == {FAST, FAST + BARE, "peft", "llama.cpp"}
+    assert [row.scenario for row in rows if row.peer == FAST + BARE] == [NONE]
+    assert {row.peer for row in rows if row.ours} == {FAST}
+
+
+def test_a_slow_peer_takes_fewer_rounds_and_is_warmed_up_once() -> None:
+    rows = contestants(QUICK, PEERS)
+    turns = list(order(rows, {"nibble": 3, "peft": 1}))
+    for row in rows:
+        counted = [number for number, other in turns if other == row and number > 0]
+        assert counted == ([1, 2, 3] if row.peer == "nibble" else [1])
+    warm = [row for number, row in turns if number == 0]
+    assert [row.peer for row in warm].count("peft") == 1
+    assert [row.peer for row in warm].count("nibble") == len(QUICK)
+
+
+def test_the_warm_up_is_short() -> None:
+    asked: list[tuple[str, str, Job]] = []
+    measure(
+        contestants([ONE], ["nibble"]),
+        {"nibble": Recorder("nibble", asked)},  # type: ignore[dict-item]
+        rounds={"nibble": 1},
+        vocabulary=100,
+        prompt_tokens=3,
+        new_tokens=30,
+        report=lambda row: None,
+    )
+    assert [job.new_tokens for _, _, job in asked] == [4, 30]
 
 
 def test_peers_take_turns_on_the_same_prompts_and_the_first_round_is_not_counted() -> None:
@@ -34,7 +69,7 @@ def test_peers_take_turns_on_the_same_prompts_and_the_first_round_is_not_counted
     found = measure(
         rows,
         {name: Recorder(name, asked) for name in PEERS},  # type: ignore[misc]
-        rounds=2,
+        rounds={"nibble": 2, "peft": 2},
         vocabulary=100,
         prompt_tokens=3,
         new_tokens=2,

@@ -2,7 +2,17 @@ from __future__ import annotations
 
 import pytest
 
-from service.bench.scenario import DISTINCT, SCENARIOS, job, round_of
+from service.bench.scenario import (
+    BASE,
+    CHAT,
+    DISTINCT,
+    FULL,
+    MANY,
+    PREFILL,
+    QUICK,
+    job,
+    round_of,
+)
 
 
 def test_times_are_counted_from_the_common_arrival() -> None:
@@ -17,10 +27,29 @@ def test_times_are_counted_from_the_common_arrival() -> None:
 def test_no_prompt_comes_twice_and_peers_get_the_same() -> None:
     jobs = [
         job(scenario, number, 512, prompt_tokens=64, new_tokens=8)
-        for scenario in SCENARIOS
+        for scenario in QUICK
         for number in range(4)
     ]
     prompts = [prompt for each in jobs for prompt in each.prompts]
     assert len(set(prompts)) == len(prompts)
     assert {len(prompt) for prompt in prompts} == {64}
     assert job(DISTINCT, 2, 512, 64, 8) == job(DISTINCT, 2, 512, 64, 8)
+
+
+def test_a_scenario_may_have_lengths_of_its_own() -> None:
+    made = job(PREFILL, 1, 512, prompt_tokens=64, new_tokens=32)
+    assert [len(prompt) for prompt in made.prompts] == [512]
+    assert made.new_tokens == 1
+    assert job(BASE, 1, 512, prompt_tokens=64, new_tokens=4).new_tokens == 4
+
+
+def test_chats_share_their_beginning_within_a_round_only() -> None:
+    first, second = (job(CHAT, number, 512, 64, 8).prompts for number in (1, 2))
+    assert {prompt[:448] for prompt in first} == {first[0][:448]}
+    assert len(set(first)) == len(first) == 8
+    assert first[0][:448] != second[0][:448]
+
+
+def test_names_are_unique_and_the_many_are_distinct() -> None:
+    assert len({scenario.name for scenario in FULL}) == len(FULL) == len(set(FULL))
+    assert len(set(MANY.adapters)) == 32

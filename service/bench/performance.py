@@ -1,0 +1,160 @@
+"""docs/PERFORMANCE.md: the figures of one run as a page, with its chart beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from service.bench.chart import bar_chart
+from service.bench.plan import NIBBLE
+
+MIB = 1 << 20
+Figures = Mapping[str, Any]
+
+
+def write_page(figures: Figures, path: Path) -> Path:
+    """The page at `path`, the chart beside it as .svg; returns where the chart is."""
+    chart = path.with_suffix(".svg")
+    title = f"{figures['model']}, {figures['threads']} threads, {figures['machine']['cpu']}"
+    chart.write_text(bar_chart(figures["results"], title), encoding="utf-8")
+    path.write_text(performance_markdown(figures, chart.name), encoding="utf-8")
+    return chart
+
+
+def performance_markdown(figures: Figures, chart: str) -> str:
+    """The whole page."""
+    parts = [
+        "# Performance",
+        "Written by `nibble bench` from one run; change nothing here by hand.",
+        _setting(figures),
+        f"![output tokens per second]({chart})",
+        "## Throughput and latency",
+        "Tokens/s of all requests together, their prompts' time included; the median of the "
+        "rounds. Times in ms, p50 / p99. *Of the limit* is the least time that a step can take "
+        "on this machine over the time that it took: bytes read over bandwidth or multiply-adds "
+        "over arithmetic, whichever is more.",
+        _results(figures["results"]),
+        "## Beside the others",
+        _ratios(figures["ratios"]),
+        "## What adapters cost",
+        _own(figures["own_ratios"]),
+        "## The limits of the machine",
+        _limits(figures["limits"]),
+        "## Memory",
+        _memory(figures["memory"]),
+        "## Versions",
+        _versions(figures),
+        _notes(figures["notes"]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _setting(figures: Figures) -> str:
+    machine, rounds = figures["machine"], figures["rounds"]
+    tries = ", ".join(f"{peer} {count}" for peer, count in rounds.items())
+    gib = machine["memory_total"] / (1 << 30)
+    return (
+        f"{figures['date']}; {machine['cpu']}, {machine['cores']} cores "
+        f"({', '.join(machine['features'])}), {gib:.0f} GiB; {figures['threads']} threads of every "
+        f"peer. Base `{figures['model']}`; {figures['prompt_tokens']} tokens in and "
+        f"{figures['new_tokens']} out unless the workload says otherwise; LoRA and DoRA of rank "
+        f"{figures['lora_rank']} on all linear layers. Every peer has its own process and the same "
+        f"weights, prompts and threads; they take turns. Rounds: {tries}.\n\n"
+        f"    {figures['command']}"
+    )
+
+
+def _results(rows: Sequence[Figures]) -> str:
+    head = ("workload", "who", "tokens/s", "first token", "between tokens", "of the limit")
+    lines, last = [], None
+    for row in rows:
+        unit = " (prompt)" if row["counts"] == "prompt" else ""
+        lines.append(
+            (
+                row["scenario"] if row["scenario"] != last else "",
+                f"{row['peer']}: {row['way']}",
+                f"{row['tokens_per_second']:,.1f}{unit}",
+                _pair(row["first_token_ms"]),
+                _pair(row["inter_token_ms"]),
+                _share(row["limit"]),
+            )
+        )
+        last = row["scenario"]
+    return table(head, lines)
+
+
+def _share(limit: Figures | None) -> str:
+    return f"{limit['of_limit']:.0%} ({limit['bound_by']})" if limit else ""
+
+
+def _ratios(ratios: Sequence[Figures]) -> str:
+    if not ratios:
+        return "No other peer was measured in this run."
+    return table(
+        ("workload", "who", "over", "times (lowest to highest round)"),
+        ((r["scenario"], r["peer"], r["over"], _spread(r)) for r in ratios),
+    )
+
+
+def _own(ratios: Sequence[Figures]) -> str:
+    if not ratios:
+        return "The workloads of this run do not tell."
+    return table(
+        ("rate over rate", "who", "ratio (lowest to highest round)"),
+        ((r["what"], r["peer"], _spread(r)) for r in ratios),
+    )
+
+
+def _limits(limits: Figures) -> str:
+    int8 = limits["int8_gops"]
+    return table(
+        ("limit", "measured by the bench"),
+        (
+            ("reading memory: the sum of 256 MB", f"{limits['read_gbytes']:.1f} GB/s"),
+            ("float32: torch's product of 1024×1024", f"{limits['float32_gflops']:,.0f} GFLOP/s"),
+            ("int8: the same in bytes", f"{int8:,.0f} GOP/s" if int8 else "not available"),
+        ),
+    )
+
+
+def _memory(memory: Figures) -> str:
+    return table(
+        (f"a process that only serves the base, {NIBBLE} {memory['precision']}", "MiB"),
+        (
+            (name, f"{memory[key] / MIB:,.0f}")
+            for name, key in (
+                ("resident (RSS)", "rss_bytes"),
+                ("NF4 weights", "nf4_bytes"),
+                ("embeddings", "embedding_bytes"),
+                ("KV cache, when it is full", "kv_cache_bytes"),
+                ("peak while loading", "peak_rss_bytes"),
+            )
+        ),
+    )
+
+
+def _versions(figures: Figures) -> str:
+    lines = [f"{name} {number}" for name, number in figures["machine"]["versions"].items()]
+    for peer, facts in figures["peers"].items():
+        said = [str(facts[key]) for key in ("version", "dtype", "kernels") if key in facts]
+        lines.append(f"{peer}: {'; '.join(said)}")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _notes(notes: Sequence[str]) -> str:
+    return "\n".join(["## Notes", "", *(f"- {note}" for note in notes)]) if notes else ""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _pair(times: Figures | None) -> str:
+    return f"{times['p50']:,.1f} / {times['p99']:,.1f}" if times else ""
+
+
+def _spread(ratio: Figures) -> str:
+    return f"{ratio['ratio']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from service.bench.chart import bar_chart
+from service.bench.performance import write_page
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def _result(scenario: str, peer: str, rate: float, counts: str = "output") -> dict[str, Any]:
+    times = {"p50": 12.5, "p99": 20.0}
+    return {
+        "scenario": scenario,
+        "peer": peer,
+        "way": "engine",
+        "counts": counts,
+        "tokens_per_second": rate,
+        "first_token_ms": times,
+        "inter_token_ms": None if counts == "prompt" else times,
+        "limit": {"bound_by": "bandwidth", "of_limit": 0.75},
+    }
+
+
+@pytest.fixture
+def figures() -> dict[str, Any]:
+    ratio = {"ratio": 3.5, "lowest": 3.0, "highest": 4.0}
+    return {
+        "model": "qwen2-0.4b",
+        "prompt_tokens": 64,
+        "new_tokens": 32,
+        "threads": 2,
+        "rounds": {"nibble fast": 3, "peft": 1},
+        "lora_rank": 16,
+        "command": "nibble bench --suite full",
+        "date": "2026-01-02",
+        "machine": {
+            "cpu": "A CPU & more",
+            "features": ("avx2",),
+            "cores": 2,
+            "memory_total": 8 << 30,
+            "versions": {"torch": "9.9"},
+        },
+        "limits": {"read_gbytes": 20.0, "float32_gflops": 100.0, "int8_gops": None},
+        "results": [
+            _result("1 base", "nibble fast", 60.0),
+            _result("1 base", "peft", 3.0),
+            _result("prefill 512", "nibble fast", 400.0, "prompt"),
+        ],
+        "ratios": [{"scenario": "1 base", "peer": "nibble fast", "over": "peft: engine", **ratio}],
+        "own_ratios": [{"what": "DoRA / LoRA", "peer": "nibble fast", **ratio}],
+        "memory": {
+            "precision": "fast",
+            **{
+                f"{key}_bytes": (number + 1) << 20
+                for number, key in enumerate(("rss", "nf4", "embedding", "kv_cache", "peak_rss"))
+            },
+        },
+        "peers": {"nibble fast": {"dtype": "float32", "kernels": "avx2"}},
+        "notes": ["llama.cpp is not measured: no reason"],
+    }
+
+
+def test_the_page_says_all_that_the_figures_say(figures: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "PERFORMANCE.md"
+    chart = write_page(figures, page)
+    text = page.read_text()
+    assert chart == tmp_path / "PERFORMANCE.svg"
+    assert "![output tokens per second](PERFORMANCE.svg)" in text
+    assert "| 1 base | nibble fast: engine | 60.0 | 12.5 / 20.0 | 12.5 / 20.0 | 75%" in text
+    assert "|  | peft: engine | 3.0 |" in text
+    assert "400.0 (prompt)" in text
+    assert text.count("3.50 (3.00 to 4.00)") == 2
+    assert "20.0 GB/s" in text
+    assert "not available" in text
+    assert "    nibble bench --suite full" in text
+    assert "- torch 9.9" in text
+    assert "- llama.cpp is not measured: no reason" in text
+    for block in text.split("\n\n"):
+        if block.startswith("|"):  # every line of a table has as many cells as its head
+            assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_a_run_without_others_says_so(figures: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    write_page(figures | {"ratios": [], "own_ratios": [], "notes": []}, page)
+    assert "No other peer was measured" in page.read_text()
+    assert "## Notes" not in page.read_text()
+
+
+def test_bars_are_as_long_as_their_rates_within_a_scenario(figures: dict[str, Any]) -> None:
+    root = ElementTree.fromstring(bar_chart(figures["results"], "a < b & c"))
+    ground, *bars = root.iter(f"{SVG}rect")
+    lengths = [float(bar.get("width", "")) for bar in bars]
+    assert lengths[0] == lengths[2] > 0  # the best of each scenario
+    assert lengths[1] == pytest.approx(lengths[0] * 3 / 60, abs=0.1)
+    assert [bar.get("fill") == bars[0].get("fill") for bar in bars] == [True, False, True]
+    assert max(float(bar.get("y", "")) for bar in bars) < float(ground.get("height", ""))
+    assert "a < b & c" in [text.text for text in root.iter(f"{SVG}text")]
