@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -71,6 +72,9 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option(help="A workload of any suite by its name.")
     ] = None,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="After these no row begins; default: no limit.")
+    ] = math.inf,
     kernel: Annotated[
         bool, typer.Option("--kernel", help="The NF4 products alone, on each instruction set.")
     ] = False,
@@ -104,6 +108,7 @@ def bench(
         new_tokens=new_tokens,
         threads=threads,
         peft_rounds=peft_rounds,
+        minutes=minutes,
         gguf=_gguf_of(model, cache) if llama else None,
         command=shlex.join(["nibble", *sys.argv[1:]]),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -34,7 +36,7 @@ from service.bench.plan import (
 )
 from service.bench.random_adapters import random_adapters
 from service.bench.report import own_ratios, ratios_of, row_of
-from service.bench.scenario import BASE, DISTINCT, NONE, Scenario, job
+from service.bench.scenario import BASE, DISTINCT, NONE, Round, Scenario, job
 
 RANK = 16
 Figures = dict[str, Any]
@@ -56,6 +58,7 @@ class Options:
     precisions: tuple[Precision, ...] = ("exact",)  # of our own products over NF4, a peer for each
     peft_rounds: int | None = None  # None: as many as all
     gguf: Path | None = None  # where llama.cpp's weights are kept; None: no llama.cpp
+    minutes: float = math.inf  # after these no row begins
     command: str = ""
 
     def setup(self, adapters: Sequence[Path], **more: Any) -> Setup:
@@ -73,6 +76,7 @@ class Options:
 
 def compare(options: Options, report: Report) -> Figures:
     """The figures, ready for JSON. `report` hears what runs, and which of how many tries it is."""
+    until = time.monotonic() + 60 * options.minutes
     report("the limits of this machine", 0, 1)
     limits = measure_limits(options.threads)
     report("memory of a process that only serves the base", 0, 1)
@@ -81,7 +85,7 @@ def compare(options: Options, report: Report) -> Figures:
         count = max(options.adapters, len(DISTINCT.adapters))
         adapters = random_adapters(Path(scratch), spec, count, RANK)
         peers, trials = _started(options, spec, adapters, stack, report)
-        found = _measured(options, peers, spec, report)
+        found = _measured(options, peers, spec, report, until)
         facts = {name: peer.facts() for name, peer in peers.items()}
     limits = better(limits, measure_limits(options.threads))
     rows = [row_of(row, rounds, options.prompt_tokens) for row, rounds in found.items()]
@@ -164,8 +168,12 @@ def _started(
 
 
 def _measured(
-    options: Options, peers: Mapping[str, PeerProcess], spec: BaseSpec, report: Report
-) -> dict[Contestant, list[Any]]:
+    options: Options,
+    peers: Mapping[str, PeerProcess],
+    spec: BaseSpec,
+    report: Report,
+    until: float,
+) -> dict[Contestant, list[Round]]:
     rows = contestants(options.scenarios, list(peers))
     rounds = {peer: options.rounds_of(peer) for peer in peers}
     tries = sum(1 for _ in order(rows, rounds))
@@ -184,6 +192,7 @@ def _measured(
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         report=count,
+        until=until,
     )
 
 

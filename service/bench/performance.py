@@ -53,6 +53,9 @@ def performance_markdown(figures: Figures, chart: str) -> str:
 def _setting(figures: Figures) -> str:
     machine, rounds = figures["machine"], figures["rounds"]
     tries = ", ".join(f"{peer} {count}" for peer, count in rounds.items())
+    taken = [len(row["tokens_per_second_rounds"]) for row in figures["results"]]
+    if taken and min(taken) < min(rounds.values()):
+        tries += "; less where the time was up"
     gib = machine["memory_total"] / (1 << 30)
     return (
         f"{figures['date']}; {machine['cpu']}, {machine['cores']} cores "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -88,17 +90,23 @@ def measure(
     prompt_tokens: int,
     new_tokens: int,
     report: Callable[[Contestant], None],
+    until: float = math.inf,
 ) -> dict[Contestant, list[Round]]:
-    """`rounds[peer]` of each row, after a short one that is not counted; `report` hears of each."""
+    """`rounds[peer]` of each row, after a short one that is not counted; `report` hears of each.
+
+    Nothing begins after `until` (of time.monotonic), and a row without a round is left out.
+    """
     found: dict[Contestant, list[Round]] = {row: [] for row in rows}
     for number, row in order(rows, rounds):
+        if time.monotonic() > until:
+            break
         tokens = new_tokens if number > 0 else min(new_tokens, WARM_UP_TOKENS)
         asked = job(row.scenario, number, vocabulary, prompt_tokens, tokens)
         result = peers[row.peer].run(asked, row.way)
         if number > 0:
             found[row].append(result)
         report(row)
-    return found
+    return {row: taken for row, taken in found.items() if taken}
 
 
 def order(

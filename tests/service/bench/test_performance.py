@@ -20,6 +20,7 @@ def _result(scenario: str, peer: str, rate: float, counts: str = "output") -> di
         "way": "engine",
         "counts": counts,
         "tokens_per_second": rate,
+        "tokens_per_second_rounds": [rate],
         "first_token_ms": times,
         "inter_token_ms": None if counts == "prompt" else times,
         "limit": {"bound_by": "bandwidth", "of_limit": 0.75},
@@ -89,6 +90,10 @@ def test_a_run_without_others_says_so(figures: dict[str, Any], tmp_path: Path) -
     page = tmp_path / "page.md"
     write_page(figures | {"ratios": [], "own_ratios": [], "notes": []}, page)
     assert "No other peer was measured" in page.read_text()
+    assert "less where the time was up" not in page.read_text()
+    write_page(figures | {"rounds": {"nibble fast": 3}}, page)
+    assert "less where the time was up" in page.read_text()
+    write_page(figures | {"notes": []}, page)
     assert "## Notes" not in page.read_text()
 
 

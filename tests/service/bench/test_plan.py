@@ -48,6 +48,22 @@ def test_a_slow_peer_takes_fewer_rounds_and_is_warmed_up_once() -> None:
     assert [row.peer for row in warm].count("nibble") == len(QUICK)
 
 
+def test_nothing_begins_when_the_time_is_up_and_a_row_without_a_round_is_left_out() -> None:
+    asked: list[tuple[str, str, Job]] = []
+    rows = contestants([ONE], PEERS)
+    found = measure(
+        rows,
+        {name: Recorder(name, asked) for name in PEERS},  # type: ignore[misc]
+        rounds={"nibble": 1, "peft": 1},
+        vocabulary=100,
+        prompt_tokens=3,
+        new_tokens=2,
+        report=lambda row: None,
+        until=0.0,
+    )
+    assert (asked, found) == ([], {})
+
+
 def test_the_warm_up_is_short() -> None:
     asked: list[tuple[str, str, Job]] = []
     measure(
