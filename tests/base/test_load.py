@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     LlamaConfig,
 )
 
+from base.checkpoint import Checkpoint
 from base.errors import UnservableBase
 from base.kernels import fast_status
 from base.load import Base, load_base
@@ -153,6 +155,27 @@ def test_no_float_copy_of_a_quantised_weight_is_kept(directory: Path, cache: Pat
     assert not maps.exists() or str(directory) not in maps.read_text()
     embeddings = 2 * 320 * 64 * 4
     assert sum(kept.values()) < nf4 + embeddings + 4096  # norms and rotary frequencies
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_one_tensor_of_the_checkpoint_is_alive_at_a_time(
+    precision: Any, directory: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What bounds the peak of loading: the base that serves, and one tensor over it."""
+    save_tiny(CONFIGS["llama"], directory, dtype=torch.bfloat16)
+    read, given, alive = Checkpoint.read, [], []
+
+    def watched(checkpoint: Checkpoint, key: str) -> torch.Tensor:
+        alive.append(sum(one() is not None for one in given))
+        tensor = read(checkpoint, key)
+        given.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", watched)
+    load_base(directory, cache_dir=cache, precision=precision)
+    assert len(given) > 20
+    assert max(alive) == 0
+    assert not any(one() is not None for one in given)
 
 
 def test_nothing_asks_for_a_gradient(directory: Path, cache: Path) -> None:
