@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoTokenizer
 
 from base.errors import UnservableBase
@@ -310,7 +312,7 @@ def _say_what_is_wrong(found: Prepared) -> None:
     """What a run that goes on all the same must not pass over in silence."""
     for report in found.reports:
         if said := report.summary():
-            console.print(f"{report.path}: {said}; see nibble train check", style="yellow")
+            console.print(Text(f"{report.path}: {said}; see nibble train check", style="yellow"))
 
 
 def _answer(base: Base, item: Example) -> str:
@@ -342,5 +344,5 @@ def _refusals() -> Iterator[None]:
 
 
 def _refuse(message: str) -> NoReturn:
-    Console(stderr=True).print(f"[bold red]refused:[/] {message}", highlight=False)
+    Console(stderr=True).print(f"[bold red]refused:[/] {escape(message)}", highlight=False)
     raise typer.Exit(2)

@@ -242,3 +242,13 @@ def test_a_run_saves_its_template_and_evaluates_with_it(
     assert "this one is used" in result.output
     assert CliRunner().invoke(app, ["run", *flags]).exit_code == 0
     assert not saved.exists()
+
+
+def test_a_refusal_shows_what_the_row_says_and_does_not_obey_it(
+    base_directory: Path, tmp_path: Path
+) -> None:
+    data = _file(tmp_path, {"messages": [{"role": "[/red]", "content": "a"}]})
+    flags = ["--base", str(base_directory), "--data", str(data), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["run", *flags])
+    assert result.exit_code == 2, result.exception
+    assert "role is '[/red]'" in " ".join(result.output.split())
