@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UnservableBase
-from base.kernels import paged_attention
+from base.kernels import PanelWeight, paged_attention
 
 _NAME = "nibble_probe"
 _LENGTHS = (5, 3)  # two sequences, laid end to end ...
@@ -21,6 +21,7 @@ _STEPS = ((4, 2), (1, 1))  # ... whose tokens arrive in two steps, so many of ea
 _UNSERVED = {"s_aux": "attention sinks", "position_bias": "a position bias", "alibi": "ALiBi"}
 # Largest difference of logits that is rounding, as a part of the largest logit.
 _ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+_ROUNDING_IN_8_BITS = 0.1  # a last bit of the attention may tip an activation to another of 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def probe_attention(model: Any, device: torch.device) -> AttentionShape:
     except Exception as error:  # whatever a model raises when it is called as the engine does
         raise UnservableBase(f"a trial run of {type(model).__name__} fails: {error}") from error
     shape = _agreed(trial.layers, model.config.num_hidden_layers)
-    _compare(together, alone)
+    _compare(together, alone, _rounding(model, alone.dtype))
     return shape
 
 
@@ -187,14 +188,19 @@ def _agreed(layers: list[tuple[int, AttentionShape]], num_layers: int) -> Attent
     return AttentionShape(num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim)
 
 
-def _compare(together: Tensor, alone: Tensor) -> None:
+def _rounding(model: Any, dtype: torch.dtype) -> float:
+    eight = any(isinstance(getattr(m, "weight", None), PanelWeight) for m in model.modules())
+    return _ROUNDING_IN_8_BITS if eight else _ROUNDING[dtype]
+
+
+def _compare(together: Tensor, alone: Tensor, rounding: float) -> None:
     if not together.isfinite().all():
         raise UnservableBase(
             f"the base gives logits that are not finite in {alone.dtype}; try float32 or bfloat16"
         )
     largest = alone.abs().max().clamp(min=1e-6)
     difference = float((together - alone).abs().max() / largest)
-    if not difference <= _ROUNDING[alone.dtype]:
+    if not difference <= rounding:
         raise UnservableBase(
             f"logits of a mixed batch differ from those of one sequence by {difference:.1e} of the "
             "largest: the model does not follow position ids, or its sequences mix"
