@@ -29,7 +29,7 @@ from base.mini import held_out, model, packing, tokenizer
 from base.mini.environment import environment
 from base.mini.scoring import score
 
-STEPS = 16_000
+STEPS = 9_000
 RATE = 3e-3
 WARM_UP = 50
 DECAY_FROM = 0.42
