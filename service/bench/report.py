@@ -136,7 +136,7 @@ def memory_table(memory: Mapping[str, Any]) -> Table:
     rows = {
         "resident (RSS)": rss,
         "  NF4 weights": memory["nf4_bytes"],
-        f"  embeddings, {memory['dtype']}": memory["embedding_bytes"],
+        "  embeddings": memory["embedding_bytes"],
         "  KV cache, when it is full": memory["kv_cache_bytes"],
         "  mapped files (libraries)": rss - memory["anonymous_bytes"],
         "peak while loading": memory["peak_rss_bytes"],
