@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def _setting(figures: Figures) -> str:
         f"{figures['new_tokens']} out unless the workload says otherwise; LoRA and DoRA of rank "
         f"{figures['lora_rank']} on all linear layers. Every peer has its own process and the same "
         f"weights, prompts and threads; they take turns. Rounds: {tries}.\n\n"
-        f"    {figures['command']}"
+        f"    {_without_paths(figures['command'])}"
     )
 
 
@@ -161,3 +162,13 @@ def _pair(times: Figures | None) -> str:
 
 def _spread(ratio: Figures) -> str:
     return f"{ratio['ratio']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+
+
+def _without_paths(command: str) -> str:
+    """The command without the places of this machine: where models are kept and the JSON goes."""
+    words = shlex.split(command)
+    for option in ("--cache", "--json"):
+        if option in words[:-1]:
+            at = words.index(option)
+            del words[at : at + 2]
+    return shlex.join(words)

@@ -37,7 +37,7 @@ def figures() -> dict[str, Any]:
         "threads": 2,
         "rounds": {"nibble fast": 3, "peft": 1},
         "lora_rank": 16,
-        "command": "nibble bench --suite full",
+        "command": "nibble bench --suite full --cache /a/b --json /c/d.json --llama",
         "date": "2026-01-02",
         "machine": {
             "cpu": "A CPU & more",
@@ -78,7 +78,7 @@ def test_the_page_says_all_that_the_figures_say(figures: dict[str, Any], tmp_pat
     assert text.count("3.50 (3.00 to 4.00)") == 2
     assert "20.0 GB/s" in text
     assert "not available" in text
-    assert "    nibble bench --suite full" in text
+    assert "    nibble bench --suite full --llama\n" in text  # no places of this machine
     assert "- torch 9.9" in text
     assert "- llama.cpp is not measured: no reason" in text
     for block in text.split("\n\n"):
