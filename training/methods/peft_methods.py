@@ -182,6 +182,14 @@ def _names(base: Base, wanted: tuple[str, ...]) -> list[str]:
     return sorted({last_part(path) for path in targets(base, wanted)})
 
 
+def _check_divides(field: str, value: int, what: str, widths: set[int]) -> None:
+    if any(width % value for width in widths):
+        raise MethodError(
+            f"method.{field} {value} must divide the {what} {sorted(widths)}; "
+            f"{math.gcd(*widths)} does"
+        )
+
+
 def _adalora(base: Base, run: TrainConfig) -> peft.PeftConfig:
     m, steps = run.method, run.optim.steps
     assert isinstance(m, schema.AdaLora)
@@ -206,11 +214,7 @@ def _vblora(base: Base, run: TrainConfig) -> peft.PeftConfig:
     m = run.method
     assert isinstance(m, schema.VbLora)
     widths = {w for t in targets(base, m.targets).values() for w in (t.in_features, t.out_features)}
-    if any(width % m.vector_length for width in widths):
-        raise MethodError(
-            f"method.vector_length {m.vector_length} must divide the widths {sorted(widths)}; "
-            f"{math.gcd(*widths)} does"
-        )
+    _check_divides("vector_length", m.vector_length, "widths", widths)
     return peft.VBLoRAConfig(
         r=m.rank,
         num_vectors=m.vectors,
@@ -259,11 +263,7 @@ def _oft(base: Base, run: TrainConfig) -> peft.PeftConfig:
     m = run.method
     assert isinstance(m, schema.Oft)
     widths = {target.in_features for target in targets(base, m.targets).values()}
-    if any(width % m.block_size for width in widths):
-        raise MethodError(
-            f"method.block_size {m.block_size} must divide the input widths {sorted(widths)}; "
-            f"{math.gcd(*widths)} does"
-        )
+    _check_divides("block_size", m.block_size, "input widths", widths)
     return peft.OFTConfig(
         r=0,
         oft_block_size=m.block_size,
