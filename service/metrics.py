@@ -75,7 +75,11 @@ class Metrics:
         self._max_lora = "0"
         self._lora_lock = threading.Lock()
         self._lora_labels: tuple[str, str, str] | None = None
+        self._of_the_engine()
+        self._of_requests()
+        self._of_adapters()
 
+    def _of_the_engine(self) -> None:
         self._running = self._gauge("vllm:num_requests_running", "Requests that run.")
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait.")
         self._usage = self._gauge("vllm:kv_cache_usage_perc", "KV-cache usage; 1 is full.")
@@ -88,6 +92,11 @@ class Metrics:
             "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
         )
         self._hits = self._counter("vllm:prefix_cache_hits", "Of these, tokens found.")
+        self._step_tokens = self._histogram(
+            "vllm:iteration_tokens_total", "Tokens of one step of the engine.", _TOKENS
+        )
+
+    def _of_requests(self) -> None:
         self._ttft = self._histogram(
             "vllm:time_to_first_token_seconds", "Time to first token.", _TTFT
         )
@@ -116,9 +125,6 @@ class Metrics:
         self._output_length = self._histogram(
             "vllm:request_generation_tokens", "Tokens generated for a request.", _TOKENS
         )
-        self._step_tokens = self._histogram(
-            "vllm:iteration_tokens_total", "Tokens of one step of the engine.", _TOKENS
-        )
         ended = Counter(
             "vllm:request_success",
             "Requests that ended, by reason.",
@@ -126,8 +132,10 @@ class Metrics:
             registry=self.registry,
         )
         self._ended = {
-            reason: ended.labels(model_name, reason) for reason in sorted(set(_REASONS.values()))
+            reason: ended.labels(self._model, reason) for reason in sorted(set(_REASONS.values()))
         }
+
+    def _of_adapters(self) -> None:
         # vLLM gives this one no model_name, and gateways parse it as it is there.
         self._lora = Gauge(
             "vllm:lora_requests_info",
@@ -135,7 +143,6 @@ class Metrics:
             ("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
             registry=self.registry,
         )
-
         self._loads = self._counter("nibble:adapter_loads", "Adapters brought to memory.")
         self._load_seconds = self._histogram(
             "nibble:adapter_load_seconds", "From asking for a cold adapter to having it.", _LOAD
@@ -154,7 +161,7 @@ class Metrics:
             ("model_name", "tier"),
             registry=self.registry,
         )
-        self._sought = {t: sought.labels(model_name, t) for t in ("slot", "host", "store")}
+        self._sought = {t: sought.labels(self._model, t) for t in ("slot", "host", "store")}
         self._adapter_hits = self._counter(
             "nibble:adapter_hits", "Requests whose adapter was in its slot already."
         )
@@ -164,7 +171,7 @@ class Metrics:
             ("model_name", "tier"),
             registry=self.registry,
         )
-        self._evicted = {tier: evicted.labels(model_name, tier) for tier in ("slot", "host")}
+        self._evicted = {tier: evicted.labels(self._model, tier) for tier in ("slot", "host")}
 
     # The observer's side: called from the engine's thread.
 
