@@ -171,7 +171,7 @@ class _Passage:
         if answer.status >= 500:
             log_failure(error)
         self._refusal = None
-        await answer.reply(self._scope["request_id"])(self._scope, self.receive, self.send)
+        await answer.reply(self._scope)(self._scope, self.receive, self.send)
 
     async def _linger(self) -> None:
         """Read a little more of a body that nobody wants: a connection that is closed with unread

@@ -7,7 +7,8 @@ Every refusal has the same envelope:
      "field": "parameters.temperature",     (where one field is to blame)
      "request_id": "…"}
 
-`error` and `error_type` are the two keys that text-generation clients read.
+`error` and `error_type` are the two keys that text-generation clients read. Under /v1 it is
+OpenAI's envelope (`service.api.openai_errors`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from adapters.errors import (
     AdapterError,
@@ -38,6 +40,7 @@ from adapters.errors import (
     UnsupportedMedia,
 )
 from service.admission import Loading
+from service.api.openai_errors import openai_envelope, openai_status, speaks_openai
 from service.errors import (
     AdapterLoadFailed,
     Draining,
@@ -106,8 +109,13 @@ class Failure:
             body["field"] = self.field
         return body | {"request_id": request_id}
 
-    def reply(self, request_id: str) -> JSONResponse:
-        return JSONResponse(self.envelope(request_id), self.status, dict(self.headers))
+    def reply(self, scope: Scope) -> JSONResponse:
+        """In the envelope of the skin that `scope`'s path belongs to."""
+        headers = dict(self.headers)
+        if not speaks_openai(scope["path"]):
+            return JSONResponse(self.envelope(scope["request_id"]), self.status, headers)
+        body = openai_envelope(self.status, self.error_type, self.message, self.field)
+        return JSONResponse(body, openai_status(self.status), headers)
 
 
 # The first class that fits decides: subclasses stand before their bases.
@@ -180,7 +188,7 @@ async def _reply(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError) and not _is_json(request):
         wanted = "send a body with Content-Type: application/json"
         answer = Failure(415, "unsupported_media", wanted)
-    return answer.reply(request.scope["request_id"])
+    return answer.reply(request.scope)
 
 
 def log_failure(error: BaseException) -> None:
