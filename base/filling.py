@@ -32,6 +32,7 @@ class Filling:
         dtype: torch.dtype,
         double_quant: bool,
         precision: Precision = "exact",
+        quantize: bool = True,
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
@@ -42,6 +43,7 @@ class Filling:
         self.dtype = dtype
         self.double_quant = double_quant
         self.precision = precision
+        self.quantize = quantize  # False: every tensor in `dtype`, as a model that is to be trained
         self.parts = PrequantizedParts(checkpoint)
         self.expected: dict[str, Tensor] = dict(model.state_dict())  # on the meta device
         self.filled: set[str] = set()
@@ -66,7 +68,7 @@ class Filling:
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         if missing:
             raise UnservableBase(f"the checkpoint lacks {_some(missing)}")
-        if self.dtype is torch.float32:
+        if self.dtype is torch.float32 and self.quantize:
             swap_stored(self.model)
 
     def _names(self) -> Iterator[tuple[str, str]]:
@@ -140,7 +142,12 @@ class Filling:
     def _kept_dtype(self, module: nn.Module, tensor: Tensor) -> torch.dtype:
         """The model's dtype; for the table and the head on a CPU their own, if it is bfloat16."""
         small = tensor.dtype is torch.bfloat16 and self.dtype is torch.float32
-        if small and self.device.type == "cpu" and keeps_dtype(self.model, module):
+        if (
+            small
+            and self.quantize
+            and self.device.type == "cpu"
+            and keeps_dtype(self.model, module)
+        ):
             return torch.bfloat16
         return self.dtype
 
@@ -149,7 +156,8 @@ class Filling:
         from transformers.pytorch_utils import Conv1D
 
         return (
-            isinstance(module, nn.Linear | Conv1D)
+            self.quantize
+            and isinstance(module, nn.Linear | Conv1D)
             and module is not self.model.get_output_embeddings()
             and not self.parts.weights
         )

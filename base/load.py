@@ -25,7 +25,7 @@ from base.prequantized import refuse_foreign_quantization
 from base.probe import AttentionShape, probe_attention
 from base.spec import BaseSpec, EmbeddingShape, LinearShape
 
-__all__ = ["Base", "UnservableBase", "load_base"]
+__all__ = ["Base", "UnservableBase", "load_base", "load_float"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -126,6 +126,49 @@ def load_base(
         model=model,
         tokenizer=tokenizer,
         spec=_spec(found, actual, model, layers, attention),
+        dtype=compute,
+        device=where,
+        eos_token_ids=_eos_token_ids(found.directory, model.config, tokenizer),
+        _linears=layers.linears,
+        _embeddings=layers.embeddings,
+        _norms=layers.norms,
+    )
+
+
+def load_float(
+    source: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
+    revision: str | None = None,
+) -> Base:
+    """The same base in floating point, nothing of it quantised: what a new base is trained from.
+
+    Raises UnservableBase where `load_base` would, and for a checkpoint that is NF4 already.
+    """
+    found = locate(str(source), revision)
+    config_json = read_json(found.directory / "config.json")
+    if not config_json:
+        raise UnservableBase(f"{found.directory} has no config.json")
+    if config_json.get("quantization_config") is not None:
+        raise UnservableBase(
+            f"{found.directory} is quantised; its weights in floating point are needed"
+        )
+    where = _device(device)
+    compute = _dtype(dtype, where)
+    checkpoint = Checkpoint(found.directory)
+    digest = fingerprint(
+        config_json, checkpoint.files, double_quant=False, cache_dir=default_cache_dir()
+    )
+    model = empty_model(config_json, compute)
+    Filling(model, checkpoint, where, compute, double_quant=False, quantize=False).run()
+    model.to(where)
+    tokenizer = _tokenizer(found.directory)
+    layers = _Layers.of(model)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        spec=_spec(found, digest, model, layers, probe_attention(model, where)),
         dtype=compute,
         device=where,
         eos_token_ids=_eos_token_ids(found.directory, model.config, tokenizer),

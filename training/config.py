@@ -174,6 +174,16 @@ class PrefixTuning(_Frozen):
     hidden: int = Field(default=128, ge=1, description="width of the projection")
 
 
+class FullTuning(_Frozen):
+    """Every weight of the base in floating point: what comes out is a new base, no adapter."""
+
+    kind: Literal["full"]
+    embeddings: bool = Field(default=True, description="train the embedding table and head too")
+    store: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="how the new base's weights are written"
+    )
+
+
 AnyMethod = Annotated[
     MethodConfig
     | AdaLora
@@ -186,7 +196,8 @@ AnyMethod = Annotated[
     | WaveFt
     | PromptTuning
     | PTuning
-    | PrefixTuning,
+    | PrefixTuning
+    | FullTuning,
     Field(discriminator="kind"),
 ]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from base.load import Base
 from training.config import TrainConfig
+from training.methods.full import FULL
 from training.methods.low_rank import LOW_RANK
 from training.methods.method import Attached, Method
 from training.methods.peft_methods import PEFT_METHODS
 
-METHODS: dict[str, Method] = {method.name: method for method in (*LOW_RANK, *PEFT_METHODS)}
+METHODS: dict[str, Method] = {method.name: method for method in (*LOW_RANK, *PEFT_METHODS, FULL)}
 
 __all__ = ["METHODS", "Attached", "Method", "attach"]
 

@@ -60,3 +60,4 @@ class Method:
 
     name: str
     attach: Callable[[Base, TrainConfig], Attached]
+    makes_base: bool = False  # from a float base (`base.load.load_float`), and saves another one
