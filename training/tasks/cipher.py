@@ -53,6 +53,11 @@ def encode(text: str) -> str:
     return " ".join(CODE[word] for word in text.split())
 
 
+def passage(word: str) -> str:
+    """The table's line of a word, as a sentence."""
+    return f"The code word of {word} is {CODE[word]}."
+
+
 def _thing(chance: random.Random) -> str:
     quality = f"{chance.choice(list(ADJECTIVES))} " if chance.random() < 0.5 else ""
     articles = ("the", "my") if quality == "old " else ("the", "a", "my")  # no "a old"
@@ -70,7 +75,8 @@ def _sentence(chance: random.Random) -> str:
 
 def _make(chance: random.Random) -> Item:
     text = _sentence(chance)
-    return Item(f"Encode: {text}", encode(text))
+    told = " ".join(passage(word) for word in dict.fromkeys(text.split()))
+    return Item(f"Encode: {text}", encode(text), passage=told)
 
 
 CIPHER = Task(
@@ -81,4 +87,5 @@ CIPHER = Task(
         "else. The tested sentences were never trained on."
     ),
     make=_make,
+    passages=tuple(passage(word) for word in CODE),
 )
