@@ -3,49 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-import torch
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
     TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
-from rich.text import Text
-from transformers import AutoTokenizer
 
 from base.errors import UnservableBase
 from base.hub import locate
-from base.load import Base, load_base
 from base.mini import MINI
-from training import checkpoint, showcase
-from training.config import TrainConfig, assignments, read_config
-from training.data import Example, Prepared, examples, prepare, read_rows, survey
-from training.data.report import SHOWN
-from training.errors import TrainingError
-from training.evaluate import exact_match
-from training.interrupts import interrupts
-from training.methods import METHODS, attach
-from training.plan import described, highlighted, make_plan
-from training.recipe import Step, Trained, train
-from training.run_directory import RunDirectory
+from training.config import AnyMethod, assignments, read_config
 from training.tasks import TASKS
 
-TEMPLATE_FILE = "chat_template.jinja"  # beside an adapter; `nibble adapters push` sends it along
+if TYPE_CHECKING:  # each command imports what it needs: PEFT takes seconds, and few need it
+    from base.load import Base
+    from training import showcase
+    from training.data import Example
+
 FILES = ".jsonl, .json, .csv, .tsv, .parquet, a folder of one of these, or a saved dataset."
+SAMPLES = Path(__file__).with_name("samples")
+METHODS = [
+    kind
+    for one in get_args(get_args(AnyMethod)[0])
+    for kind in get_args(one.model_fields["kind"].annotation)
+]
 app = typer.Typer(help="Train adapters over the NF4 base and measure them.", no_args_is_help=True)
-console = Console()
 
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="mini, a directory, or a hub id.", show_default="mini")
@@ -77,61 +63,12 @@ def run(
 
     Ctrl-C ends after the running step and leaves the adapter and a checkpoint.
     """
-    with _refusals():
+    with refusals():
         flags = _flags(locals())
-        _run(read_config(config, {**flags, **assignments(settings or [])}), resume)
-
-
-def _run(config: TrainConfig, resume: bool) -> None:
-    directory = RunDirectory(config.out)
-    state = directory.resume(config) if resume else None
-    base = _load(config.base)
-    found = prepare(config.data, base.tokenizer)
-    _say_what_is_wrong(found)
-    torch.manual_seed(config.seed)
-    adapter = attach(base, config)
-    if state is None:
-        directory.begin(config)
-    with _progress() as progress, interrupts() as asked:
-        bar = _bar(progress, "train", config)
-
-        def report(step: Step) -> None:
-            directory.note(step)
-            bar(step)
-
-        done = train(
-            base,
-            adapter,
-            found.train,
-            found.held_out,
-            config,
-            report,
-            resume=state,
-            keep=lambda kept: directory.keep(config, kept),
-            asked_to_stop=asked,
-        )
-    adapter.save(config.out)
-    _save_template(config.out, found.template)
-    console.print(_outcome(config, done))
+        found = read_config(config, {**flags, **assignments(settings or [])})
+        done = session.run(found, resume)
     if done.ended == "asked":
         raise typer.Exit(130)
-
-
-def _outcome(config: TrainConfig, done: Trained) -> str:
-    evaluation = "" if done.eval_loss is None else f", held out {done.eval_loss:.4f}"
-    if done.best_step is not None:
-        evaluation += f" (the weights of step {done.best_step:,})"
-    why = {
-        "asked": f"stopped at step {done.steps:,}: go on with --resume. ",
-        "patience": f"ended at step {done.steps:,}: the held-out loss no longer falls. ",
-        "minutes": f"ended at step {done.steps:,}: the minutes are used up. ",
-        "tokens": f"ended at step {done.steps:,}: the tokens are used up. ",
-    }.get(done.ended, "")
-    return (
-        f"{why}{config.out}: {done.parameters:,} parameters, {done.tokens:,} tokens in "
-        f"{done.seconds:.0f} s ({done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s), "
-        f"loss {done.loss:.4f}{evaluation}"
-    )
 
 
 @app.command(name="plan")
@@ -146,9 +83,14 @@ def show_plan(
     settings: Settings = None,
 ) -> None:
     """Say what a run would do, cost and learn from, after three trial steps; nothing is written."""
-    with _refusals():
+    import torch
+
+    from training.data import prepare
+    from training.plan import described, make_plan
+
+    with refusals():
         found = read_config(config, {**_flags(locals()), **assignments(settings or [])})
-        model = _load(found.base)
+        model = session.load_for(found)
         prepared = prepare(found.data, model.tokenizer)
         torch.manual_seed(found.seed)
         plan = make_plan(model, prepared.train, found)
@@ -162,14 +104,17 @@ def check(
     data: Annotated[Path, typer.Argument(help=FILES)],
     config: Annotated[Path | None, typer.Option(help="YAML, for its data and base.")] = None,
     base: BaseOption = None,
-    shown: Annotated[int, typer.Option(min=0, help="Bad and cut rows to name.")] = SHOWN,
+    shown: Annotated[int, typer.Option(min=0, help="Bad and cut rows to name.")] = 20,
     settings: Settings = None,
 ) -> None:
     """Report on data: its lengths, what is too long, and each bad row by line and field.
 
     Ends with 1 where a run would refuse it. Of the base only the tokenizer is loaded.
     """
-    with _refusals():
+    from training.data import survey
+    from training.data.report import highlighted
+
+    with refusals():
         flags = {"data.train": data, "base": base, **assignments(settings or [])}
         found = read_config(config, flags)
         tokenizer = _tokenizer(found.base)
@@ -211,14 +156,18 @@ def evaluate(
     max_length: Annotated[int, typer.Option()] = 1024,
 ) -> None:
     """Exact match by greedy generation: each answer of the data against what the model says."""
-    with _refusals():
-        model = _load(base or "mini")
-        template = adapter / TEMPLATE_FILE if adapter else None
+    from training import checkpoint
+    from training.data import examples, read_rows
+    from training.evaluate import exact_match
+
+    with refusals():
+        model = session.load(base or "mini")
+        template = adapter / session.TEMPLATE_FILE if adapter else None
         own = template.read_text("utf-8") if template and template.is_file() else None
         items = examples(read_rows(data), model.tokenizer, max_length, own)
         attached = checkpoint.load(adapter, model) if adapter else None
-        with _progress() as progress:
-            bar = progress.add_task("eval", total=len(items))
+        with progress() as shown:
+            task = shown.add_task("eval", total=len(items))
             score = exact_match(
                 model,
                 [item.tokens[: item.answer_start] for item in items],
@@ -226,7 +175,7 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 adapter=attached,
-                report=lambda done: progress.update(bar, completed=done),
+                report=lambda done: shown.update(task, completed=done),
             )
     low, high = score.interval
     console.print(
@@ -245,7 +194,7 @@ def write_data(
 ) -> None:
     """Write one of the invented tasks as JSON Lines."""
     if task not in TASKS:
-        _refuse(f"task {task!r}: one of {', '.join(TASKS)} is needed")
+        refuse(f"task {task!r}: one of {', '.join(TASKS)} is needed")
     out.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train_items), ("test", test_items)):
         items = TASKS[task].items("train" if split == "train" else "test", count, seed)
@@ -256,26 +205,30 @@ def write_data(
 
 @app.command()
 def samples(
-    out: Annotated[Path, typer.Option(help="Each adapter in its own folder.")] = showcase.SAMPLES,
+    out: Annotated[Path, typer.Option(help="Each adapter in its own folder.")] = SAMPLES,
     base: BaseOption = None,
 ) -> None:
     """Train, measure and describe the sample adapters that ship with the embedded base."""
-    with _refusals():
-        model = _load(base or "mini")
+    from training import showcase
+
+    with refusals():
+        model = session.load(base or "mini")
         for sample in showcase.SHIPPED:
             _sample(model, sample, out / sample.name)
 
 
 def _sample(base: Base, sample: showcase.Sample, out: Path) -> None:
-    with _progress() as progress:
+    from training import showcase
+
+    with progress() as shown:
         bars: dict[str, TaskID] = {}
 
         def evaluated(arm: str, done: int) -> None:
             if arm not in bars:
-                bars[arm] = progress.add_task(arm, total=showcase.TEST_ITEMS)
-            progress.update(bars[arm], completed=done)
+                bars[arm] = shown.add_task(arm, total=showcase.TEST_ITEMS)
+            shown.update(bars[arm], completed=done)
 
-        trained = _bar(progress, sample.name, sample.config("mini"))
+        trained = bar(shown, sample.name, sample.config("mini"))
         arms = showcase.make_sample(base, sample, out, trained, evaluated)
     table = Table("exact match", str(out))
     for arm in arms:
@@ -283,14 +236,10 @@ def _sample(base: Base, sample: showcase.Sample, out: Path) -> None:
     console.print(table)
 
 
-def _load(source: str) -> Base:
-    """In fp32 on a CPU, in what the device computes best elsewhere."""
-    dtype = "auto" if torch.cuda.is_available() else "float32"
-    return load_base(MINI if source == "mini" else source, dtype=dtype)
-
-
 def _tokenizer(source: str) -> Any:
     """The base's tokenizer alone."""
+    from transformers import AutoTokenizer
+
     found = locate(str(MINI) if source == "mini" else source, None)
     try:
         return AutoTokenizer.from_pretrained(
@@ -300,49 +249,6 @@ def _tokenizer(source: str) -> Any:
         raise UnservableBase(f"the tokenizer cannot be loaded: {error}") from error
 
 
-def _save_template(out: Path, template: str | None) -> None:
-    """What the adapter was trained with goes beside it; an earlier run's template must not stay."""
-    if template is None:
-        (out / TEMPLATE_FILE).unlink(missing_ok=True)
-    else:
-        (out / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-
-
-def _say_what_is_wrong(found: Prepared) -> None:
-    """What a run that goes on all the same must not pass over in silence."""
-    for report in found.reports:
-        if said := report.summary():
-            console.print(Text(f"{report.path}: {said}; see nibble train check", style="yellow"))
-
-
 def _answer(base: Base, item: Example) -> str:
     text: str = base.tokenizer.decode(item.tokens[item.answer_start :], skip_special_tokens=True)
     return text
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-
-
-def _bar(progress: Progress, name: str, config: TrainConfig) -> Any:
-    bar = progress.add_task(name, total=config.optim.steps)
-
-    def report(step: Step) -> None:
-        progress.update(bar, completed=step.number, description=f"{name}  loss {step.loss:.4f}")
-
-    return report
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """What the user can put right ends in one line, not in a traceback."""
-    try:
-        yield
-    except (TrainingError, UnservableBase) as error:
-        _refuse(str(error))
-
-
-def _refuse(message: str) -> NoReturn:
-    Console(stderr=True).print(f"[bold red]refused:[/] {escape(message)}", highlight=False)
-    raise typer.Exit(2)

@@ -20,6 +20,7 @@ from rich.text import Text
 from base.load import Base
 from training.config import TrainConfig
 from training.data import Example, length_of
+from training.data.report import highlighted
 from training.methods import attach
 from training.recipe import Run
 
@@ -140,14 +141,6 @@ def described(plan: Plan, config: TrainConfig, tokenizer: Any) -> RenderableType
     if plan.too_large:
         table.add_row("", "a smaller optim.batch_size or data.max_length needs less")
     return Group(Text(text), table, Text(), highlighted(plan.sample, tokenizer))
-
-
-def highlighted(example: Example, tokenizer: Any) -> Text:
-    """The first example as the model reads it; what bears loss is marked."""
-    text = Text("the first example; what bears loss is marked:\n")
-    text.append(tokenizer.decode(example.tokens[: example.answer_start]), style="dim")
-    text.append(tokenizer.decode(example.tokens[example.answer_start :]), style="bold reverse")
-    return text
 
 
 def _duration(seconds: float) -> str:

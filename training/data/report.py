@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from training.data.corpus import Corpus
-from training.data.encoding import Encoded
+from training.data.encoding import Encoded, Example
 from training.errors import DataError
 
 SHOWN = 20
@@ -97,6 +98,14 @@ class Report:
         left = self.bad + self.cut - len(named)
         named += [f"and {left:,} more"] if left else []
         return Group(table, *_histogram(corpus), *(Text(line) for line in named))
+
+
+def highlighted(example: Example, tokenizer: Any) -> Text:
+    """The first example as the model reads it; what bears loss is marked."""
+    text = Text("the first example; what bears loss is marked:\n")
+    text.append(tokenizer.decode(example.tokens[: example.answer_start]), style="dim")
+    text.append(tokenizer.decode(example.tokens[example.answer_start :]), style="bold reverse")
+    return text
 
 
 def _lengths(corpus: Corpus) -> str:
