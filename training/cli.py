@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from rich.progress import (
-    TaskID,
-)
+from rich.progress import TaskID
 from rich.table import Table
 
 from base.errors import UnservableBase
@@ -18,6 +16,7 @@ from base.hub import locate
 from base.mini import MINI
 from training.config import AnyMethod, assignments, read_config
 from training.tasks import TASKS
+from training.terminal import bar, console, progress, refusals, refuse
 
 if TYPE_CHECKING:  # each command imports what it needs: PEFT takes seconds, and few need it
     from base.load import Base
@@ -59,10 +58,12 @@ def run(
     settings: Settings = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
 ) -> None:
-    """Train one adapter and write it in PEFT's format.
+    """Train one adapter and write it in PEFT's format (method full: a new base).
 
     Ctrl-C ends after the running step and leaves the adapter and a checkpoint.
     """
+    from training import session
+
     with refusals():
         flags = _flags(locals())
         found = read_config(config, {**flags, **assignments(settings or [])})
@@ -85,6 +86,7 @@ def show_plan(
     """Say what a run would do, cost and learn from, after three trial steps; nothing is written."""
     import torch
 
+    from training import session
     from training.data import prepare
     from training.plan import described, make_plan
 
@@ -156,7 +158,7 @@ def evaluate(
     max_length: Annotated[int, typer.Option()] = 1024,
 ) -> None:
     """Exact match by greedy generation: each answer of the data against what the model says."""
-    from training import checkpoint
+    from training import checkpoint, session
     from training.data import examples, read_rows
     from training.evaluate import exact_match
 
@@ -209,7 +211,7 @@ def samples(
     base: BaseOption = None,
 ) -> None:
     """Train, measure and describe the sample adapters that ship with the embedded base."""
-    from training import showcase
+    from training import session, showcase
 
     with refusals():
         model = session.load(base or "mini")

@@ -37,6 +37,7 @@ class Step:
     loss: float  # mean over the tokens of the batch that bear loss
     learning_rate: float
     tokens: int  # of all kinds, padding left out, since the run began
+    seconds: float = 0.0  # of all steps, since the run began
     eval_loss: float | None = None  # where this step was evaluated
 
 
@@ -106,7 +107,9 @@ class Run:
         learning_rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         progress.seconds += time.perf_counter() - started
-        return Step(progress.step, progress.losses[-1], learning_rate, progress.tokens)
+        return Step(
+            progress.step, progress.losses[-1], learning_rate, progress.tokens, progress.seconds
+        )
 
     def evaluate(self, held_out: Sequence[Example]) -> float:
         """The loss on `held_out`; the best weights so far are kept."""
