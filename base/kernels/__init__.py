@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import cuda, native, reference
+from . import cuda, native, reference, tiles
 from .decoder import PLACES, AdapterTable, DecoderHalves, LayerRecord, Room, Spans, StepRecord
 from .decoder import Linear as LinearPlace
 from .decoder import Norm as NormPlace
@@ -48,7 +48,9 @@ __all__ = [
     "linears",
     "lowrank_add",
     "native_status",
+    "nf4_backward",
     "nf4_linear",
+    "nf4_training_product",
     "paged_attention",
     "panels_serve",
     "steps",
@@ -94,6 +96,8 @@ def nf4_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     With the C library the bits of a row of y depend on that row of x alone: not on how many rows
     there are, where it stands among them, or the number of threads. A `PanelWeight` multiplies in
     8 bits (csrc/fast.h): an error of about 8e-3 of the result's norm; its gradient is exact.
+    Where a gradient is asked for, many rows are multiplied by tiles of W in floats instead, and
+    the backward product always is: there the last bits may depend on the number of rows.
     """
     _check_linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -161,11 +165,27 @@ class _NF4Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
         ctx.weight = weight
-        return _forward(x, weight, None)
+        return nf4_training_product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return reference.nf4_backward(grads[0], ctx.weight), None
+        return nf4_backward(grads[0], ctx.weight), None
+
+
+def nf4_training_product(x: Tensor, weight: Weight) -> Tensor:
+    """x Wᵀ as `nf4_linear` computes it where a gradient is asked for; itself it records none."""
+    many = x.numel() >= tiles.MANY_ROWS * x.shape[-1]
+    exact = isinstance(weight, NF4Weight)
+    if many and exact and _native is not None and _native_takes(x) and tiles.takes(weight):
+        return tiles.multiply(_native, x, weight)
+    return _forward(x, weight, None)
+
+
+def nf4_backward(grad_y: Tensor, weight: Weight) -> Tensor:
+    """∂L/∂x = ∂L/∂y W: grad_y [..., out] -> [..., in]; W is made floats by tiles of rows."""
+    if _native is not None and _native_takes(grad_y) and tiles.takes(weight):
+        return tiles.backward(_native, grad_y, weight)
+    return reference.nf4_backward(grad_y, weight)
 
 
 def steps() -> Steps | None:

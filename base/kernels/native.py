@@ -24,6 +24,7 @@ REASON = "_native.txt"
 _I64 = ctypes.c_int64
 _PTR = ctypes.c_void_p
 _PRODUCT = struct.Struct("=QQQqq")  # `fast_product` of csrc/kernels.h
+Weight = NF4Weight | PanelWeight
 _STORED = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -60,6 +61,12 @@ class Native:
         self._fast_name.restype = ctypes.c_char_p
         self._fast_linear = library.nibble_fast_linear
         self._fast_linear.argtypes = [ctypes.c_char_p, _I64, _PTR, _I64, _I64, ctypes.c_int]
+        self._nf4_rows = library.nibble_nf4_rows
+        self._nf4_rows.argtypes = [ctypes.c_char_p, _I64, _I64, _PTR, ctypes.c_int]
+        self._nf4_rows.restype = None
+        self._panel_rows = library.nibble_panel_rows
+        self._panel_rows.argtypes = [_PTR, _I64, _I64, _I64, _PTR, ctypes.c_int]
+        self._panel_rows.restype = None
         self.steps = Steps(library)
         self.halves = DecoderHalves(library)
         self.isa = self.select(os.environ.get("NIBBLE_ISA"))
@@ -127,6 +134,18 @@ class Native:
             )
             _check(failed)
         return ys
+
+    def rows(self, weight: Weight, start: int, stop: int, to: Tensor) -> Tensor:
+        """Rows [start, stop) of W in NF4 as floats: `to` [stop - start, in], which is returned."""
+        assert to.shape == (stop - start, weight.shape[1]) and to.is_contiguous()
+        assert 0 <= start <= stop <= weight.shape[0]
+        place = (start, stop, to.data_ptr(), torch.get_num_threads())
+        if isinstance(weight, PanelWeight):
+            assert weight.bits == 4, "8-bit panels have no such kernel"
+            self._panel_rows(weight.panels.data_ptr(), weight.shape[1], *place)
+        else:
+            self._nf4_rows(weight.record, *place)
+        return to
 
     def lowrank_add(self, y: Tensor, x: Tensor, plan: LowRankPlan) -> Tensor:
         if plan.segments:

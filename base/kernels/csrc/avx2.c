@@ -4,8 +4,9 @@
 #include "lowrank.h"
 #include "dense.h"
 #include "step.h"
+#include "rows.h"
 
 const kernel_table kernels_avx2 = {
     "avx2", nf4_linear, nf4_workspace, lowrank_add, attention, attention_workspace,
-    dense_linear, dense_workspace, norm, rotary, each,
+    dense_linear, dense_workspace, norm, rotary, each, nf4_rows, panel_rows,
 };

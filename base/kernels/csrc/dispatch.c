@@ -174,3 +174,14 @@ EXPORT void nibble_each(int kind, const float *a, const float *b, float cap, flo
                         int64_t size, int threads) {
     selected->each(kind, a, b, cap, to, size, threads_for(size, threads));
 }
+
+/* Rows [start, stop) of a weight in floats; of panels, those of 4 bits. */
+EXPORT void nibble_nf4_rows(const nf4_weight *w, int64_t start, int64_t stop, float *to,
+                            int threads) {
+    selected->nf4_rows(w, start, stop, to, threads_for((stop - start) * w->in, threads));
+}
+
+EXPORT void nibble_panel_rows(const uint8_t *panels, int64_t in, int64_t start, int64_t stop,
+                              float *to, int threads) {
+    selected->panel_rows(panels, in, start, stop, to, threads_for((stop - start) * in, threads));
+}

@@ -86,6 +86,9 @@ typedef struct {
                    int64_t dim, int threads);
     void (*each)(int kind, const float *a, const float *b, float cap, float *to, int64_t size,
                  int threads);
+    void (*nf4_rows)(const nf4_weight *w, int64_t start, int64_t stop, float *to, int threads);
+    void (*panel_rows)(const uint8_t *panels, int64_t in, int64_t start, int64_t stop, float *to,
+                       int threads);
 } kernel_table;
 
 extern const kernel_table kernels_portable;

@@ -26,4 +26,5 @@ LD_PRELOAD="$("$CC" -print-file-name=libasan.so) $("$CC" -print-file-name=libubs
     tests/base/kernels/test_native_lowrank.py \
     tests/base/kernels/test_native_attention.py \
     tests/base/kernels/test_native_steps.py \
+    tests/base/kernels/test_tiles.py \
     tests/base/fused/test_decoder.py "$@"
