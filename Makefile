@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py base/kernels/bu
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(PIP) install --quiet --progress-bar off -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install --quiet --progress-bar off -c constraints.txt --no-build-isolation -e '.[dev,rag]'
 	@touch $@
 
 install: $(INSTALLED)
