@@ -376,22 +376,25 @@ class Engine:
             if position + 1 == len(chunk.sequence.tokens):
                 sampled.append(row)
             else:
-                self._score(chunk.sequence, position + 1, logits[row])
+                self._live[chunk.sequence.id].score(position + 1, logits[row])
         sequences = [batch.chunks[batch.logit_chunks[row]].sequence for row in sampled]
         rows = logits if len(sampled) == len(logits) else logits[sampled]
-        for sequence, choice in zip(sequences, self._sampler.sample(rows, sequences), strict=True):
-            self._accept(self._live[sequence.id], choice)
+        for i, choice in enumerate(self._sampler.sample(rows, sequences)):
+            output = self._live[sequences[i].id]
+            if output.sequence.request.pooled:
+                output.hidden = self._runner.hidden(sampled[i])
+            self._accept(output, choice)
         return len(sequences)
-
-    def _score(self, sequence: Sequence, position: int, logits: torch.Tensor) -> None:
-        value = logits[sequence.tokens[position]] - logits.logsumexp(-1)
-        self._live[sequence.id].prompt_logprobs[position] = float(value)
 
     def _accept(self, output: Output, choice: Sampled | None) -> None:
         """One more token: keep it, send it, and end the sequence if it is the last."""
         sequence = output.sequence
         if choice is None:
             fault = "the logits are not finite; the adapter is at fault"
+            self._end(sequence, "error", GenerationFailed(fault))
+            return
+        if sequence.walk is not None and not sequence.walk.advance(choice.token):
+            fault = f"the grammar of the output went past its bounds: {sequence.walk.fault}"
             self._end(sequence, "error", GenerationFailed(fault))
             return
         sequence.tokens.append(choice.token)
@@ -415,6 +418,8 @@ class Engine:
                 return "eos_token"
         if output.detokenizer.stopped:
             return "stop_sequence"
+        if sequence.walk is not None and sequence.walk.complete:
+            return "eos_token"
         if sequence.generated >= sampling.max_new_tokens:
             return "length"
         length = sequence.virtual_tokens + len(sequence.tokens)
@@ -498,6 +503,7 @@ class Engine:
                 prompt_length=len(request.prompt),
                 namespace=self._namespace(request),
                 leader=leader,
+                walk=sampling.guide.start() if sampling.guide else None,
             )
             leader = leader or sequence
             ids.append(sequence.id)

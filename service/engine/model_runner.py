@@ -31,6 +31,8 @@ class ModelRunner:
         self._operator = install(base.model, base.spec)
         if self._decoder is not None:
             self._operator.places = self._decoder.places
+        self._before_head = torch.empty(0)  # [1, L, H] of the last step
+        base.model.get_output_embeddings().register_forward_pre_hook(self._keep)
 
     @torch.inference_mode()
     def fill(self, fills: Iterable[Fill], adapters: Resident, cache: KVCache | None = None) -> None:
@@ -61,6 +63,13 @@ class ModelRunner:
                 f"{len(step.layers)} of {self.base.spec.num_layers} layers used the paged attention"
             )
         return logits.float()
+
+    def hidden(self, row: int) -> tuple[float, ...]:
+        """The hidden state [H] that gave a row of the last step's logits."""
+        return tuple(self._before_head[0, row].float().tolist())
+
+    def _keep(self, _head: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        self._before_head = arguments[0]
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         if self._decoder is not None:

@@ -6,9 +6,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from service.engine.detokenizer import Detokenizer
 from service.engine.request import Finished, FinishReason, Token
-from service.engine.sampler import Sampled
+from service.engine.sampler import Sampled, likeliest
 from service.engine.sequence import Sequence
 from service.engine.stream import Stream
 from service.errors import ServiceError
@@ -26,6 +28,8 @@ class Output:
     first: float = 0.0
     last: float = 0.0
     prompt_logprobs: dict[int, float] = field(default_factory=dict)  # by position
+    prompt_top: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    hidden: tuple[float, ...] = ()
 
     def tick(self) -> tuple[bool, float]:
         """A token has come: whether it is the first, and the seconds since the one before, or
@@ -48,6 +52,13 @@ class Output:
             Token(self.sequence.index, choice.token, text, choice.logprob, special, top, last)
         )
 
+    def score(self, position: int, logits: torch.Tensor) -> None:
+        """A row [V] of the prompt: what it says of the token at `position`, which comes next."""
+        normaliser = logits.logsumexp(-1)
+        self.prompt_logprobs[position] = float(logits[self.sequence.tokens[position]] - normaliser)
+        if count := self.sequence.request.sampling.top_logprobs:
+            self.prompt_top[position] = likeliest(logits, normaliser, count)
+
     def end(self, reason: FinishReason, error: ServiceError | None) -> Finished:
         """The last event; returns it for the observer."""
         sequence = self.sequence
@@ -69,6 +80,8 @@ class Output:
             tail=tail,
             prompt_logprobs=tuple(p for _, p in sorted(self.prompt_logprobs.items())),
             seed=sequence.seed,
+            prompt_top=tuple(top for _, top in sorted(self.prompt_top.items())),
+            hidden=self.hidden,
         )
         self.stream.push(finished)
         return finished

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from adapters.manifest import AdapterManifest, MergedDtype, Placement
 from service.errors import ServiceError
+
+if TYPE_CHECKING:
+    from service.engine.guide import Guide
 
 FinishReason = Literal["eos_token", "length", "stop_sequence", "cancelled", "error"]
 
@@ -30,6 +33,8 @@ class Sampling:
     min_new_tokens: int = 0
     ignore_eos: bool = False
     top_logprobs: int = 0  # how many alternatives to report beside the chosen token
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit)
+    guide: Guide | None = None  # what the output must look like
 
 
 class AdapterKey(NamedTuple):
@@ -82,7 +87,8 @@ class Request:
     adapter: AdapterRef | None = None
     n: int = 1
     tenant: str = ""  # salt of the cache key
-    prompt_logprobs: bool = False
+    prompt_logprobs: bool = False  # with `sampling.top_logprobs` alternatives each
+    pooled: bool = False  # reply the last token's hidden state
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,9 @@ class Finished:
     tail: str = ""  # text held back until now, when no last token carries it (cancelled, error)
     prompt_logprobs: tuple[float, ...] = ()  # of prompt tokens 1, 2, …, when they were asked for
     seed: int = 0
+    # As many as prompt_logprobs: (id, logprob), best first, when alternatives were asked for.
+    prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    hidden: tuple[float, ...] = ()  # of the prompt's last token, behind the last norm, if pooled
 
 
 Event = Token | Finished

@@ -1,9 +1,9 @@
 """Chooses the next token of each row of logits.
 
-Greedy is the argmax of the logits. Otherwise: penalties, temperature, top-k, top-p, min-p in the
-order of transformers' own processors, then inverse transform sampling with one uniform number that
-depends only on the sequence's seed and the position: the same seed gives the same text whatever
-else runs, after a preemption too.
+Greedy is the argmax of the logits. Otherwise: bias, penalties, the grammar's mask, temperature,
+top-k, top-p, min-p in the order of transformers' own processors, then inverse transform sampling
+with one uniform number that depends only on the sequence's seed and the position: the same seed
+gives the same text whatever else runs, after a preemption too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from service.engine.guide import Walk
 from service.engine.request import Sampling
 from service.engine.sequence import Sequence
 
@@ -49,7 +50,11 @@ class Sampler:
         finite = normaliser.isfinite().tolist()
         tokens, logprobs = chosen.tolist(), values.tolist()
         return [
-            Sampled(tokens[i], logprobs[i], _top(logits[i], normaliser[i], s.request.sampling))
+            Sampled(
+                tokens[i],
+                logprobs[i],
+                likeliest(logits[i], normaliser[i], s.request.sampling.top_logprobs),
+            )
             if finite[i]
             else None
             for i, s in enumerate(sequences)
@@ -59,6 +64,8 @@ class Sampler:
         sampling = sequence.request.sampling
         return (
             sampling.do_sample
+            or sequence.walk is not None
+            or bool(sampling.logit_bias)
             or bool(self._held_back(sequence))
             or (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
             != (1.0, 0.0, 0.0)
@@ -76,9 +83,13 @@ class Sampler:
     def _choose(self, logits: torch.Tensor, sequence: Sequence) -> int:
         sampling = sequence.request.sampling
         row = logits.clone()
+        for token, bias in sampling.logit_bias:
+            row[token] += bias
         _penalise(row, sequence, sampling)
         if held := self._held_back(sequence):
             row[held] = -torch.inf
+        if sequence.walk is not None:
+            row = guided(row, logits, sequence.walk)
         if not sampling.do_sample or sampling.temperature == 0.0:
             return int(row.argmax())
         values, tokens = (row / sampling.temperature).sort(descending=True, stable=True)
@@ -87,6 +98,16 @@ class Sampler:
         place = int(torch.searchsorted(probabilities.cumsum(0), point, right=True))
         last = int(probabilities.count_nonzero()) - 1
         return int(tokens[min(place, last)])
+
+
+def guided(row: torch.Tensor, logits: torch.Tensor, walk: Walk) -> torch.Tensor:
+    """The row [V] without the tokens that the grammar forbids.
+
+    Where it allows only what was held back, an end that must not come yet, the grammar prevails.
+    """
+    allowed = torch.from_numpy(walk.allowed(len(row))).to(row.device)
+    masked = row.masked_fill(~allowed, -torch.inf)
+    return masked if bool(masked.isfinite().any()) else logits.masked_fill(~allowed, -torch.inf)
 
 
 def truncate(values: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -124,10 +145,11 @@ def _penalise(row: torch.Tensor, sequence: Sequence, sampling: Sampling) -> None
             row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
 
 
-def _top(
-    logits: torch.Tensor, normaliser: torch.Tensor, sampling: Sampling
+def likeliest(
+    logits: torch.Tensor, normaliser: torch.Tensor, count: int
 ) -> tuple[tuple[int, float], ...]:
-    if not sampling.top_logprobs:
+    """The `count` most likely tokens of a row [V], best first, with their log-probabilities."""
+    if not count:
         return ()
-    values, tokens = logits.topk(min(sampling.top_logprobs, len(logits)))
+    values, tokens = logits.topk(min(count, len(logits)))
     return tuple(zip(tokens.tolist(), (values - normaliser).tolist(), strict=True))

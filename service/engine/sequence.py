@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from service.engine.request import AdapterRef, Request
+
+if TYPE_CHECKING:
+    from service.engine.guide import Walk
 
 
 class Status(Enum):
@@ -42,6 +46,7 @@ class Sequence:
     cached: int = 0  # prompt tokens that came from the prefix cache at the first admission
     admitted: bool = False  # was scheduled at least once
     holds_adapter: bool = False
+    walk: Walk | None = None  # through the grammar that its output must follow
     skipped: int = 0  # schedules that asked for its adapter in vain
 
     @property
