@@ -2,6 +2,8 @@
 
 ServiceError
 ├── InvalidRequest   the request cannot be served as it is (422): names the field
+├── NotFound         a file or a job is not there (404)
+├── WrongState       a job cannot do that now (400)
 ├── Overloaded       the queue is full (429), with `retry_after` seconds
 ├── Draining         the server is stopping (503)
 ├── GenerationFailed  an admitted request could not be computed (500)
@@ -22,6 +24,18 @@ class InvalidRequest(ServiceError):
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
+
+
+class NotFound(ServiceError):
+    """What was named is not there; `field` says which name."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class WrongState(ServiceError):
+    """A job is not in a state for that."""
 
 
 class Overloaded(ServiceError):

@@ -47,8 +47,10 @@ from service.errors import (
     EngineFailed,
     GenerationFailed,
     InvalidRequest,
+    NotFound,
     Overloaded,
     ServiceError,
+    WrongState,
 )
 
 MAX_ECHO = 80  # characters of a bad value that an error repeats
@@ -130,6 +132,8 @@ _STATUS: Sequence[tuple[type[Exception], int, str]] = (
     (StoreUnavailable, 503, "store_unavailable"),
     (AdapterError, 500, "adapter"),
     (InvalidRequest, 422, "validation"),
+    (NotFound, 404, "not_found"),
+    (WrongState, 400, "invalid_state"),
     (Overloaded, 429, "overloaded"),
     (Loading, 503, "loading"),
     (Draining, 503, "draining"),
@@ -207,7 +211,7 @@ def log_failure(error: BaseException) -> None:
 
 
 def _field(error: Exception) -> str | None:
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, InvalidRequest | NotFound):
         return error.field
     if isinstance(error, InvalidChat):
         return "inputs"
