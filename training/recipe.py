@@ -24,6 +24,8 @@ from training.data import (
     pad_id,
     refuse_if_mixed,
 )
+from training.distributed import ALONE, World, part_of, whole
+from training.errors import ConfigError
 from training.methods import Attached
 
 FLOOR = 0.1  # of the rate, where the cosine ends
@@ -72,10 +74,16 @@ class Run:
     """One training run, a step at a time; `state` and `restore` make it resume bit for bit."""
 
     def __init__(
-        self, base: Base, adapter: Attached, data: Sequence[Example], config: TrainConfig
+        self,
+        base: Base,
+        adapter: Attached,
+        data: Sequence[Example],
+        config: TrainConfig,
+        world: World = ALONE,
     ) -> None:
-        self.base, self.adapter, self.config = base, adapter, config
+        self.base, self.adapter, self.config, self.world = base, adapter, config, world
         self.parameters = adapter.parameters()
+        world.start_alike(self.parameters)
         self.optimizer = adamw(adapter, config.optim)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: rate(step, config.optim)
@@ -84,29 +92,36 @@ class Run:
         pack = config.data.max_length if config.data.packing else None
         if pack is not None:
             refuse_if_mixed(base.model, base.device, adapter.virtual_tokens)
-        self.batches = Batches(data, config.optim.batch_size, pad, config.seed, pack)
+        share = (world.rank, world.size)
+        self.batches = Batches(data, config.optim.batch_size, pad, config.seed, pack, share)
         self.progress = Progress()
         self.best: dict[str, Any] | None = None  # the adapter's state at the best evaluation
 
     def step(self) -> Step:
         """One update."""
         started = time.perf_counter()
-        batch, progress = next(self.batches), self.progress
+        batch, progress, world = next(self.batches), self.progress, self.world
         self.adapter.train(True)
-        loss = batch_loss(self.base, batch, self.adapter)
+        (loss_tokens,) = world.sums(batch.loss_tokens)
+        # The mean over the tokens of all processes is the sum of their parts of it.
+        loss = batch_loss(self.base, batch, self.adapter) * (batch.loss_tokens / loss_tokens)
         penalty = self.adapter.penalty()
-        (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]
+        total = loss if penalty is None else loss + penalty / world.size
+        (total * world.gain).backward()  # type: ignore[no-untyped-call]
+        world.add_up(self.parameters)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm)
         self.optimizer.step()
         progress.step += 1
         self.adapter.after_update(progress.step)
         self.optimizer.zero_grad(set_to_none=True)
         self.adapter.train(False)
-        progress.tokens += int(batch.attention_mask.sum())
-        progress.losses.append(loss.item())
         learning_rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
-        progress.seconds += time.perf_counter() - started
+        passed = time.perf_counter() - started
+        mean, tokens, seconds = world.sums(loss.item(), batch.tokens, passed / world.size)
+        progress.losses.append(mean)
+        progress.tokens += int(tokens)
+        progress.seconds += seconds
         return Step(
             progress.step, progress.losses[-1], learning_rate, progress.tokens, progress.seconds
         )
@@ -114,13 +129,17 @@ class Run:
     def evaluate(self, held_out: Sequence[Example]) -> float:
         """The loss on `held_out`; the best weights so far are kept."""
         progress = self.progress
-        loss = mean_loss(self.base, held_out, self.config.optim.batch_size, self.adapter)
+        loss = self.loss_on(held_out)
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
             self.best = self.adapter.state()
         else:
             progress.worse += 1
         return loss
+
+    def loss_on(self, data: Sequence[Example]) -> float:
+        size = self.config.optim.batch_size
+        return mean_loss(self.base, data, size, self.adapter, self.world)
 
     @property
     def ended(self) -> str | None:
@@ -141,25 +160,43 @@ class Run:
         return {
             "adapter": self.adapter.state(),
             "best": self.best,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": _whole(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
             "cursor": self.batches.cursor,
             "progress": asdict(self.progress),
-            "random": torch.get_rng_state(),
-            "device_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "random": self.world.gathered(torch.get_rng_state()),  # [processes, bytes]
+            "device_random": self.world.gathered(torch.cuda.get_rng_state())
+            if torch.cuda.is_available()
+            else None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Go on from `state`. Raises ConfigError where other processes than now made it."""
+        rank, processes = self.world.rank, len(state["random"])
+        if processes != self.world.size:
+            raise ConfigError(f"the checkpoint is of {processes} processes, now {self.world.size}")
         self.adapter.restore(state["adapter"])
         self.best = state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if value.shape == parameter.shape:
+                    moments[name] = part_of(value, parameter)
         self.schedule.load_state_dict(state["schedule"])
         self.batches.cursor = state["cursor"]
         self.progress = Progress(**state["progress"])
-        torch.set_rng_state(state["random"])
-        if state["device_random"]:
-            torch.cuda.set_rng_state_all(state["device_random"])
+        torch.set_rng_state(state["random"][rank])
+        if state["device_random"] is not None:
+            torch.cuda.set_rng_state(state["device_random"][rank])
+
+
+def _whole(state: Any) -> Any:
+    """An optimiser's state, whose tensors may be in parts."""
+    if isinstance(state, dict):
+        return {key: _whole(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_whole(value) for value in state]
+    return whole(state) if isinstance(state, Tensor) else state
 
 
 def train(
@@ -173,14 +210,16 @@ def train(
     resume: dict[str, Any] | None = None,
     keep: Callable[[dict[str, Any]], None] = lambda state: None,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    world: World = ALONE,
 ) -> Trained:
     """Train the attached adapter in place; `report` hears of each step.
 
     `keep` is given the run's state every `config.checkpoint_every` steps and at the end; `resume`
-    is one of these. A run that was evaluated on its way ends with its best weights.
+    is one of these. A run that was evaluated on its way ends with its best weights. Of several
+    processes only the first reports and keeps.
     """
-    torch.manual_seed(config.seed)
-    run = Run(base, adapter, data, config)
+    torch.manual_seed(config.seed + world.rank)  # each drops out other elements
+    run = Run(base, adapter, data, config, world)
     if resume is not None:
         run.restore(resume)
     stopped = False
@@ -188,10 +227,13 @@ def train(
         step = run.step()
         if _due(step.number, config) and held_out:
             step = Step(**{**asdict(step), "eval_loss": run.evaluate(held_out)})
-        report(step)
-        stopped = asked_to_stop()
+        if world.leads:
+            report(step)
+        stopped = world.any(asked_to_stop())
         if step.number % config.checkpoint_every == 0 or stopped or run.ended:
-            keep(run.state())
+            state = run.state()
+            if world.leads:
+                keep(state)
     return _finished(run, held_out, "asked" if stopped and run.ended is None else run.ended or "")
 
 
@@ -205,7 +247,7 @@ def _finished(run: Run, held_out: Sequence[Example], ended: str) -> Trained:
     if run.best is not None:
         run.adapter.restore(run.best)
     elif held_out and ended != "asked":
-        loss = mean_loss(run.base, held_out, run.config.optim.batch_size, run.adapter)
+        loss = run.loss_on(held_out)
     last = progress.losses[-max(1, len(progress.losses) // 10) :]
     return Trained(
         steps=progress.step,
@@ -252,17 +294,27 @@ def batch_loss(base: Base, batch: TrainBatch, adapter: Attached | None = None) -
 
 @torch.no_grad()
 def mean_loss(
-    base: Base, data: Sequence[Example], batch_size: int, adapter: Attached | None = None
+    base: Base,
+    data: Sequence[Example],
+    batch_size: int,
+    adapter: Attached | None = None,
+    world: World = ALONE,
 ) -> float:
     """Mean cross-entropy over all loss tokens of `data`, in nats."""
     total, count = 0.0, 0
     ordered = sorted(range(len(data)), key=lambda i: length_of(data, i))
-    for start in range(0, len(ordered), batch_size):
+    starts = range(0, len(ordered), batch_size)
+    for first in range(0, len(starts), world.size):
+        mine = first + world.rank
+        start = starts[min(mine, len(starts) - 1)]  # all run as often: shards are fetched together
         chosen = [data[i] for i in ordered[start : start + batch_size]]
         batch = collate(chosen, pad_id(base.tokenizer))
-        total += batch_loss(base, batch, adapter).item() * batch.loss_tokens
-        count += batch.loss_tokens
-    return total / count
+        loss = batch_loss(base, batch, adapter).item()
+        if mine < len(starts):
+            total += loss * batch.loss_tokens
+            count += batch.loss_tokens
+    total, tokens = world.sums(total, count)
+    return total / tokens
 
 
 def rate(step: int, optim: OptimConfig) -> float:

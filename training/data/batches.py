@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,10 +27,15 @@ class TrainBatch:
     attention_mask: Tensor  # [B, L] int64
     labels: Tensor  # [B, L] int64
     position_ids: Tensor | None = None  # [B, L] int64 of packed rows: 0 where an example begins
+    spare: bool = False  # run only because the other processes run theirs: it counts for nothing
 
     @property
     def loss_tokens(self) -> int:
-        return int((self.labels != IGNORED).sum())
+        return 0 if self.spare else int((self.labels != IGNORED).sum())
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.spare else int(self.attention_mask.sum())
 
 
 def collate(chosen: Sequence[Example], pad_id: int) -> TrainBatch:
@@ -83,12 +88,19 @@ class Batches:
     little padding, and still a new mixture each time. With `pack`, the examples of a stretch are
     laid into rows of at most `pack` tokens instead, and a batch has `size` such rows. An epoch's
     order is a function of the seed and its number, so the cursor says all that a run needs to go
-    on where it stopped.
+    on where it stopped. `share` (rank, processes) takes every so manyth row of each batch.
     """
 
     def __init__(
-        self, data: Sequence[Example], size: int, pad: int, seed: int, pack: int | None = None
+        self,
+        data: Sequence[Example],
+        size: int,
+        pad: int,
+        seed: int,
+        pack: int | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
+        self._share = share
         self._data, self._size, self._pad, self._seed = data, min(size, len(data)), pad, seed
         self._pack = pack
         self._epoch, self._next = 0, 0
@@ -130,8 +142,11 @@ class Batches:
         return len(group) * max(sum(length_of(self._data, i) for i in row) for row in group)
 
     def _batch(self, group: _Rows) -> TrainBatch:
-        rows = [[self._data[i] for i in row] for row in group]
-        return _laid(rows, self._pad) if self._pack is None else collate_packed(rows, self._pad)
+        rank, processes = self._share
+        mine = group[rank::processes]
+        rows = [[self._data[i] for i in row] for row in mine or group[:1]]
+        batch = _laid(rows, self._pad) if self._pack is None else collate_packed(rows, self._pad)
+        return batch if mine else replace(batch, spare=True)
 
     def _order(self) -> list[_Rows]:
         chance = random.Random(f"{self._seed} {self._epoch}")

@@ -17,6 +17,7 @@ from base.load import Base
 from base.mini import MINI
 from base.nf4 import NF4Linear
 from training.config import FullTuning, TrainConfig
+from training.distributed import part_of, whole
 from training.errors import MethodError
 from training.methods.method import Method
 
@@ -85,12 +86,12 @@ class FullWeights:
         pass
 
     def state(self) -> dict[str, Any]:
-        return {"parameters": [p.detach().clone() for p in self.parameters()]}
+        return {"parameters": [whole(p.detach()).clone() for p in self.parameters()]}
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
         for parameter, kept in zip(self.parameters(), state["parameters"], strict=True):
-            parameter.copy_(kept)
+            parameter.copy_(part_of(kept, parameter))
 
     def save(self, out: Path) -> None:
         """Write config, weights and the base's tokenizer, as transformers reads them.
@@ -119,7 +120,7 @@ class FullWeights:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 stored = dtype if tensor.is_floating_point() else tensor.dtype
-                found[name] = tensor.detach().to("cpu", stored).contiguous()
+                found[name] = whole(tensor.detach()).to("cpu", stored).contiguous()
         return found
 
     def detach(self) -> None:
