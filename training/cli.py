@@ -57,6 +57,9 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Where the adapter goes.")] = None,
     settings: Settings = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="The same where there is one; else begin.")
+    ] = False,
 ) -> None:
     """Train one adapter and write it in PEFT's format (method full: a new base).
 
@@ -67,7 +70,7 @@ def run(
     with refusals():
         flags = _flags(locals())
         found = read_config(config, {**flags, **assignments(settings or [])})
-        done = session.run(found, resume)
+        done = session.run(found, resume, go_on)
     if done.ended == "asked":
         raise typer.Exit(130)
 

@@ -3,12 +3,16 @@
 out/adapter_config.json, adapter_model.safetensors   the adapter, once the run has ended
 out/run/config.yaml                                  the resolved config
 out/run/log.jsonl                                    a line for each step
-out/run/checkpoint.safetensors                                what `--resume` goes on from
+out/run/events.jsonl                                 a line for each thing that happened
+out/run/checkpoint.safetensors                       what `--resume` goes on from
+
+Whoever follows a run from outside reads the two logs: times are in seconds since the epoch.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,8 +28,9 @@ from training.tree import read_tree, write_tree
 class RunDirectory:
     """The directory `out/run` of one run."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, writes: bool = True) -> None:
         self.path = out / "run"
+        self.writes = writes  # False: another process of this run does
 
     @property
     def checkpoint(self) -> Path:
@@ -35,10 +40,16 @@ class RunDirectory:
     def log(self) -> Path:
         return self.path / "log.jsonl"
 
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
     def begin(self, config: TrainConfig) -> None:
         """A new run: what an earlier one left here is removed."""
+        if not self.writes:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
-        for left in (self.checkpoint, self.log):
+        for left in (self.checkpoint, self.log, self.events):
             left.unlink(missing_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
@@ -64,20 +75,32 @@ class RunDirectory:
 
     def keep(self, config: TrainConfig, state: dict[str, Any]) -> None:
         """Write a checkpoint: whole, or not at all."""
-        write_tree(self.checkpoint, {"config": _decisive(config), "run": state})
+        if self.writes:
+            write_tree(self.checkpoint, {"config": _decisive(config), "run": state})
 
     def note(self, step: Step) -> None:
         """One line of the log."""
         line = {key: value for key, value in asdict(step).items() if value is not None}
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.writes:
+            _append(self.log, line | {"time": round(time.time(), 3)})
+
+    def happened(self, what: str, **data: Any) -> None:
+        """One line of the events: prepared, started, checkpoint, finished."""
+        if self.writes:
+            _append(self.events, {"event": what, "time": round(time.time(), 3), **data})
 
     def _cut_log(self, step: int) -> None:
         """Take off the lines after the checkpoint: these steps are run again."""
-        if not self.log.exists():
+        if not self.writes or not self.log.exists():
             return
         lines = self.log.read_text(encoding="utf-8").splitlines()[:step]
         self.log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.text import Text
@@ -11,6 +13,8 @@ from base.load import Base, load_base, load_float
 from base.mini import MINI
 from training.config import TrainConfig
 from training.data import Prepared, prepare
+from training.distributed import world
+from training.errors import ConfigError
 from training.interrupts import interrupts
 from training.methods import METHODS, attach
 from training.recipe import Step, Trained, train
@@ -20,23 +24,43 @@ from training.terminal import bar, console, progress
 TEMPLATE_FILE = "chat_template.jinja"  # beside an adapter; `nibble adapters push` sends it along
 
 
-def run(config: TrainConfig, resume: bool = False) -> Trained:
-    """Train as `config` says and save what came out in `config.out`."""
-    directory = RunDirectory(config.out)
+def run(config: TrainConfig, resume: bool = False, go_on: bool = False) -> Trained:
+    """Train as `config` says and save what came out in `config.out`.
+
+    `resume` from its last checkpoint, which must be there; `go_on` from it where there is one.
+    """
+    here = world()
+    console.quiet = not here.leads
+    directory = RunDirectory(config.out, writes=here.leads)
+    resume = resume or (go_on and directory.checkpoint.exists())
     state = directory.resume(config) if resume else None
     base = load_for(config)
+    if here.sharded:
+        _check_sharding(config)
+        here.shard(base.model)
     found = prepare(config.data, base.tokenizer)
     say_what_is_wrong(found)
     torch.manual_seed(config.seed)
     adapter = attach(base, config)
     if state is None:
         directory.begin(config)
-    with progress() as shown, interrupts() as asked:
+    directory.happened(
+        "started",
+        step=0 if state is None else state["progress"]["step"],
+        steps=config.optim.steps,
+        examples=len(found.train),
+        held_out=len(found.held_out),
+    )
+    with progress(here.leads) as shown, interrupts(once=here.size == 1) as asked:
         show = bar(shown, "train", config)
 
         def report(step: Step) -> None:
             directory.note(step)
             show(step)
+
+        def keep(state: dict[str, Any]) -> None:
+            directory.keep(config, state)
+            directory.happened("checkpoint", step=state["progress"]["step"])
 
         done = train(
             base,
@@ -46,11 +70,15 @@ def run(config: TrainConfig, resume: bool = False) -> Trained:
             config,
             report,
             resume=state,
-            keep=lambda kept: directory.keep(config, kept),
+            keep=keep,
             asked_to_stop=asked,
+            world=here,
         )
-    _save_template(config.out, found.template)
-    adapter.save(config.out)
+    if here.leads:
+        _save_template(config.out, found.template)
+    if here.leads or here.sharded:
+        adapter.save(config.out)
+    directory.happened("finished", **asdict(done))
     console.print(outcome(config, done))
     return done
 
@@ -66,6 +94,17 @@ def load_for(config: TrainConfig) -> Base:
     if METHODS[config.method.kind].makes_base:
         return load_float(MINI if config.base == "mini" else config.base)
     return load(config.base)
+
+
+def _check_sharding(config: TrainConfig) -> None:
+    """Raises ConfigError for a run whose weights cannot be cut among the processes."""
+    if not METHODS[config.method.kind].makes_base:
+        raise ConfigError(
+            f"FSDP with method {config.method.kind}: the base is in NF4 and the adapter is small, "
+            "so there is nothing to cut; deploy/accelerate/ddp.yaml is right"
+        )
+    if not getattr(config.method, "embeddings", True):
+        raise ConfigError("FSDP cuts every weight alike: method.embeddings must be true")
 
 
 def outcome(config: TrainConfig, done: Trained) -> str:
