@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from base import heap
 from base.checkpoint import Checkpoint
-from base.dense import keeps_dtype, swap_stored
+from base.dense import keeps_dtype, round_head, swap_stored
 from base.errors import UnservableBase
 from base.kernels import NF4Weight, Precision, with_precision
 from base.nf4 import NF4Linear
@@ -70,6 +70,8 @@ class Filling:
             raise UnservableBase(f"the checkpoint lacks {_some(missing)}")
         if self.dtype is torch.float32 and self.quantize:
             swap_stored(self.model)
+        if self.dtype is torch.float32 and self.precision == "fast":
+            round_head(self.model)
 
     def _names(self) -> Iterator[tuple[str, str]]:
         """(key in the checkpoint, name in the model) of every tensor that is to be placed."""

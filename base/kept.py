@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from base.checkpoint import read_json
-from base.dense import swap_stored
+from base.dense import RoundedEmbedding, place_rounded, swap_stored
 from base.errors import UnservableBase
 from base.kernels import NF4Weight, PanelWeight, Precision, Weight, native_status, panels_serve
 from base.mapped_file import DamagedFile, Mapped, read, write
 from base.nf4 import NF4Linear
 from base.probe import AttentionShape
 
-FORMAT = 1  # of the file: its names, notes and layouts
+FORMAT = 2  # of the file: its names, notes and layouts
 _FOLDER = "bases"
 _KEPT_FREE = 1 << 30  # bytes that stay free on the disk
 
@@ -159,7 +159,7 @@ class _Parts:
     """What a file holds, in terms of a model."""
 
     tensors: Mapping[str, Tensor]  # parameters and buffers by name
-    weights: Mapping[str, Weight]  # NF4 layers by path
+    weights: Mapping[str, Weight]  # NF4 layers, and what is kept in 8 bits, by path
     tied: frozenset[str]  # names that share a tensor with one of `tensors`
 
     @classmethod
@@ -167,7 +167,7 @@ class _Parts:
         try:
             layers = json.loads(mapped.notes["layers"])
             tied = frozenset(json.loads(mapped.notes["tied"]))
-            weights = {path: _weight(path, row, mapped.tensors) for path, row in layers.items()}
+            weights = _weights(layers, mapped.tensors)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise DamagedFile(f"it does not hold a whole base: {error!r}") from error
         tensors = {name: t for name, t in mapped.tensors.items() if ":" not in name}
@@ -189,8 +189,11 @@ class _Parts:
 
     def place(self, model: Any) -> None:
         for path, weight in self.weights.items():
-            bias = model.get_submodule(path)._parameters["bias"]
-            model.set_submodule(path, NF4Linear(weight, bias))
+            module = model.get_submodule(path)
+            if isinstance(weight, PanelWeight) and weight.bits == 8:
+                place_rounded(model, module, weight)
+            else:
+                model.set_submodule(path, NF4Linear(weight, module._parameters["bias"]))
         for name, tensor in self.tensors.items():
             parent_path, _, leaf = name.rpartition(".")
             parent = model.get_submodule(parent_path)
@@ -199,7 +202,8 @@ class _Parts:
             else:
                 setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False))
         missing = set(self.tied)
-        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        if missing:
+            model.tie_weights(missing_keys=missing, recompute_mapping=False)
         assert not missing, f"not tied in the model: {missing}"
 
 
@@ -216,10 +220,15 @@ def _taken(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         seen.add(place)
         tensors[name] = tensor
     layers: dict[str, Any] = {}
+    first: dict[int, str] = {}  # path of a weight that two modules read
     for path, module in model.named_modules():
-        if isinstance(module, NF4Linear):
-            layers[path] = _described(module.weight)
-            for name, tensor in module.weight.tensors().items():
+        if isinstance(module, NF4Linear | RoundedEmbedding):
+            weight: Weight = module.weight
+            if first.setdefault(id(weight), path) != path:
+                layers[path] = {"same": first[id(weight)]}
+                continue
+            layers[path] = _described(weight)
+            for name, tensor in weight.tensors().items():
                 tensors[f"{path}.weight:{name}"] = tensor
     return tensors, {"layers": json.dumps(layers), "tied": json.dumps(tied)}
 
@@ -229,6 +238,14 @@ def _described(weight: Weight) -> dict[str, Any]:
     if isinstance(weight, PanelWeight):
         return {**row, "bits": weight.bits, "is_nested": weight.is_nested}
     return {**row, "blocksize": weight.blocksize}
+
+
+def _weights(
+    layers: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]
+) -> dict[str, Weight]:
+    """What `_described` said of each layer; two that read the same weight read it again."""
+    own = {path: _weight(path, row, tensors) for path, row in layers.items() if "same" not in row}
+    return {path: own[row.get("same", path)] for path, row in layers.items()}
 
 
 def _weight(path: str, row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Weight:

@@ -13,6 +13,7 @@ from torch import nn
 from base import heap
 from base.architecture import empty_model
 from base.checkpoint import Checkpoint, read_json
+from base.dense import RoundedLinear
 from base.errors import UnservableBase
 from base.filling import Filling
 from base.fingerprint import default_cache_dir, fingerprint
@@ -87,8 +88,8 @@ def load_base(
     the peak is the NF4 base and about one tensor. Only safetensors are read, and no Python of the
     checkpoint runs. There is no network unless `source` is a hub id. A checkpoint that is already
     in bitsandbytes' NF4 stays as it is, whatever `double_quant` says. `precision` "fast" lays the
-    weights out for products in 8 bits, for a CPU with the C library; anywhere else it changes
-    nothing, and `Base.precision` says so.
+    weights out for products in 8 bits and keeps the output head in 8 bits (`base.dense`), for a
+    CPU with the C library; anywhere else it changes nothing, and `Base.precision` says so.
 
     `cache_dir` (default: `default_cache_dir`) keeps the hashes of big weight files and, with `keep`
     and on a CPU, the base as it serves: the next load maps that file, and its tensors are the same
@@ -252,7 +253,7 @@ def _linear_shape(layer: NF4Linear | nn.Linear) -> LinearShape:
         out_features=layer.out_features,
         in_features=layer.in_features,
         bias=layer.bias is not None,
-        quantized=isinstance(layer, NF4Linear),
+        quantized=isinstance(layer, NF4Linear) and not isinstance(layer, RoundedLinear),
     )
 
 

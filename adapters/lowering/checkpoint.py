@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adapters.errors import InvalidAdapter, UnsupportedMedia
+from base.dense import is_copy
+from base.kernels import PanelWeight
 
 WRAPPED = "base_model.model."  # PEFT saves the paths below its own two wrappers
 UNWRAPPED = "base_model."  # or one, where a method changes no layer
@@ -72,11 +74,10 @@ class AdapterCheckpoint:
         `own` is the base's weight. Raises InvalidAdapter where the file's differs.
         """
         name = f"{path}.base_layer.weight"
-        if not self.has(name) or not isinstance(own, Tensor):
+        in_8_bits = isinstance(own, PanelWeight) and own.bits == 8
+        if not self.has(name) or not (isinstance(own, Tensor) or in_8_bits):
             return  # a copy of a quantised weight stays, and is refused as left over
-        copy = self.take(name, *own.shape)
-        # Training and serving in half precision may each have rounded it once.
-        if not torch.allclose(copy, own.detach().float(), rtol=2**-7, atol=1e-6):
+        if not is_copy(self.take(name, *own.shape), own):
             raise InvalidAdapter(
                 "differs from the base's own: a table that was resized or trained as well "
                 "belongs in modules_to_save",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from base.dense import float_rows
+from base.kernels import PanelWeight
 from base.nf4 import NF4Linear
 
 # Below this share of ‖W‖² a row's norm is the small difference of large numbers.
@@ -36,7 +38,7 @@ def weight_norms(linear: NF4Linear | nn.Linear, A: Tensor, B: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def column_norms(table: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def column_norms(table: Tensor | PanelWeight, A: Tensor, B: Tensor) -> Tensor:
     """‖E + (B A)ᵀ‖ by columns, over the vocabulary: [width] float32.
 
     table [V, width]; A [r, V] and B [width, r] in float32, scale folded into B. The norm of
@@ -46,7 +48,7 @@ def column_norms(table: Tensor, A: Tensor, B: Tensor) -> Tensor:
     U = torch.zeros_like(B, dtype=torch.float64)
     for start in range(0, table.shape[0], _TILE_ROWS):
         rows = slice(start, start + _TILE_ROWS)
-        tile = table[rows].double()
+        tile = float_rows(table, start, min(rows.stop, table.shape[0])).double()
         e2 += tile.square().sum(dim=0)
         U += tile.t() @ A[:, rows].double().t()
     a, b = A.double(), B.double()

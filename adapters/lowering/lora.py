@@ -67,7 +67,7 @@ class _Lora:
 
     def embedding(self, path: str) -> EmbeddingDelta:
         shape, rank = self.base.spec.embeddings[path], self._rank(path)
-        table = self.base.embedding(path).weight.detach()
+        table = self.base.embedding(path).weight
         self.checkpoint.take_base_copy(path, table)
         A = self.take(f"{path}.lora_embedding_A", rank, shape.rows)
         B = self.take(f"{path}.lora_embedding_B", shape.width, rank).mul_(self._scale(path))

@@ -19,7 +19,8 @@ from adapters.delta import (
 )
 from adapters.errors import InvalidAdapter
 from adapters.manifest import MergedDtype
-from base.kernels import NF4Weight
+from base.dense import float_rows
+from base.kernels import NF4Weight, PanelWeight
 from base.load import Base
 from base.nf4 import NF4Linear
 
@@ -135,12 +136,15 @@ def _rows_before_pairs(
 
 
 def _merge_embedding(
-    delta: EmbeddingDelta, table: Tensor, dtype: MergedDtype
+    delta: EmbeddingDelta, table: Tensor | PanelWeight, dtype: MergedDtype
 ) -> tuple[PrivateEmbedding, float]:
     def tiles() -> Iterator[Tensor]:
         for start in range(0, table.shape[0], _TILE_ROWS):
             rows = slice(start, start + _TILE_ROWS)
-            tile = table[rows].float() + delta.A[:, rows].float().t() @ delta.B.float().t()
+            stop = min(rows.stop, table.shape[0])
+            tile = (
+                float_rows(table, start, stop) + delta.A[:, rows].float().t() @ delta.B.float().t()
+            )
             yield tile if delta.g is None else tile * delta.g.float()
 
     weight, error = _rounded(tiles(), _DTYPES.get(dtype, torch.bfloat16))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from adapters.checks.token_rows import owner
 from adapters.delta import Delta, PrivateRows
 from adapters.errors import InvalidAdapter
+from base.dense import RoundedLinear
+from base.kernels import PanelWeight
 from base.load import Base
+from base.nf4 import NF4Linear
 
 from .checkpoint import AdapterCheckpoint
 
@@ -57,9 +60,9 @@ def _taken(
     return PrivateRows(ids, rows[order].to(base.dtype))
 
 
-def _weight(path: str, base: Base) -> torch.Tensor:
-    """[rows, width] of a table, or [out, in] of an output head."""
+def _weight(path: str, base: Base) -> torch.Tensor | PanelWeight:
+    """[rows, width] of a table, or [out, in] of an output head; in 8 bits in the fast precision."""
     module = base.embedding(path) if path in base.spec.embeddings else base.linear(path)
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor), f"{path} is kept in NF4"
-    return weight
+    weight: Any = module.weight
+    assert not isinstance(module, NF4Linear) or isinstance(module, RoundedLinear), path
+    return cast(torch.Tensor | PanelWeight, weight)

@@ -15,6 +15,7 @@ from adapters.delta import (
     PrivateNorm,
     PrivateRows,
 )
+from base.dense import RoundedLinear, holds
 from base.load import Base
 
 from .checkpoint import AdapterCheckpoint
@@ -32,15 +33,16 @@ def lower_whole(path: str, checkpoint: AdapterCheckpoint, base: Base) -> Delta:
     if path in spec.embeddings:
         table = spec.embeddings[path]
         weight = take(name, table.rows, table.width).to(base.dtype)
-        if torch.equal(weight, base.embedding(path).weight.to(weight.dtype)):
+        if holds(base.embedding(path).weight, weight):
             none = torch.empty(0, dtype=torch.int64, device=base.device)
             return PrivateRows(none, weight[:0].clone())
         return PrivateEmbedding(weight)
     linear = spec.linears[path]
     weight = take(name, linear.out_features, linear.in_features).to(base.dtype)
     bias = take(f"{path}.bias", linear.out_features) if linear.bias else None
-    own = base.linear(path).weight
-    if bias is None and isinstance(own, torch.Tensor) and torch.equal(weight, own.to(weight.dtype)):
+    head, own = base.linear(path), base.linear(path).weight
+    in_float = isinstance(own, torch.Tensor) or isinstance(head, RoundedLinear)
+    if bias is None and in_float and holds(own, weight):
         return LinearDelta()
     return PrivateLinear(weight, bias)
 

@@ -8,6 +8,8 @@ from torch.nn import functional
 
 from adapters.delta import Delta, EmbeddingDelta, PrivateEmbedding, PrivateRows
 from base import kernels
+from base.dense import table_rows
+from base.kernels import PanelWeight
 
 from .layer import AdaptedLayer
 
@@ -40,13 +42,13 @@ class AdaptedEmbedding(AdaptedLayer):
 def _embedding_rows(
     ids: Tensor,
     delta: EmbeddingDelta | PrivateEmbedding | PrivateRows,
-    table: Tensor,
+    table: Tensor | PanelWeight,
     dtype: torch.dtype,
 ) -> Tensor:
     """[n] -> [n, width] in the compute dtype, before the table's own scale."""
     if isinstance(delta, PrivateEmbedding):
         return functional.embedding(ids, delta.weight).to(dtype)
-    own = functional.embedding(ids, table).to(dtype)
+    own = table_rows(table, ids).to(dtype)
     if isinstance(delta, PrivateRows):
         if not len(delta.ids):
             return own

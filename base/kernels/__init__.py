@@ -20,11 +20,12 @@ from .decoder import PLACES, AdapterTable, DecoderHalves, LayerRecord, Room, Spa
 from .decoder import Linear as LinearPlace
 from .decoder import Norm as NormPlace
 from .lowrank import LowRank, LowRankPlan, Segment
-from .panels import PanelWeight, can_pack
+from .panels import BLOCK, PanelWeight, can_pack
 from .steps import Steps
 from .weight import NF4Weight
 
 __all__ = [
+    "BLOCK",
     "PLACES",
     "AdapterTable",
     "DecoderHalves",

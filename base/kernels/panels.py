@@ -139,6 +139,19 @@ class PanelWeight:
         values = values.view(stop - start, self.shape[1] // BLOCK, BLOCK) * scales[..., None]
         return values.view(stop - start, self.shape[1]).to(dtype)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` of W in 8 bits, [..., in] float32: an embedding's look-up.
+
+        The bits of `dequantize_rows`, but only the bytes of these rows are read.
+        """
+        assert self.bits == 8, "rows are looked up in 8 bits alone"
+        flat = ids.reshape(-1)
+        panel, row = flat // PANEL_ROWS, flat % PANEL_ROWS
+        lines = self.panels[..., :-_SCALE_BYTES].unflatten(-1, (BLOCK // 4, 2, 16, 4))
+        own = lines[panel, :, :, row // 16, row % 16].flatten(2)  # [n, blocks, 64]
+        scales = self.panels[..., -_SCALE_BYTES:].view(torch.float32)[panel, :, row]
+        return ((own.float() - 128) * scales[..., None]).view(*ids.shape, self.shape[1])
+
     def codes_and_scales(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows [start, stop): codes, or bytes 128 too many, [rows, in]; scales [rows, blocks]."""
         first = start // PANEL_ROWS

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from base.dense import RoundedEmbedding
 from base.load import Base, load_base
 from base.mini import held_out
 from base.mini.evaluate import SEED, Size, Table, measure
@@ -57,33 +59,40 @@ def compare(directory: Path, size: Size | None = None) -> Movement:
         raise RuntimeError("the fast precision needs the C library: python -m base.kernels.build")
     exact = load_base(directory, device="cpu", dtype="float32")
     return Movement(
-        measure(exact.model, tok, size), measure(fast.model, tok, size), layer_errors(fast, tok)
+        measure(exact.model, tok, size),
+        measure(fast.model, tok, size),
+        layer_errors(exact, fast, tok),
     )
 
 
 @torch.inference_mode()
-def layer_errors(base: Base, tok: Tokenizer, items: int = 12) -> dict[str, float]:
-    """The error of each kind of layer (q_proj, down_proj, ...) over some questions, pooled."""
+def layer_errors(exact: Base, fast: Base, tok: Tokenizer, items: int = 12) -> dict[str, float]:
+    """The error of each kind of layer (q_proj, down_proj, lm_head, embed_tokens, ...) over some
+    questions, pooled: what `fast` makes of the same input, beside what `exact` makes of it."""
     wrong: dict[str, float] = {}
     whole: dict[str, float] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-            assert isinstance(layer, NF4Linear)
-            right = nn.functional.linear(inputs[0], layer.weight.dequantize(), layer.bias)
-            wrong[name] = wrong.get(name, 0.0) + float((y - right).square().sum())
-            whole[name] = whole.get(name, 0.0) + float(right.square().sum())
+    def watch(
+        name: str, right: nn.Module
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(layer: nn.Module, inputs: Any, y: Tensor) -> None:
+            del layer
+            wanted = right(inputs[0])
+            wrong[name] = wrong.get(name, 0.0) + float((y - wanted).square().sum())
+            whole[name] = whole.get(name, 0.0) + float(wanted.square().sum())
 
         return hook
 
     handles = [
-        module.register_forward_hook(watch(path.rpartition(".")[2]))
-        for path, module in base.model.named_modules()
-        if isinstance(module, NF4Linear)
+        module.register_forward_hook(
+            watch(path.rpartition(".")[2], exact.model.get_submodule(path))
+        )
+        for path, module in fast.model.named_modules()
+        if isinstance(module, NF4Linear | RoundedEmbedding)
     ]
     documents = [item.document for item in held_out.context_items(SEED, items // 6)]
     for ids, _ in encode(tok, documents):
-        base.model(input_ids=torch.tensor([ids]), use_cache=False)
+        fast.model(input_ids=torch.tensor([ids]), use_cache=False)
     for handle in handles:
         handle.remove()
     return {name: math.sqrt(wrong[name] / whole[name]) for name in sorted(wrong)}

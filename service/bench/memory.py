@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from base.dense import RoundedEmbedding, RoundedLinear
 from base.load import Base
 from base.nf4 import NF4Linear
 
@@ -29,7 +30,16 @@ def resident() -> Memory:
 
 def quantised_bytes(base: Base) -> int:
     """Bytes of all NF4 weights of the base."""
-    return sum(m.weight.nbytes for m in base.model.modules() if isinstance(m, NF4Linear))
+    linears = [m for m in base.model.modules() if isinstance(m, NF4Linear)]
+    return sum(m.weight.nbytes for m in linears if not isinstance(m, RoundedLinear))
+
+
+def embedding_bytes(base: Base) -> int:
+    """Bytes of the embedding table and the output head, of a shared one once."""
+    weights = [p for p in base.model.parameters() if p.dim() == 2]
+    rounded = (m for m in base.model.modules() if isinstance(m, RoundedLinear | RoundedEmbedding))
+    weights += [tensor for m in rounded for tensor in m.weight.tensors().values()]
+    return sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
 
 
 def head_bytes(base: Base) -> int:

@@ -14,7 +14,7 @@ from adapters.validation_child import validate_here
 from base.kernels import native_status
 from base.load import load_base
 from base.spec import BaseSpec
-from service.bench.memory import head_bytes, quantised_bytes, resident
+from service.bench.memory import embedding_bytes, head_bytes, quantised_bytes, resident
 from service.bench.peer import Setup
 from service.bench.scenario import Job, Round, round_of
 from service.engine.config import EngineConfig
@@ -39,6 +39,7 @@ class NibblePeer:
             precision=options.get("precision", "exact"),
         )
         self._nf4_bytes = quantised_bytes(self._base)
+        self._embedding_bytes = embedding_bytes(self._base)
         where = Path(self._directory.name)
         self._store = AdapterStore(str(where / "blobs"), str(where / "catalog.sqlite"))
         self._refs = [self._add(directory) for directory in setup.adapters]
@@ -70,7 +71,6 @@ class NibblePeer:
 
     def facts(self) -> dict[str, Any]:
         memory = resident()
-        embeddings = {p.data_ptr(): p.nbytes for p in self._base.model.parameters() if p.dim() == 2}
         return {
             "dtype": str(self._base.dtype).removeprefix("torch."),
             "kernels": native_status(),
@@ -79,7 +79,7 @@ class NibblePeer:
             "anonymous_bytes": memory.anonymous,
             "peak_rss_bytes": memory.peak_rss,
             "nf4_bytes": self._nf4_bytes,
-            "embedding_bytes": sum(embeddings.values()),
+            "embedding_bytes": self._embedding_bytes,
             "kv_cache_bytes": self._engine.kv_cache_bytes,
             "adapter_bytes": sum(report.nbytes for report in self._loaded),
             "each_adapter_bytes": [report.nbytes for report in self._loaded],

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from base.dense import RoundedEmbedding, RoundedLinear
+
 VIRTUAL_KINDS = (
     "prompt_tuning",
     "multitask_prompt_tuning",
@@ -170,6 +172,10 @@ def _model_of(base: Any) -> Any:
             linear = base.linear(path)
             linear = getattr(linear, "inner", linear)
             kept[f"{path}.weight"] = linear.weight.dequantize(torch.float32)
+    for path in (*base.spec.embeddings, *base.spec.linears):
+        module = base.embedding(path) if path in base.spec.embeddings else base.linear(path)
+        if isinstance(module, RoundedEmbedding | RoundedLinear):
+            kept[f"{path}.weight"] = module.weight.dequantize(torch.float32)
     names = set(model.state_dict())
     model.load_state_dict({k: v.float() for k, v in kept.items() if k in names}, strict=True)
     return model

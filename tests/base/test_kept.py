@@ -17,6 +17,7 @@ from torch import Tensor
 
 import base.kept
 import base.load
+from base.dense import RoundedLinear
 from base.kept import KeptBase, kept_bytes, kept_folder
 from base.kernels import PanelWeight, fast_status
 from base.load import Base, load_base
@@ -95,7 +96,13 @@ def test_the_second_load_gives_the_same_bits(
     assert second.precision == first.precision
     tables = [one.model.get_input_embeddings() for one in (first, second)]
     assert type(tables[0]) is type(tables[1])
-    assert tables[0].weight.dtype is tables[1].weight.dtype is torch.bfloat16
+    heads = [one.model.get_output_embeddings() for one in (first, second)]
+    assert type(heads[0]) is type(heads[1])
+    if precision == "exact" or not first.spec.tied_embeddings:
+        assert tables[0].weight.dtype is tables[1].weight.dtype is torch.bfloat16
+    if first.precision == "fast":
+        assert type(heads[1]) is RoundedLinear
+        assert (heads[1].weight is tables[1].weight) == first.spec.tied_embeddings
     assert not any(p.requires_grad or p.is_meta for p in second.model.parameters())
 
 

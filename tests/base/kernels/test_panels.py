@@ -98,3 +98,12 @@ def test_refuses_wrong_parts() -> None:
     ):
         with pytest.raises(ValueError, match="panels"):
             PanelWeight(wrong, shape, bits)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (31, 64), (33, 128), (70, 448)])
+def test_rows_are_looked_up_with_the_bits_of_the_whole(shape: tuple[int, int]) -> None:
+    weight = PanelWeight.quantize8(torch.randn(shape))
+    ids = torch.randint(0, shape[0], (3, 5))
+    ids[0, 0], ids[2, 4] = 0, shape[0] - 1
+    assert torch.equal(weight.rows(ids), weight.dequantize()[ids])
+    assert weight.rows(torch.empty(1, 0, dtype=torch.int64)).shape == (1, 0, shape[1])
