@@ -108,7 +108,7 @@ def world() -> World:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
+    state = PartialState(cpu=not torch.cuda.is_available())  # over gloo, else over nccl
     if state.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(f"accelerate's {state.distributed_type.value}: DDP or FSDP is needed")
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"

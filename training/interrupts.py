@@ -11,17 +11,19 @@ from typing import Any
 
 
 @contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
+def interrupts(once: bool = True) -> Iterator[Callable[[], bool]]:
     """Within it, the function that it gives says whether somebody asked to stop.
 
-    A second signal does what it always did. Outside the main thread nothing is caught.
+    A second signal does what it always did; not with `once=False`, where whoever started this
+    process among others hands the same Ctrl-C on to it. Outside the main thread nothing is caught.
     """
     asked = threading.Event()
     before: dict[int, Any] = {}
 
     def catch(number: int, frame: FrameType | None) -> None:
         asked.set()
-        signal.signal(number, before[number])
+        if once:
+            signal.signal(number, before[number])
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
