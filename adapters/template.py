@@ -42,22 +42,31 @@ class RenderedChat(NamedTuple):
     ids: list[int]
 
 
+# A message: role and content; of a tool's use also tool_calls, tool_call_id, name.
+Message = Mapping[str, Any]
+_OPTIONAL = frozenset({"tool_calls", "tool_call_id", "name"})
+
+
 def render_chat(
     tokenizer: Any,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Message],
     template: str | None = None,
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
 ) -> list[int]:
     """Token ids of a chat; see `render`."""
-    return render(tokenizer, messages, template, add_generation_prompt=add_generation_prompt).ids
+    return render(
+        tokenizer, messages, template, tools=tools, add_generation_prompt=add_generation_prompt
+    ).ids
 
 
 def render(
     tokenizer: Any,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Message],
     template: str | None = None,
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
 ) -> RenderedChat:
     """Text and token ids of a chat by a template: the adapter's own, or (None) the base's.
@@ -66,17 +75,24 @@ def render(
     ids spell it too, in ordinary tokens. Without such a message the ids are those of
     `tokenizer.apply_chat_template`. Thread-safe as far as `tokenizer.encode` is.
 
+    `tools` are functions by OpenAI's schema, for a template that shows them. They, and calls of
+    them in messages, may spell no control token: a template may write them in any way.
+
     Raises InvalidChat: bad messages, no template, a template that fails or works too long.
     """
     _check_messages(messages)
-    source = template if template is not None else _own_template(tokenizer)
+    source = template if template is not None else own_template(tokenizer)
     control = _control_tokens(tokenizer)
+    _refuse_control(tools, "a tool", control.values())
     facts = dict(tokenizer.special_tokens_map)
 
     def fill(contents: Iterable[str]) -> str:
         filled = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
-        return _run(source, filled, add_generation_prompt, facts)
+        return _run(source, filled, add_generation_prompt, facts, tools)
 
+    for number, message in enumerate(messages):
+        rest = {name: value for name, value in message.items() if name != "content"}
+        _refuse_control(rest, f"message {number}", control.values())
     contents = [message["content"] for message in messages]
     mark = _unused_character([source, *contents])
     marked = fill(_break_apart(content, control.values(), mark) for content in contents)
@@ -114,11 +130,29 @@ def check_template(template: str, limits: Limits) -> None:
 # Contents stay text -----------------------------------------------------------------------------
 
 
-def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+def own_template(tokenizer: Any) -> str:
+    """The base's chat template. Raises InvalidChat when there is none."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise InvalidChat("the base has no chat template: send a plain prompt, or a template")
+    return str(template)
+
+
+def _refuse_control(value: Any, where: str, control: Iterable[str]) -> None:
+    """Raise InvalidChat when a text anywhere in `value` spells a control token."""
+    spelled = json.dumps(value, ensure_ascii=False) if value else ""
+    found = next((token for token in control if json.dumps(token)[1:-1] in spelled), None)
+    if found is not None:
+        raise InvalidChat(f"{where} spells the control token {found!r} of the chat template")
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
     if not messages:
         raise InvalidChat("the chat has no messages")
     for number, message in enumerate(messages):
-        if set(message) != {"role", "content"}:
+        if set(message) - _OPTIONAL != {"role", "content"}:
             found = ", ".join(sorted(map(str, message)))
             raise InvalidChat(f"message {number} has {found or 'nothing'}, expected role, content")
         if message["role"] not in ROLES:
@@ -128,15 +162,6 @@ def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
             )
         if not isinstance(message["content"], str):
             raise InvalidChat(f"message {number}: the content must be text")
-
-
-def _own_template(tokenizer: Any) -> str:
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
-        raise InvalidChat("the base has no chat template: send a plain prompt, or a template")
-    return str(template)
 
 
 def _control_tokens(tokenizer: Any) -> dict[int, str]:
@@ -190,9 +215,10 @@ def _only(ids: Iterable[int], control: Mapping[int, str]) -> list[int]:
 
 def _run(
     source: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Message],
     add_generation_prompt: bool,
     facts: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     _budget.set(Budget())
     try:
@@ -200,7 +226,7 @@ def _run(
         pieces = template.generate(
             messages=messages,
             add_generation_prompt=add_generation_prompt,
-            tools=None,
+            tools=list(tools) if tools else None,
             documents=None,
             **{name: str(value) for name, value in facts.items() if isinstance(value, str)},
         )

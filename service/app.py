@@ -34,6 +34,7 @@ from service.api.door import Bounds, Door
 from service.api.upload import FORM_BYTES, sweep
 from service.config import Settings
 from service.experiments import Experiments
+from service.grammars import Grammars
 from service.log import configure_logging
 from service.metrics import Metrics
 
@@ -211,6 +212,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         limits=limits,
         probe=probe,
         experiments=Experiments(store),
+        grammars=Grammars(base.tokenizer, base.spec.vocab_size, base.eos_token_ids),
     )
 
 

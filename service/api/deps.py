@@ -24,6 +24,7 @@ from service.engine.request import AdapterRef
 from service.engine.request import Request as Generation
 from service.engine.stream import EventStream
 from service.experiments import Experiments
+from service.grammars import Grammars
 from service.metrics import Metrics
 from service.prompt.assembly import Assembly
 from service.selection import Sums
@@ -80,6 +81,7 @@ class Serving:
     limits: Limits
     probe: Probe  # the last check of an upload: lower it, and run it over some tokens
     experiments: Experiments
+    grammars: Grammars
     sums: Sums = field(default_factory=Sums)
 
 

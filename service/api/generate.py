@@ -7,8 +7,6 @@ named in `parameters.adapter_id`.
 from __future__ import annotations
 
 import asyncio
-import secrets
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -17,20 +15,12 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
 from adapters.compose import MAX_PARTS, MAX_WEIGHT, Term, parse_terms
 from adapters.errors import InvalidAdapter
-from adapters.outcomes import Ending
-from service.admission import Ticket
-from service.api.deps import (
-    Desk,
-    DeskDep,
-    Serving,
-    ServingDep,
-    unless_gone,
-)
+from service.api.deps import Desk, DeskDep, Serving, ServingDep, unless_gone
 from service.api.generation import Collector, Origin, completion, stream_events
 from service.api.generation_schema import Completion, StreamEvent
+from service.api.intake import DEFAULT_NEW_TOKENS, Chat, Order, Started, client_key, start
 from service.api.sse import EventReply
 from service.api.wire import (
-    MAX_CLIENT_KEY,
     MAX_SEQUENCES,
     MAX_TOKENS,
     MAX_TOP_TOKENS,
@@ -45,14 +35,10 @@ from service.api.wire import (
     TokenId,
     refusals,
 )
-from service.engine.request import Finished, Sampling
-from service.engine.request import Request as Generation
-from service.engine.stream import EventStream
+from service.engine.request import Sampling
 from service.errors import InvalidRequest
-from service.experiments import Watched, outcome_of
-from service.selection import MAX_REFERENCE, Selection, select
-
-DEFAULT_NEW_TOKENS = 128
+from service.grammars import MAX_SOURCE, Grammar
+from service.selection import MAX_REFERENCE
 
 router = APIRouter(tags=["generate"])
 
@@ -101,6 +87,23 @@ AdapterId = Annotated[
         custom_error_message="should be a string or a list of adapters",
     ),
 ]
+
+
+class OutputGrammar(Incoming):
+    """What the output must look like, as text-generation-inference has it."""
+
+    type: Literal["json", "json_schema", "regex"]
+    value: Annotated[str, Field(max_length=MAX_SOURCE)] | dict[str, Any] = Field(
+        description="A JSON schema (an object, or its text), or a regular expression.",
+    )
+
+    @property
+    def asked(self) -> Grammar:
+        if self.type != "regex":
+            return Grammar.schema(self.value, "parameters.grammar")
+        if not isinstance(self.value, str):
+            raise InvalidRequest("a regex is a text", "parameters.grammar")
+        return Grammar("regex", self.value, "parameters.grammar")
 
 
 class Parameters(Incoming):
@@ -165,6 +168,9 @@ class Parameters(Incoming):
     logprobs: bool = Field(default=False, description="Another name of details.")
     decoder_input_details: bool = Field(
         default=False, description="Also the prompt's tokens with their log-probabilities."
+    )
+    grammar: OutputGrammar | None = Field(
+        default=None, description="A JSON schema or a regular expression that the output follows."
     )
     top_n_tokens: int = Field(
         default=0, ge=0, le=MAX_TOP_TOKENS, description="The most likely tokens at each place."
@@ -288,9 +294,9 @@ async def generate_stream(
             "a stream cannot take back what it sent: best_of must be 1, or take n",
             "parameters.best_of",
         )
-    started = await unless_gone(request, _start(body, request, desk, serving))
-    events = stream_events(started.stream, started.origin, request.scope["request_id"])
-    return EventReply(events, started.close, started.origin.headers)
+    started, origin = await unless_gone(request, _start(body, request, desk, serving))
+    events = stream_events(started.stream, origin, request.scope["request_id"])
+    return EventReply(events, started.close, started.headers)
 
 
 @router.post("/", responses={200: {"model": Completion}, **_ERRORS})
@@ -301,63 +307,70 @@ async def compatible(
     return await generate(body, request, desk, serving)
 
 
-@dataclass(frozen=True, slots=True)
-class _Started:
-    """A generation that the engine has taken."""
-
-    stream: EventStream
-    origin: Origin
-    ticket: Ticket
-
-    def close(self) -> None:
-        """The reply is over or nobody wants it: let the engine drop what still runs."""
-        self.stream.cancel()
-        self.ticket.release()
-
-
 async def _complete(body: GenerateBody, request: Request, desk: Desk, serving: Serving) -> Response:
-    started = await _start(body, request, desk, serving)
+    started, origin = await _start(body, request, desk, serving)
     try:
-        collector = Collector(started.origin)
+        collector = Collector(origin)
         async for event in started.stream:
             collector.add(event)
         # In a thread: a long prompt's tokens are decoded one by one when they are asked for.
         body_of_reply = await asyncio.to_thread(completion, collector)
-        return JSONResponse(body_of_reply, headers=dict(started.origin.headers))
+        return JSONResponse(body_of_reply, headers=dict(started.headers))
     finally:
         started.close()
 
 
-async def _start(body: GenerateBody, request: Request, desk: Desk, serving: Serving) -> _Started:
-    """Admission, adapter, prompt, engine: in the order of their cost."""
-    _check_pairs(body, serving)
-    client = _client_key(body.parameters, request)
-    ticket = desk.admission.admit()
-    try:
-        selection = await _selection(body.parameters, client, desk, serving)
-        # A cold adapter is on its way while the prompt is read.
-        ticket.meanwhile(serving.engine.reserved(selection.ref if selection else None))
-        prompt = await _prompt(body, selection, serving)
-        generation = _generation(
-            request.scope["request_id"], body.parameters, prompt, selection, serving
-        )
-        origin = Origin(
-            generation,
-            selection,
-            best_of=body.parameters.best_of > 1,
-            details=body.parameters.wants_details,
-            prefix=body.inputs if body.parameters.return_full_text else "",  # type: ignore[arg-type]
-            decode=serving.assembly.decode,
-        )
-        return _Started(_submitted(generation, selection, serving), origin, ticket)
-    except BaseException:
-        ticket.release()
-        raise
-    finally:
-        ticket.prepared()
+async def _start(
+    body: GenerateBody, request: Request, desk: Desk, serving: Serving
+) -> tuple[Started, Origin]:
+    _check_pairs(body)
+    order = _order(body, client_key(body.parameters.client_key, request))
+    started = await start(order, request.scope["request_id"], desk, serving)
+    origin = Origin(
+        started.request,
+        started.selection,
+        best_of=body.parameters.best_of > 1,
+        details=body.parameters.wants_details,
+        prefix=body.inputs if body.parameters.return_full_text else "",  # type: ignore[arg-type]
+        decode=serving.assembly.decode,
+    )
+    return started, origin
 
 
-def _check_pairs(body: GenerateBody, serving: Serving) -> None:
+def _order(body: GenerateBody, client: str | None) -> Order:
+    """This skin's words for what the engine does."""
+    given = body.parameters
+    text = isinstance(body.inputs, str)
+    messages = [] if text else [{"role": m.role, "content": m.content} for m in body.inputs]  # type: ignore[union-attr]
+    return Order(
+        prompt=str(body.inputs) if text else Chat(messages),
+        sampling=Sampling(
+            do_sample=given.samples,
+            temperature=given.temperature,
+            top_k=given.top_k,
+            top_p=given.top_p,
+            min_p=given.min_p,
+            repetition_penalty=given.repetition_penalty,
+            presence_penalty=given.presence_penalty,
+            frequency_penalty=given.frequency_penalty,
+            seed=given.seed,
+            stop=tuple(given.stop),
+            stop_token_ids=tuple(given.stop_token_ids),
+            min_new_tokens=given.min_new_tokens,
+            ignore_eos=given.ignore_eos or given.ignore_eos_token,
+            top_logprobs=given.top_n_tokens,
+        ),
+        terms=given.terms,
+        client=client,
+        max_new_tokens=given.max_new_tokens,
+        n=given.sequences,
+        truncate=given.truncate,
+        prompt_logprobs=given.decoder_input_details,
+        grammar=given.grammar.asked if given.grammar else None,
+    )
+
+
+def _check_pairs(body: GenerateBody) -> None:
     """What one field cannot know of another."""
     given = body.parameters
     if given.return_full_text and not isinstance(body.inputs, str):
@@ -381,115 +394,3 @@ def _check_pairs(body: GenerateBody, serving: Serving) -> None:
             f"{given.max_new_tokens}",
             "parameters.min_new_tokens",
         )
-    for token in given.stop_token_ids:
-        if token >= serving.spec.vocab_size:
-            raise InvalidRequest(
-                f"stop token {token} is outside the vocabulary of {serving.spec.vocab_size}",
-                "parameters.stop_token_ids",
-            )
-
-
-def _client_key(given: Parameters, request: Request) -> str | None:
-    """Who asks, by the parameter or else by the header."""
-    header = request.headers.get("x-client-key")
-    if header and len(header) > MAX_CLIENT_KEY:
-        raise InvalidRequest(
-            f"{len(header)} characters; should have at most {MAX_CLIENT_KEY}", "x-client-key"
-        )
-    return given.client_key or header or None
-
-
-async def _selection(
-    given: Parameters, client: str | None, desk: Desk, serving: Serving
-) -> Selection | None:
-    if given.adapter_id is None:
-        return None
-    found = await asyncio.to_thread(
-        select,
-        given.terms,
-        serving.store,
-        client=client,
-        max_rank=serving.limits.max_rank,
-        max_bytes=desk.settings.slot_bytes,
-    )
-    serving.sums.note(found.ref)
-    return found
-
-
-def _submitted(
-    generation: Generation, selection: Selection | None, serving: Serving
-) -> EventStream:
-    """Hand it to the engine; what comes of a request through an alias is noted."""
-    stream = serving.engine.submit(generation)
-    via = selection.via if selection else None
-    if selection is None or via is None:
-        return stream
-    version = selection.parts[0].manifest.version
-
-    def note(ending: Ending, ends: tuple[Finished, ...]) -> None:
-        serving.experiments.record(outcome_of(generation.id, via, version, ending, ends))
-
-    return Watched(stream, generation.n, note)
-
-
-async def _prompt(
-    body: GenerateBody, selection: Selection | None, serving: Serving
-) -> tuple[int, ...]:
-    truncate = body.parameters.truncate
-    if isinstance(body.inputs, str):
-        return await serving.assembly.text(body.inputs, truncate)
-    messages = [{"role": m.role, "content": m.content} for m in body.inputs]
-    template = selection.template if selection else None
-    return await serving.assembly.chat(messages, template, truncate)
-
-
-def _generation(
-    request_id: str,
-    given: Parameters,
-    prompt: tuple[int, ...],
-    selection: Selection | None,
-    serving: Serving,
-) -> Generation:
-    samples = given.samples
-    # Drawn here, small enough for every JSON reader, so that the reply's seed repeats the text.
-    seed = secrets.randbits(32) if samples and given.seed is None else given.seed
-    virtual = selection.ref.virtual_tokens if selection else 0
-    sampling = Sampling(
-        do_sample=samples,
-        temperature=given.temperature,
-        top_k=given.top_k,
-        top_p=given.top_p,
-        min_p=given.min_p,
-        repetition_penalty=given.repetition_penalty,
-        presence_penalty=given.presence_penalty,
-        frequency_penalty=given.frequency_penalty,
-        seed=seed,
-        stop=tuple(given.stop),
-        stop_token_ids=tuple(given.stop_token_ids),
-        max_new_tokens=_room(given, len(prompt), serving.engine.max_model_len - virtual),
-        min_new_tokens=given.min_new_tokens,
-        ignore_eos=given.ignore_eos or given.ignore_eos_token,
-        top_logprobs=given.top_n_tokens,
-    )
-    return Generation(
-        id=request_id,
-        prompt=prompt,
-        sampling=sampling,
-        adapter=selection.ref if selection else None,
-        n=given.sequences,
-        prompt_logprobs=given.decoder_input_details,
-    )
-
-
-def _room(given: Parameters, length: int, limit: int) -> int:
-    """Output tokens for this prompt. A prompt that is too long by itself is the engine's to say."""
-    wanted = given.max_new_tokens
-    if wanted is None:
-        return max(min(max(DEFAULT_NEW_TOKENS, given.min_new_tokens), limit - length), 1)
-    if length < limit < length + wanted:
-        raise InvalidRequest(
-            f"the prompt has {length} tokens and max_new_tokens is {wanted}, together "
-            f"{length + wanted}; there is room for {limit}, so for {limit - length} new tokens",
-            "parameters.max_new_tokens",
-        )
-    return wanted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,6 @@ class Origin:
     details: bool
     prefix: str  # put before every output
     decode: Callable[[Sequence[int]], list[str]]
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        return {"x-adapter-digest": self.selection.digest} if self.selection else {}
 
     @property
     def adapter(self) -> Json | None:
@@ -167,7 +163,7 @@ async def stream_events(
     """The events of /generate_stream; an error after the first byte is an event too."""
     counts = [0] * origin.request.n
     try:
-        async for token, end in _paired(stream):
+        async for token, end in paired(stream):
             if end is not None:
                 check_end(end)
             if token is not None:
@@ -180,7 +176,7 @@ async def stream_events(
         yield failure(error).envelope(request_id)
 
 
-async def _paired(stream: EventStream) -> AsyncIterator[tuple[Token | None, Finished | None]]:
+async def paired(stream: EventStream) -> AsyncIterator[tuple[Token | None, Finished | None]]:
     """Tokens, the last one of each sequence together with its end, which follows it at once."""
     events = stream.__aiter__()
     async for event in events:

@@ -84,7 +84,8 @@ class Sampler:
         sampling = sequence.request.sampling
         row = logits.clone()
         for token, bias in sampling.logit_bias:
-            row[token] += bias
+            if token < len(row):  # an adapter's own table may be the shorter one
+                row[token] += bias
         _penalise(row, sequence, sampling)
         if held := self._held_back(sequence):
             row[held] = -torch.inf

@@ -45,9 +45,10 @@ class Assembly:
 
     async def chat(
         self,
-        messages: Sequence[dict[str, str]],
+        messages: Sequence[dict[str, Any]],
         template: str | None = None,
         truncate: int | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> tuple[int, ...]:
         """Token ids of a chat that ends where the assistant's turn begins.
 
@@ -57,8 +58,8 @@ class Assembly:
         if truncate is None:
             self._refuse_hopeless(length)
         # An adapter's template is somebody's program: never on the event loop.
-        weight = length if template is None else max(length, LONG_TEXT)
-        ids = await _aside(weight, render_chat, self.tokenizer, messages, template)
+        weight = length if template is None and not tools else max(length, LONG_TEXT)
+        ids = await _aside(weight, render_chat, self.tokenizer, messages, template, tools=tools)
         return _last(ids, truncate)
 
     async def pieces(self, text: str) -> list[Piece]:

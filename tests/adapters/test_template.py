@@ -179,7 +179,7 @@ def test_threads_do_not_disturb_each_other(tokenizer: Any) -> None:
         ([], "no messages"),
         ([{"role": "user"}], "expected role, content"),
         ([{}], "nothing"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "tool_calls"),
+        ([{"role": "user", "content": "x", "colour": 1}], "colour"),
         ([{"role": "</s>", "content": "x"}], "expected one of system"),
         ([{"role": "user", "content": None}], "must be text"),
         ([{"role": "user", "content": ["x"]}], "must be text"),
@@ -188,6 +188,51 @@ def test_threads_do_not_disturb_each_other(tokenizer: Any) -> None:
 def test_bad_messages(tokenizer: Any, messages: Any, words: str) -> None:
     with pytest.raises(InvalidChat, match=words):
         render_chat(tokenizer, messages)
+
+
+# As Qwen and Hermes show tools and their use.
+TOOLS = """\
+{%- if tools %}{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}{% endif %}
+{%- for message in messages %}
+{{- '<|' + message.role + '|>' + message.content }}
+{%- for call in message.tool_calls or [] %}
+    {%- if call.function %}{% set call = call.function %}{% endif %}
+    {{- '<tool_call>' + call.name + ' ' + call.arguments | tojson + '</tool_call>' }}
+{%- endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
+"""
+TOOL = {"type": "function", "function": {"name": "weather", "description": "of a <town>"}}
+USE = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"function": {"name": "weather", "arguments": {"town": "Łódź"}}}],
+}
+RESULT = {"role": "tool", "content": "rain</s>", "tool_call_id": "1"}
+
+
+def test_tools_are_shown_as_transformers_shows_them(tokenizer: Any) -> None:
+    messages = [*chat("weather?"), USE, RESULT | {"content": "rain"}]
+    found = render(tokenizer, messages, TOOLS, tools=[TOOL])
+    assert found.text == tokenizer.apply_chat_template(
+        messages, chat_template=TOOLS, tools=[TOOL], tokenize=False, add_generation_prompt=True
+    )
+    assert "weather" in found.text.partition("weather?")[0]
+    assert '{"town": "Łódź"}' in found.text
+
+
+def test_a_tool_s_result_stays_text_and_a_tool_spells_no_control_token(tokenizer: Any) -> None:
+    ids = render_chat(tokenizer, [*chat("a"), USE, RESULT], TOOLS)
+    assert control(tokenizer, ids) == control(
+        tokenizer, render_chat(tokenizer, [*chat("a"), USE, RESULT | {"content": "r"}], TOOLS)
+    )
+    bad = {"type": "function", "function": {"name": "x", "description": "a </s> b"}}
+    with pytest.raises(InvalidChat, match="a tool spells the control token '</s>'"):
+        render_chat(tokenizer, chat("a"), TOOLS, tools=[bad])
+    use = {**USE, "tool_calls": [{"function": {"name": "x", "arguments": {"y": "</s>"}}}]}
+    with pytest.raises(InvalidChat, match="message 1 spells"):
+        render_chat(tokenizer, [*chat("a"), use], TOOLS)
 
 
 def test_what_a_template_refuses_reaches_the_user(tokenizer: Any) -> None:

@@ -71,7 +71,7 @@ CASES: list[tuple[str, dict[str, Any], int, str, str | None, str]] = [
     (G, generate(adapter_source="hub"), 422, "validation", "parameters.adapter_source", "local"),
     (G, generate(api_token="hf_x"), 422, "validation", "parameters.api_token", "no such field"),
     (G, generate(max_tokens=5), 422, "validation", "parameters.max_tokens", "no such field"),
-    (G, generate(grammar={"type": "json"}), 422, "validation", "parameters.grammar", "no such"),
+    (G, generate(colour="red"), 422, "validation", "parameters.colour", "no such"),
     (
         "POST /generate_stream",
         generate(best_of=2, do_sample=True),
