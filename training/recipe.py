@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from base.load import Base
 from training.config import OptimConfig, TrainConfig
 from training.data import (
-    IGNORED,
     Batches,
     Example,
-    TrainBatch,
     collate,
     length_of,
     pad_id,
@@ -26,6 +23,7 @@ from training.data import (
 )
 from training.distributed import ALONE, World, part_of, whole
 from training.errors import ConfigError
+from training.loss import batch_loss, head_of
 from training.methods import Attached
 
 FLOOR = 0.1  # of the rate, where the cosine ends
@@ -94,6 +92,7 @@ class Run:
             refuse_if_mixed(base.model, base.device, adapter.virtual_tokens)
         share = (world.rank, world.size)
         self.batches = Batches(data, config.optim.batch_size, pad, config.seed, pack, share)
+        head_of(base)  # tried now: in a step dropout would be on, and its trial would draw from it
         self.progress = Progress()
         self.best: dict[str, Any] | None = None  # the adapter's state at the best evaluation
 
@@ -268,28 +267,6 @@ def adamw(adapter: Attached, optim: OptimConfig) -> torch.optim.AdamW:
         for group in adapter.groups(optim.b_rate_ratio)
     ]
     return torch.optim.AdamW(groups, weight_decay=optim.weight_decay)
-
-
-def batch_loss(base: Base, batch: TrainBatch, adapter: Attached | None = None) -> Tensor:
-    """Mean cross-entropy over the tokens that bear loss. Logits are made for these columns only."""
-    following = batch.labels[:, 1:].to(base.device)  # what each position is to say
-    columns = (following != IGNORED).any(dim=0).nonzero().flatten()
-    tokens, mask = batch.input_ids.to(base.device), batch.attention_mask.to(base.device)
-    if batch.position_ids is not None:  # transformers keeps packed examples apart without a mask
-        run = base.model if adapter is None else adapter.forward
-        places = batch.position_ids.to(base.device)
-        logits = run(
-            input_ids=tokens, position_ids=places, logits_to_keep=columns, use_cache=False
-        ).logits
-    elif adapter is None:
-        logits = base.model(
-            input_ids=tokens, attention_mask=mask, logits_to_keep=columns, use_cache=False
-        ).logits
-    else:
-        logits = adapter.logits(tokens, mask, columns)  # [B, columns, vocabulary]
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), following[:, columns].flatten(), ignore_index=IGNORED
-    )
 
 
 @torch.no_grad()

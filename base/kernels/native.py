@@ -137,7 +137,8 @@ class Native:
 
     def rows(self, weight: Weight, start: int, stop: int, to: Tensor) -> Tensor:
         """Rows [start, stop) of W in NF4 as floats: `to` [stop - start, in], which is returned."""
-        assert to.shape == (stop - start, weight.shape[1]) and to.is_contiguous()
+        assert to.shape == (stop - start, weight.shape[1])
+        assert to.is_contiguous()
         assert 0 <= start <= stop <= weight.shape[0]
         place = (start, stop, to.data_ptr(), torch.get_num_threads())
         if isinstance(weight, PanelWeight):

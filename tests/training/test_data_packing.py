@@ -24,9 +24,10 @@ from training.data import (
 )
 from training.data.packing import bins
 from training.errors import ConfigError
+from training.loss import batch_loss
 from training.methods import attach
 from training.plan import make_plan
-from training.recipe import Run, batch_loss
+from training.recipe import Run
 
 STOP = 2
 A = Example((10, 11, 12, 13, STOP), 2)

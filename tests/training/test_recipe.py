@@ -10,9 +10,10 @@ from base.load import Base
 from training.config import DataConfig, MethodConfig, OptimConfig, TrainConfig
 from training.data import Example, collate
 from training.evaluate import exact_match
+from training.loss import batch_loss
 from training.methods import attach
 from training.methods.low_rank import LowRankAdapter
-from training.recipe import Step, Trained, batch_loss, mean_loss, rate, train
+from training.recipe import Step, Trained, mean_loss, rate, train
 
 STOP = 2
 PAIRS = [Example((10 + i, 50 + 3 * i, 90 + i, STOP), 1) for i in range(12)]

@@ -19,7 +19,7 @@ from base.kernels import (
 from tests.base.kernels.guarded import Guarded
 
 relaxed = settings(
-    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
