@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
+import yaml  # type: ignore[import-untyped]
 from rich.progress import TaskID
 from rich.table import Table
 
@@ -16,7 +17,7 @@ from base.hub import locate
 from base.mini import MINI
 from training.config import AnyMethod, assignments, read_config
 from training.tasks import TASKS
-from training.terminal import bar, console, progress, refusals, refuse
+from training.terminal import bar, console, print_json, progress, refusals, refuse
 
 if TYPE_CHECKING:  # each command imports what it needs: PEFT takes seconds, and few need it
     from base.load import Base
@@ -39,6 +40,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any field of the schema: --set eval.every=50; may be repeated."),
 ]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 
 
 @app.command()
@@ -85,23 +89,43 @@ def show_plan(
     steps: Annotated[int | None, typer.Option()] = None,
     batch_size: Annotated[int | None, typer.Option()] = None,
     settings: Settings = None,
+    as_json: Json = False,
 ) -> None:
     """Say what a run would do, cost and learn from, after three trial steps; nothing is written."""
     import torch
 
     from training import session
     from training.data import prepare
-    from training.plan import described, make_plan
+    from training.plan import described, figures, make_plan
 
-    with refusals():
+    with refusals(as_json):
         found = read_config(config, {**_flags(locals()), **assignments(settings or [])})
         model = session.load_for(found)
         prepared = prepare(found.data, model.tokenizer)
         torch.manual_seed(found.seed)
         plan = make_plan(model, prepared.train, found)
-        console.print(described(plan, found, model.tokenizer), *prepared.described())
+        if as_json:
+            said = {"config": found.model_dump(mode="json"), "data": prepared.counted()}
+            print_json({**said, "plan": figures(plan, found)})
+        else:
+            console.print(described(plan, found, model.tokenizer), *prepared.described())
     if plan.too_large:
         raise typer.Exit(1)
+
+
+@app.command(name="config")
+def show_config(
+    config: Annotated[Path | None, typer.Argument(help="YAML; flags win over it.")] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Print a run's config with all its defaults, or what is wrong in it; no data is read."""
+    with refusals(as_json):
+        found = read_config(config, assignments(settings or [])).model_dump(mode="json")
+    if as_json:
+        print_json({"config": found})
+    else:
+        typer.echo(yaml.safe_dump(found, sort_keys=False, allow_unicode=True), nl=False)
 
 
 @app.command()
@@ -111,6 +135,7 @@ def check(
     base: BaseOption = None,
     shown: Annotated[int, typer.Option(min=0, help="Bad and cut rows to name.")] = 20,
     settings: Settings = None,
+    as_json: Json = False,
 ) -> None:
     """Report on data: its lengths, what is too long, and each bad row by line and field.
 
@@ -119,14 +144,17 @@ def check(
     from training.data import survey
     from training.data.report import highlighted
 
-    with refusals():
+    with refusals(as_json):
         flags = {"data.train": data, "base": base, **assignments(settings or [])}
         found = read_config(config, flags)
         tokenizer = _tokenizer(found.base)
         prepared = survey(found.data, tokenizer, shown)
-        console.print(*prepared.described())
-        if prepared.train:
-            console.print(highlighted(prepared.train[0], tokenizer))
+        if as_json:
+            print_json({"config": found.model_dump(mode="json"), "data": prepared.counted()})
+        else:
+            console.print(*prepared.described())
+            if prepared.train:
+                console.print(highlighted(prepared.train[0], tokenizer))
     if not prepared.train or any(r.bad > found.data.max_bad_rows for r in prepared.reports):
         raise typer.Exit(1)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from training.errors import ConfigError
 
@@ -232,6 +232,24 @@ class BudgetConfig(_Frozen):
     tokens: int | None = Field(default=None, ge=1)
 
 
+class PublishConfig(_Frozen):
+    """Where the adapter goes once the run has ended: to a running server, or into a store."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="to serve it under")
+    url: str | None = Field(
+        default=None, pattern=r"^https?://", description="of a server: http://127.0.0.1:8080"
+    )
+    store: Path | None = Field(
+        default=None, description="the home of a server that is not running, as NIBBLE_HOME"
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> PublishConfig:
+        if (self.url is None) == (self.store is None):
+            raise ValueError("one of url and store is needed: where does it go?")
+        return self
+
+
 class TrainConfig(_Frozen):
     """One run. A run with the same config on the same machine gives the same weights."""
 
@@ -244,6 +262,7 @@ class TrainConfig(_Frozen):
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
     seed: int = Field(default=0, ge=0)
     out: Path = Path("adapter")
+    publish: PublishConfig | None = None
 
 
 def read_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
@@ -259,16 +278,37 @@ def read_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
         values["method"].setdefault("kind", "lora")
     try:
         config = TrainConfig.model_validate(values)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    except ValidationError as error:
+        raise _wrong(error) from None
     wanted = [f for f in ("every", "patience") if getattr(config.eval, f) is not None]
+    if config.publish is not None and config.method.kind == "full":
+        raise ConfigError("publish: method full makes a base, no adapter to serve", "publish")
     if config.data.eval is not None and config.data.split is not None:
-        raise ConfigError("data.eval and data.split: one of them says what is held out")
+        what = "data.eval and data.split: one of them says what is held out"
+        raise ConfigError(what, "data.split")
     if wanted and config.data.eval is None and config.data.split is None:
         raise ConfigError(
-            f"eval.{wanted[0]} needs data.eval, the file to evaluate on, or data.split"
+            f"eval.{wanted[0]} needs data.eval, the file to evaluate on, or data.split",
+            f"eval.{wanted[0]}",
         )
     return config
+
+
+def _wrong(error: ValidationError) -> ConfigError:
+    """Each field that is wrong, its value, and what would be right."""
+    lines, fields = [], []
+    for one in error.errors(include_url=False):
+        parts = [str(part) for part in one["loc"]]
+        if parts[:1] == ["method"] and len(parts) > 1:
+            del parts[1]  # the tag of the union: no field of the file
+        fields.append(".".join(parts))
+        scalar = one["input"] is None or isinstance(one["input"], str | int | float | Path)
+        shown = f" (got {str(one['input'])[:80]!r})" if scalar else ""
+        message = str(one["msg"]).removeprefix("Value error, ")
+        if one["type"] == "extra_forbidden":
+            message = "there is no such field"
+        lines.append(f"{fields[-1] or 'config'}: {message}{shown}")
+    return ConfigError("\n".join(lines), fields[0])
 
 
 def assignments(settings: list[str]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 TrainingError
 ├── ConfigError   a field of the run's configuration is wrong
 ├── DataError     a row cannot be learnt from: names file, line and field
-└── MethodError   the method does not fit this base
+├── MethodError   the method does not fit this base
+└── PublishError  the adapter is made, and did not get to where it was to be served
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ class TrainingError(Exception):
 
 
 class ConfigError(TrainingError):
-    """The configuration is wrong; the message names the fields."""
+    """The configuration is wrong; the message names the fields, `field` the first of them."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class DataError(TrainingError):
@@ -23,3 +28,7 @@ class DataError(TrainingError):
 
 class MethodError(TrainingError):
     """The method cannot be applied to this base."""
+
+
+class PublishError(TrainingError):
+    """The adapter is on the disk, and the message says where and why it got no further."""

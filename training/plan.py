@@ -122,6 +122,17 @@ def _base_parameters(base: Base) -> int:
     return int(linears + sum(p.numel() for p in base.model.parameters()))
 
 
+def figures(plan: Plan, config: TrainConfig) -> dict[str, Any]:
+    """The plan for programs; memory in bytes, times in seconds."""
+    names = ("parameters", "base_parameters", "examples", "tokens", "loss_tokens", "longest")
+    costs = ("epochs", "seconds_per_step", "peak_bytes", "free_bytes")
+    return {
+        **{name: getattr(plan, name) for name in (*names, *costs)},
+        "seconds": plan.seconds_per_step * config.optim.steps,
+        "fits": not plan.too_large,
+    }
+
+
 def described(plan: Plan, config: TrainConfig, tokenizer: Any) -> RenderableType:
     """The plan for people."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -79,6 +79,12 @@ def run(config: TrainConfig, resume: bool = False, go_on: bool = False) -> Train
     if here.leads or here.sharded:
         adapter.save(config.out)
     directory.happened("finished", **asdict(done))
+    if config.publish is not None and done.ended != "asked" and here.leads:
+        from training.publish import publish
+
+        where = publish(config, base)
+        directory.happened("published", adapter=where)
+        console.print(f"published as {where}")
     console.print(outcome(config, done))
     return done
 

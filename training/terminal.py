@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
@@ -57,12 +58,21 @@ def bar(shown: Progress, name: str, config: TrainConfig) -> Callable[[Step], Non
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
+def refusals(as_json: bool = False) -> Iterator[None]:
     """What the user can put right ends in one line, not in a traceback."""
     try:
         yield
     except (TrainingError, UnservableBase) as error:
+        if as_json:
+            field = getattr(error, "field", None)
+            print_json({"refused": {"message": str(error), "field": field}})
+            raise typer.Exit(2) from None
         refuse(str(error))
+
+
+def print_json(value: object) -> None:
+    """One line for programs."""
+    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def refuse(message: str) -> NoReturn:

@@ -40,6 +40,11 @@ class Prepared:
         corpora = (self.train, self.held_out)
         return [r.described(c) for r, c in zip(self.reports, corpora, strict=False)]
 
+    def counted(self) -> list[dict[str, Any]]:
+        """The same for programs."""
+        corpora = (self.train, self.held_out)
+        return [r.counted(c) for r, c in zip(self.reports, corpora, strict=False)]
+
 
 @dataclass(slots=True)
 class _Reading:

@@ -72,6 +72,18 @@ class Report:
         }
         return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
+    def counted(self, corpus: Corpus) -> dict[str, Any]:
+        """The same for programs; `corpus` is what became of the rows."""
+        counts = ("rows", "bad", "duplicates", "left_out", "held_out", "also_in_train", "cut")
+        return {
+            "path": str(self.path),
+            **{name: getattr(self, name) for name in counts},
+            "examples": len(corpus),
+            "tokens": corpus.tokens,
+            "loss_tokens": corpus.loss_tokens,
+            "rejects": [str(error) for error in self.rejects],
+        }
+
     def described(self, corpus: Corpus) -> RenderableType:
         """`corpus` is what became of the rows."""
         table = Table(show_header=False, box=None, title=Text(str(self.path)), title_justify="left")
