@@ -7,16 +7,70 @@ save is PEFT's format (`training.checkpoint`).
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from base.kernels import Weight, nf4_backward, nf4_training_product
 from base.nf4 import NF4Linear
 from training.errors import MethodError
 
 Init = Literal["zero", "pissa", "olora"]
+
+
+class _Product(torch.autograd.Function):
+    """u = W x + s B (A x), then y = u, or y = g ⊙ u with g = m / n and a constant n.
+
+    One node instead of a dozen: beside the factors only x is kept, and u where there is a g. A x
+    is computed again, which costs r columns. x [T, in], A [r, in], B [out, r], m and n [out].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        m: Tensor | None,
+        n: Tensor | None,
+        weight: Weight,
+        scale: float,
+    ) -> Tensor:
+        u = nf4_training_product(x, weight)
+        if u.dtype is B.dtype:
+            u.addmm_(x @ A.t(), B.t(), alpha=scale)
+        else:
+            u = u + ((x.to(A.dtype) @ A.t()) @ B.t()) * scale
+        ctx.weight, ctx.scale, ctx.gained = weight, scale, m is not None
+        if m is None or n is None:
+            ctx.save_for_backward(x, A, B)
+            return u.to(x.dtype)
+        ctx.save_for_backward(x, A, B, u, m, n)
+        return (u * (m / n)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, *gain = ctx.saved_tensors
+        grad, grad_m = grads[0], None
+        if ctx.gained:
+            u, m, n = gain
+            grad_m = (grad * u).sum(dim=0) / n
+            grad = (grad * (m / n)).to(grad.dtype)
+        wide = grad.to(B.dtype)
+        inner = (wide @ B).mul_(ctx.scale)  # [T, r]
+        x32 = x.to(A.dtype)
+        grad_A = inner.t() @ x32
+        grad_B = (wide.t() @ (x32 @ A.t())).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = nf4_backward(grad, ctx.weight)
+            if grad_x.dtype is A.dtype:
+                grad_x.addmm_(inner, A)
+            else:
+                grad_x = (grad_x + inner @ A).to(x.dtype)
+        return grad_x, grad_A, grad_B, grad_m, None, None, None
 
 
 class LoraLinear(nn.Module):
@@ -62,8 +116,20 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of the base."""
-        y: Tensor = self.base(x)
-        return y + self.delta(x).to(y.dtype)
+        if self._drops:
+            y: Tensor = self.base(x)
+            return y + self.delta(x).to(y.dtype)
+        return self._whole(x)
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout.p > 0
+
+    def _whole(self, x: Tensor, m: Tensor | None = None, n: Tensor | None = None) -> Tensor:
+        (A, B), rows = self.factors(), x.reshape(-1, x.shape[-1])
+        y: Tensor = _Product.apply(rows, A, B, m, n, self.base.weight, self.scale)  # type: ignore[no-untyped-call]
+        y = y if self.base.bias is None else y + self.base.bias
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def delta(self, x: Tensor) -> Tensor:
         """s B (A x), fp32: x [..., in] -> [..., out]."""
@@ -106,7 +172,10 @@ class DoraLinear(LoraLinear):
         self.m = nn.Parameter(base.row_square_norms().sqrt().to(self.A.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        g = self.m / self.row_norms(x.dtype)
+        n = self.row_norms(x.dtype)
+        if not self._drops:
+            return self._whole(x, self.m, n)
+        g = self.m / n
         y: Tensor = self.base.matmul(x)
         y = ((y + self.delta(x)) * g).to(y.dtype)
         return y if self.base.bias is None else y + self.base.bias

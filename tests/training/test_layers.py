@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from base.kernels import NF4Weight
 from base.nf4 import NF4Linear
@@ -68,3 +69,47 @@ def test_parameters_stay_fp32_over_a_bf16_base(linear: NF4Linear) -> None:
     layer = _random(DoraLinear(linear.to(torch.bfloat16), rank=4, scale=1.0))
     assert layer(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert {p.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", [LoraLinear, DoraLinear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_that_of_the_plain_way(
+    linear: NF4Linear, kind: type[LoraLinear], dtype: torch.dtype
+) -> None:
+    """The way that dropout takes, with nothing dropped, is the oracle."""
+    layer = _random(kind(linear.to(dtype), rank=4, scale=1.7, dropout=1e-12))
+    x = torch.randn(3, 5, 64).to(dtype).requires_grad_()
+    pull = torch.randn(3, 5, 96).to(dtype)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    found = []
+    for plain in (False, True):
+        y = layer.train(plain)(x)
+        assert y.dtype is dtype
+        found.append([y, *torch.autograd.grad(y, wanted, pull)])
+    tight = {"rtol": 1e-4, "atol": 1e-3} if dtype is torch.float32 else {"rtol": 5e-2, "atol": 0.5}
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, **tight)
+
+
+def test_the_first_layer_asks_for_no_gradient_of_its_input(linear: NF4Linear) -> None:
+    layer = _random(LoraLinear(linear, rank=4, scale=1.0))
+    layer(torch.randn(5, 64)).sum().backward()
+    assert layer.A.grad is not None
+
+
+def test_doras_gradients_are_pefts(linear: NF4Linear) -> None:
+    """PEFT dequantises W and takes the norm of the sum in every step."""
+    layer = _random(DoraLinear(linear, rank=4, scale=2.0))
+    dense = nn.Linear(64, 96)
+    dense.weight.data, dense.bias.data = linear.weight.dequantize(), linear.bias.detach().clone()
+    config = peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["0"])
+    theirs = peft.get_peft_model(nn.Sequential(dense), config)
+    A, B = (p for n, p in theirs.named_parameters() if "lora_A" in n or "lora_B" in n)
+    (m,) = (p for n, p in theirs.named_parameters() if "magnitude" in n)
+    for parameter, own in ((A, layer.A), (B, layer.B), (m, layer.m)):
+        parameter.data.copy_(own.detach())
+    x, pull = torch.randn(7, 64, requires_grad=True), torch.randn(7, 96)
+    got = torch.autograd.grad(layer(x), [x, layer.A, layer.B, layer.m], pull)
+    want = torch.autograd.grad(theirs(x), [x, A, B, m], pull)
+    for ours, other in zip(got, want, strict=True):
+        assert (ours - other).abs().max() <= 1e-5 * other.abs().max()
