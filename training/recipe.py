@@ -184,9 +184,9 @@ class Run:
         self.schedule.load_state_dict(state["schedule"])
         self.batches.cursor = state["cursor"]
         self.progress = Progress(**state["progress"])
-        torch.set_rng_state(state["random"][rank])
+        torch.set_rng_state(state["random"][rank].clone())
         if state["device_random"] is not None:
-            torch.cuda.set_rng_state(state["device_random"][rank])
+            torch.cuda.set_rng_state(state["device_random"][rank].clone())
 
 
 def _whole(state: Any) -> Any:
