@@ -21,9 +21,9 @@ from base.kernels import Precision
 from base.kernels import bench as kernels
 from base.machine import Machine, inspect
 from base.mini import MINI
+from base.random_model import SHAPES, random_model
 from service.bench.compare import Figures, Options, compare
 from service.bench.performance import write_page
-from service.bench.random_model import SHAPES, random_model
 from service.bench.report import memory_table, own_table, rates_table
 from service.bench.residency_report import (
     check_markers,

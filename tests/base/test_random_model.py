@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from base import random_model
 from base.load import load_base
-from service.bench import random_model
-from service.bench.random_model import QWEN2_04B
+from base.random_model import QWEN2_04B
 
 SMALL = QWEN2_04B | {
     "hidden_size": 128,
