@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from training.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
-Column = Literal["messages", "prompt", "completion", "instruction", "input", "output", "text"]
+Column = Literal[
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text"
+]
 
 
 class _Frozen(BaseModel):
@@ -20,7 +22,7 @@ class _Frozen(BaseModel):
 
 
 class DataConfig(_Frozen):
-    """.jsonl, .json, .csv, .tsv, .parquet, a folder of these, or what datasets' save_to_disk wrote.
+    """.jsonl, .json, .csv, .tsv, .parquet, .txt, .md, a folder of these, or a saved dataset.
 
     `training.data.shape` says what a row may be.
     """
@@ -53,6 +55,11 @@ class DataConfig(_Frozen):
     )
     deduplicate: bool = Field(default=False, description="leave out rows that were there before")
     max_bad_rows: int = Field(default=0, ge=0, description="of each file; more refuse the run")
+    raw: bool = Field(
+        default=False,
+        description="texts alone, for more pretraining: a folder is read to any depth, its .txt, "
+        ".md and .jsonl together",
+    )
     packing: bool = Field(
         default=False,
         description="several examples in one row of max_length tokens, none seeing another; "

@@ -1,6 +1,7 @@
 """Data: rows of a file in, examples with a loss mask, padded or packed batches out.
 
 source, arrow    the rows of a file, one at a time
+text             raw text, cut into passages
 shape            what a row asks and what the model is to say
 encoding         a row as examples: token ids and which of them bear loss
 corpus           examples, their tokens on disk once they are many

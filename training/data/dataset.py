@@ -59,7 +59,7 @@ class _Reading:
 
     def read(self, split: float, also: frozenset[int] | set[int] = frozenset()) -> None:
         """`also`: the digests of another file's rows, to be counted here."""
-        for place, row in scan(self.report.path):
+        for place, row in scan(self.report.path, self.config.raw):
             self.report.rows += 1
             try:
                 if isinstance(row, DataError):
@@ -70,6 +70,10 @@ class _Reading:
 
     def _take(self, place: str, row: Row, split: float, also: frozenset[int] | set[int]) -> None:
         report, row = self.report, chosen(row, self.config.columns)
+        if self.config.raw and "text" not in row:
+            raise DataError(
+                f"{place}: fields {sorted(row)}; data.raw needs text, and data.columns can name it"
+            )
         encoded = self.encoding.examples(place, row)
         digest = _digest(json.dumps(row, ensure_ascii=False, sort_keys=True, default=str))
         report.also_in_train += digest in also
@@ -82,6 +86,8 @@ class _Reading:
         report.note(place, encoded)
         held = _digest(question(row)) < split * 2**64
         report.held_out += held
+        stop = self.encoding.tokenizer.eos_token_id
+        report.stops += sum(example.tokens[-1] == stop for example in encoded.examples)
         for example in encoded.examples:
             (self.held_out if held else self.taken).append(example)
 
@@ -93,6 +99,11 @@ def prepare(config: DataConfig, tokenizer: Any) -> Prepared:
         report.refuse_beyond(config.max_bad_rows)
     if not found.train:
         raise DataError(f"{config.train}: no rows: at least one example is needed")
+    if not found.reports[0].stops:
+        raise DataError(
+            f"{config.train}: no example ends with the stop token, so a model that learns from "
+            'them would not learn to stop; the last piece of a text needs no "continues"'
+        )
     if (config.eval or config.split) and not found.held_out:
         why = config.eval or f"{config.train}: data.split={config.split}"
         raise DataError(f"{why}: no rows to evaluate on")

@@ -102,7 +102,10 @@ class Encoding:
             raise DataError(f"{place}: {turn.field}: an empty text, so no token bears loss")
         empty = self.tokenizer.encode("")
         begin = [token for token in empty[:1] if token == self.tokenizer.bos_token_id]
-        tokens = (*begin, *self._said(place, turn))
+        said = self._said(place, turn)
+        tokens = (*begin, *(said if turn.ends else said[:-1]))
+        if len(tokens) < 2:
+            raise DataError(f"{place}: {turn.field}: one token alone, which nothing predicts")
         starts = range(0, len(tokens) - 1, self.max_length - 1)
         pieces = [Example(tokens[at : at + self.max_length], 1) for at in starts]
         return Encoded(pieces, pieces=len(pieces) if len(pieces) > 1 else 0)

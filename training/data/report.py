@@ -33,6 +33,7 @@ class Report:
     cut: int = 0
     cut_tokens: int = 0
     split: int = 0  # documents of more than one piece
+    stops: int = 0  # examples that end with the stop token
     rejects: list[DataError] = field(default_factory=list)
     cuts: list[str] = field(default_factory=list)
 

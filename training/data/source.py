@@ -14,24 +14,28 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from training.data.arrow import dataset_directory, parquet
+from training.data.text import TEXTS, passages, raw_files
 from training.errors import DataError
 
 Row = Mapping[str, Any]
 Found = tuple[str, Row | DataError]
 LONGEST_ROW = 64 * 1024 * 1024  # characters
+JSON_LINES = (".jsonl", ".ndjson")
+SAVED = ("state.json", "dataset_dict.json")  # one of them is in what datasets saved
 _CHUNK = 1 << 20
 _SPLITS = frozenset(("train", "test", "validation", "valid", "val", "dev", "eval"))
 _DECODER = json.JSONDecoder()
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def scan(path: Path) -> Iterator[Found]:
+def scan(path: Path, raw: bool = False) -> Iterator[Found]:
     """(place, row) of each row, or (place, why it is none).
 
-    Raises DataError where the file cannot be read or nothing after a fault could be trusted.
+    `raw`: a folder is one of raw text, read to any depth. Raises DataError where the file cannot be
+    read or nothing after a fault could be trusted.
     """
     try:
-        yield from _reader(path)(path)
+        yield from (_raw_folder if raw and _plain_folder(path) else _reader(path))(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}") from None
 
@@ -44,14 +48,24 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
         yield place, row
 
 
+def _plain_folder(path: Path) -> bool:
+    return path.is_dir() and not any((path / name).is_file() for name in SAVED)
+
+
+def _raw_folder(path: Path) -> Iterator[Found]:
+    for file in raw_files(path, JSON_LINES):
+        yield from _reader(file)(file)
+
+
 def _reader(path: Path) -> Callable[[Path], Iterator[Found]]:
     if path.is_dir():
-        saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        return dataset_directory if saved else _shards
+        return _shards if _plain_folder(path) else dataset_directory
+    if path.suffix.lower() in TEXTS:
+        return passages
     try:
         return READERS[path.suffix.lower()]
     except KeyError:
-        known = ", ".join(suffix for suffix in READERS if suffix)
+        known = ", ".join([*(suffix for suffix in READERS if suffix), *TEXTS])
         raise DataError(
             f"{path}: {path.suffix} is not known; one of {known}, a folder of these, or one that "
             "datasets.save_to_disk wrote, is needed"
@@ -63,7 +77,10 @@ def _shards(path: Path) -> Iterator[Found]:
     a test file that slips into the training data spoils what is measured later."""
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in READERS and p.suffix)
     if not files:
-        raise DataError(f"{path}: a folder without state.json and without files of data")
+        raise DataError(
+            f"{path}: a folder without state.json and without files of data; "
+            "data.raw=true reads one of .txt and .md"
+        )
     names = [re.split(r"[^a-z]", file.name.lower(), maxsplit=1)[0] for file in files]
     splits = sorted({name for name in names if name in _SPLITS})
     suffixes = sorted({file.suffix.lower() for file in files})
