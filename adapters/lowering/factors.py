@@ -16,8 +16,15 @@ def low_rank(A: Tensor, B: Tensor, base: Base, d: Tensor | None = None) -> LowRa
 
 
 def factor_dtype(base: Base) -> torch.dtype:
-    """The kernels read factors in float32 and bfloat16."""
-    return base.dtype if base.dtype == torch.bfloat16 else torch.float32
+    """The kernels read factors in float32 and bfloat16, and add up in float32.
+
+    bfloat16 where the base computes in it, and in the fast precision: a step of few rows reads
+    every adapter's factors from memory, and half the bytes are nearly twice as fast. Each factor
+    is rounded once, by 2^-9 of itself at most: 0.2 % of what the term adds, where the base's own
+    products make 0.8 %.
+    """
+    half = base.dtype == torch.bfloat16 or base.precision == "fast"
+    return torch.bfloat16 if half else torch.float32
 
 
 def by_columns(matrix: Tensor) -> Tensor:
