@@ -32,7 +32,7 @@ __all__ = ["Catalog", "check_alias", "check_name", "metadata"]
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 MIGRATIONS = Path(__file__).with_name("migrations")
-HEAD = "0002"
+HEAD = "0003"
 BUSY_SECONDS = 10
 ATTEMPTS = 5
 
@@ -135,11 +135,12 @@ class Catalog:
             found.setdefault(row.alias, {})[row.version] = row.weight
         return found
 
-    def weights_in_use(self) -> set[str]:
+    def blobs_in_use(self) -> set[str]:
         """Addresses of all blobs that a living row needs."""
-        query = sa.select(adapters.c.weights_sha256).where(ALIVE)
+        columns = (adapters.c.weights_sha256, adapters.c.tokenizer_sha256)
         with self.reading() as connection:
-            return set(connection.execute(query).scalars())
+            rows = connection.execute(sa.select(*columns).where(ALIVE)).all()
+        return {address for row in rows for address in row if address is not None}
 
     # Writing
 
@@ -270,6 +271,7 @@ def _insert(connection: sa.Connection, draft: AdapterManifest) -> AdapterManifes
             weights_sha256=manifest.weights_sha256,
             manifest=manifest.to_json(),
             created=manifest.created,
+            tokenizer_sha256=manifest.tokenizer_sha256,
         )
     )
     return manifest

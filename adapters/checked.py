@@ -22,6 +22,8 @@ class Validated:
     config: Mapping[str, Any] = field(hash=False)  # canonical: patterns resolved
     parameters: int  # numbers that the adapter adds
     memory_bytes: int  # what it takes once lowered, in fp32
+    vocabulary: int = 0  # rows of its tables, where they are not as many as the base's
+    own_tokenizer: bool = False  # the upload's tokenizer says more than the base's
 
 
 @dataclass(frozen=True, slots=True)

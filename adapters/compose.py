@@ -145,6 +145,11 @@ def why_not(manifest: AdapterManifest) -> str:
             f"modules_to_save replaces {saved[:200]} whole, and two replacements have no sum; name "
             "it alone, or train without modules_to_save"
         )
+    if manifest.vocabulary or manifest.tokenizer_sha256:
+        return (
+            "it has a vocabulary of its own, and a token that one part knows and another does not "
+            "has no sum; name it alone"
+        )
     form = METHODS[config["peft_type"]].form if config.get("peft_type") in METHODS else None
     if form in SUMMED_FORMS:
         return ""

@@ -195,6 +195,8 @@ def _check_part(part: Part) -> None:
             reason = f"{field} is {config[field]!r}, and only factors compose; train without it"
     if not reason and config.get("trainable_token_indices"):
         reason = "trainable_token_indices replaces rows of a table; train without it"
+    if not reason and (manifest.vocabulary or manifest.tokenizer_sha256):
+        reason = "it has a vocabulary of its own; only adapters that read and write the base's do"
     if reason:
         raise InvalidAdapter(f"{manifest.name}@{manifest.version}: {reason}", "parts")
 

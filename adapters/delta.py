@@ -108,6 +108,19 @@ class PrivateRows:
 
 
 @dataclass(frozen=True, slots=True)
+class Resized:
+    """An adapter's own vocabulary, of another number of tokens than the base's V.
+
+    At a table `inner` says what tokens below V become, and row t - V is that of a token t above; at
+    a head logits[t] = rows[t - V] · x. Logits of its sequences end after `vocabulary` numbers.
+    """
+
+    inner: LinearDelta | PrivateLinear | EmbeddingDelta | PrivateEmbedding | PrivateRows | None
+    vocabulary: int
+    rows: torch.Tensor  # [vocabulary - V, width]; none where the vocabulary was cut
+
+
+@dataclass(frozen=True, slots=True)
 class PrivateNorm:
     """An adapter's own norm scale: modules_to_save on a norm layer."""
 
@@ -136,6 +149,7 @@ Delta = (
     | EmbeddingDelta
     | PrivateEmbedding
     | PrivateRows
+    | Resized
     | PrivateNorm
 )
 
@@ -152,6 +166,7 @@ class LoweredAdapter:
     rank: int = 0
     notes: Mapping[str, float] = field(default_factory=dict)  # e.g. {"requantisation_error": …}
     prefix: Prefix | None = None
+    vocabulary: int = 0  # tokens that it knows; 0: the base's
 
     @property
     def nbytes(self) -> int:

@@ -16,6 +16,8 @@ class Limits:
     max_tensors: int = 4096
     max_weights_bytes: int = 2 * GIB
     max_template_bytes: int = 64 * KIB
+    max_tokenizer_bytes: int = 32 * MIB
+    max_new_rows: int = 65_536  # of a resized vocabulary, beyond the base's
     max_rank: int = 256
     max_scale: float = 1e4  # |alpha / r|
     max_value: float = 1e6  # of any weight: a larger one overflows once the scale is folded in

@@ -35,6 +35,8 @@ class AdapterManifest:
     placement: Placement = "unmerged"
     merged_dtype: MergedDtype = "bfloat16"
     template: str | None = None
+    vocabulary: int = 0  # rows of its tables; 0: as many as the base's
+    tokenizer_sha256: str | None = None  # address of its own tokenizer.json, where it has one
     created: str = ""  # ISO 8601, UTC
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -58,7 +60,15 @@ def canonical_json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def adapter_digest(weights_sha256: str, config: Mapping[str, Any], base_fingerprint: str) -> str:
-    """sha-256 over what decides the adapter's output: weights, canonical config and base."""
+def adapter_digest(
+    weights_sha256: str,
+    config: Mapping[str, Any],
+    base_fingerprint: str,
+    tokenizer_sha256: str | None = None,
+) -> str:
+    """sha-256 over what decides the adapter's output: weights, canonical config, base, and its own
+    tokenizer where it has one."""
     parts = {"base": base_fingerprint, "config": config, "weights": weights_sha256}
+    if tokenizer_sha256 is not None:
+        parts["tokenizer"] = tokenizer_sha256
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()

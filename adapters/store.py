@@ -13,13 +13,14 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from time import time
 from typing import Any
 
-from adapters.blobs import BlobStore, Step, disk_errors, open_blobs
+from adapters.blobs import BlobStore, StagedBlob, Step, disk_errors, open_blobs
 from adapters.catalog import DIGEST, Catalog, check_alias, check_name
 from adapters.errors import (
     AdapterError,
@@ -35,6 +36,7 @@ from adapters.safetensors_header import open_regular
 from adapters.traffic import Arm
 from adapters.validate import Validated
 from adapters.validation_child import validate_in_child
+from adapters.vocabulary import Tokens
 from base.spec import BaseSpec
 
 log = logging.getLogger(__name__)
@@ -42,12 +44,14 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_FILE = "tokenizer.json"
 CONFIG_SHA256 = "config_sha256"  # of the config as it was uploaded, before it became canonical
+TOKENIZER_SHA256 = "tokenizer_sha256"  # of the tokenizer as it was uploaded, kept or not
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 
 Probe = Callable[[AdapterManifest, Path], None]
-Check = Callable[[bytes, Path, BaseSpec, Limits, str | None], Validated]
+Check = Callable[[bytes, Path, BaseSpec, Limits, str | None, Tokens | None], Validated]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ class AdapterStore:
         provenance: Mapping[str, Any] | None = None,
         probe: Probe | None = None,
         check: Check = validate_in_child,
+        tokens: Tokens | None = None,
     ) -> AdapterManifest:
         """Check an upload and keep it as the next version of `name`; durable when this returns.
 
@@ -115,16 +120,22 @@ class AdapterStore:
         version's, returns that version. `probe` is the last check, on the staged file of an upload
         that passed all others; what it raises refuses the upload. `check` makes the others:
         `validate_here` where the files are the operator's own work, so that no child is needed.
+        `tokens` are the base's, and the upload's own tokenizer: kept where it says more.
 
         Raises InvalidAdapter, UnsupportedMedia, TooLarge, StoreUnavailable, StoreFull.
         """
         check_name(name)
         with open_regular(weights) as source:
             staged = self._blobs.stage(source, limits.max_weights_bytes)
+        own = tokens.own if tokens else None
+        tokenizer: StagedBlob | None = None
         try:
-            found = check(config, staged.path, spec, limits, template)
+            found = check(config, staged.path, spec, limits, template, tokens)
+            if found.own_tokenizer and own is not None:
+                tokenizer = self._staged(own, limits.max_tokenizer_bytes)
+            address = tokenizer.sha256 if tokenizer else None
             draft = AdapterManifest(
-                digest=adapter_digest(staged.sha256, found.config, spec.fingerprint),
+                digest=adapter_digest(staged.sha256, found.config, spec.fingerprint, address),
                 name=name,
                 version=0,  # the catalog gives it
                 kind=found.kind,
@@ -139,20 +150,33 @@ class AdapterStore:
                 placement=placement,
                 merged_dtype=merged_dtype,
                 template=template,
+                vocabulary=found.vocabulary,
+                tokenizer_sha256=address,
                 provenance={
                     **(provenance or {}),
                     CONFIG_SHA256: hashlib.sha256(config).hexdigest(),
+                    **_told(own),
                 },
             )
             if probe is not None:
                 probe(draft, staged.path)
             with self._blobs.exclusive():
                 self._blobs.publish(staged)
+                if tokenizer is not None:
+                    self._blobs.publish(tokenizer)
                 manifest = self._catalog.add(draft)
             self._step("committed")
             return manifest
         finally:
             self._blobs.discard(staged)
+            if tokenizer is not None:
+                self._blobs.discard(tokenizer)
+
+    def _staged(self, content: bytes, limit: int) -> StagedBlob:
+        with disk_errors("cannot write a temporary file"), TemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            return self._blobs.stage(file.fileno(), limit)
 
     def resolve(self, reference: str) -> AdapterManifest:
         """The adapter behind `name`, `name@3`, `name@alias` or `sha256:<hex>`.
@@ -223,8 +247,8 @@ class AdapterStore:
     def discard(self, retired: Iterable[AdapterManifest]) -> None:
         """Remove the weights of these, but for those that a living row needs."""
         with self._blobs.exclusive():
-            needed = self._catalog.weights_in_use()
-            for sha256 in {manifest.weights_sha256 for manifest in retired} - needed:
+            needed = self._catalog.blobs_in_use()
+            for sha256 in {address for one in retired for address in _addresses(one)} - needed:
                 self._blobs.delete(sha256)
 
     def set_alias(self, name: str, alias: str, shares: Mapping[int, float]) -> None:
@@ -241,12 +265,19 @@ class AdapterStore:
 
         Raises StoreUnavailable where the blob is missing or is not what it was.
         """
-        sha256 = manifest.weights_sha256
+        return self._checked(manifest.weights_sha256, "weights", manifest)
+
+    def tokenizer_path(self, manifest: AdapterManifest) -> Path | None:
+        """`weights_path` for its own tokenizer.json; None where it reads with the base's."""
+        address = manifest.tokenizer_sha256
+        return None if address is None else self._checked(address, "tokenizer", manifest)
+
+    def _checked(self, sha256: str, what: str, manifest: AdapterManifest) -> Path:
         try:
             path = self._blobs.local_path(sha256)
         except FileNotFoundError as error:
-            what = f"{manifest.name}@{manifest.version}"
-            raise StoreUnavailable(f"the weights of {what} ({sha256}) are missing") from error
+            whose = f"{manifest.name}@{manifest.version}"
+            raise StoreUnavailable(f"the {what} of {whose} ({sha256}) are missing") from error
         with self._verifying:
             if sha256 not in self._verified:
                 found = _sha256(path)
@@ -263,7 +294,7 @@ class AdapterStore:
         before = time() if older_than is None else older_than
         with self._blobs.exclusive():
             temporary = self._blobs.sweep(before)
-            needed = self._catalog.weights_in_use()
+            needed = self._catalog.blobs_in_use()
             orphans = [a for a in self._blobs.addresses(before) if a not in needed]
             for sha256 in orphans:
                 self._blobs.delete(sha256)
@@ -271,12 +302,17 @@ class AdapterStore:
         missing = [
             f"{m.name}@{m.version}"
             for m in self._catalog.everything()
-            if m.weights_sha256 not in present
+            if not present.issuperset(_addresses(m))
         ]
         return SweepReport(tuple(temporary), tuple(orphans), tuple(missing))
 
     def load_directory(
-        self, path: Path, spec: BaseSpec, limits: Limits, probe: Probe | None = None
+        self,
+        path: Path,
+        spec: BaseSpec,
+        limits: Limits,
+        probe: Probe | None = None,
+        tokens: Tokens | None = None,
     ) -> DirectoryReport:
         """Add every subdirectory that PEFT's `save_pretrained` wrote, under its own name.
 
@@ -286,7 +322,8 @@ class AdapterStore:
         refused: dict[str, AdapterError] = {}
         for directory in sorted(p for p in path.iterdir() if (p / CONFIG_FILE).exists()):
             try:
-                added.append(self.add_directory(directory.name, directory, spec, limits, probe))
+                name = directory.name
+                added.append(self.add_directory(name, directory, spec, limits, probe, tokens))
             except AdapterError as error:
                 log.warning("adapter %s was refused: %s", directory.name, error)
                 refused[directory.name] = error
@@ -299,8 +336,10 @@ class AdapterStore:
         spec: BaseSpec,
         limits: Limits,
         probe: Probe | None = None,
+        tokens: Tokens | None = None,
     ) -> AdapterManifest:
-        """`add` for a directory as PEFT's `save_pretrained` writes it. Raises as `add` does."""
+        """`add` for a directory as PEFT's `save_pretrained` writes it, with the tokenizer's beside
+        it if there is one. `tokens` are the base's. Raises as `add` does."""
         config = read_small(directory / CONFIG_FILE, limits.max_config_bytes, "config")
         template = None
         if (directory / TEMPLATE_FILE).exists():
@@ -310,11 +349,23 @@ class AdapterStore:
             except UnicodeDecodeError as error:
                 raise InvalidAdapter("is not UTF-8", "template") from error
         weights = directory / WEIGHTS_FILE
-        known = self._unchanged(name, config, weights, template, spec)
-        return known or self.add(name, config, weights, template, spec, limits, probe=probe)
+        if tokens is not None and (directory / TOKENIZER_FILE).exists():
+            most = limits.max_tokenizer_bytes
+            tokens = replace(tokens, own=read_small(directory / TOKENIZER_FILE, most, "tokenizer"))
+        own = tokens.own if tokens else None
+        known = self._unchanged(name, config, weights, template, spec, own)
+        return known or self.add(
+            name, config, weights, template, spec, limits, probe=probe, tokens=tokens
+        )
 
     def _unchanged(
-        self, name: str, config: bytes, weights: Path, template: str | None, spec: BaseSpec
+        self,
+        name: str,
+        config: bytes,
+        weights: Path,
+        template: str | None,
+        spec: BaseSpec,
+        tokenizer: bytes | None,
     ) -> AdapterManifest | None:
         """The newest version, where these very files made it: no need to check again."""
         try:
@@ -326,6 +377,9 @@ class AdapterStore:
         if made_of != (spec.fingerprint, template, "unmerged"):
             return None
         if newest.provenance.get(CONFIG_SHA256) != hashlib.sha256(config).hexdigest():
+            return None
+        told = _told(tokenizer).get(TOKENIZER_SHA256)
+        if newest.provenance.get(TOKENIZER_SHA256) != told:
             return None
         with open_regular(weights) as fd:
             same = os.fstat(fd).st_size == newest.weights_bytes
@@ -354,6 +408,19 @@ def _as_not_found(reference: str) -> Iterator[None]:
         yield
     except (InvalidAdapter, AdapterNotFound) as error:
         raise AdapterNotFound(reference) from error
+
+
+def _told(tokenizer: bytes | None) -> dict[str, str]:
+    """What the provenance says of an upload's tokenizer."""
+    if tokenizer is None:
+        return {}
+    return {TOKENIZER_SHA256: hashlib.sha256(tokenizer).hexdigest()}
+
+
+def _addresses(manifest: AdapterManifest) -> list[str]:
+    """Of every blob that this version needs."""
+    own = manifest.tokenizer_sha256
+    return [manifest.weights_sha256] if own is None else [manifest.weights_sha256, own]
 
 
 def _now() -> str:

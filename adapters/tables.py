@@ -15,6 +15,7 @@ adapters = sa.Table(
     sa.Column("manifest", sa.Text, nullable=False),  # AdapterManifest.to_json
     sa.Column("created", sa.String(32), nullable=False),
     sa.Column("deleted", sa.String(32)),
+    sa.Column("tokenizer_sha256", sa.String(64)),
 )
 arms = sa.Table(  # an alias is its arms: one, or several that share its traffic
     "alias_arms",

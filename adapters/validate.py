@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from adapters.checks.prefix import CHECKERS_OF_PREFIXES
 from adapters.checks.pvera import check_pvera
 from adapters.checks.randlora import check_randlora
 from adapters.checks.road import check_road
-from adapters.checks.saved_tables import with_saved_tables
+from adapters.checks.saved_tables import doubles, own_rows, vocabulary_of, with_saved_tables
 from adapters.checks.shira import check_shira
 from adapters.checks.supertuning import check_supertuning
 from adapters.checks.tinylora import check_tinylora
+from adapters.checks.tokenizer import check_tokenizer
 from adapters.checks.trainable_tokens import check_trainable_tokens
 from adapters.checks.unilora import check_unilora
 from adapters.checks.vblora import check_vblora
@@ -47,13 +49,21 @@ from adapters.lora_layout import canonical_config, match_lora
 from adapters.methods import REFUSED_METHODS
 from adapters.safetensors_header import Header, open_regular, read_header
 from adapters.tensor_values import check_indices, check_values
+from adapters.vocabulary import Tokens, resized, table_shapes
 from base.spec import BaseSpec
 
 __all__ = ["CHECKERS", "Validated", "checker", "validate"]
 
 
-def validate(config: bytes, weights: Path, spec: BaseSpec, limits: Limits) -> Validated:
-    """Check an upload against the base: header, config, every tensor's shape, every number.
+def validate(
+    config: bytes,
+    weights: Path,
+    spec: BaseSpec,
+    limits: Limits,
+    tokens: Tokens | None = None,
+) -> Validated:
+    """Check an upload against the base: header, config, every tensor's shape, every number, and
+    the tokenizer if it brings one.
 
     `config` is adapter_config.json, `weights` an adapter_model.safetensors. Patterns in the config
     are run as regular expressions: for a stranger's upload use `validate_in_child`.
@@ -67,13 +77,27 @@ def validate(config: bytes, weights: Path, spec: BaseSpec, limits: Limits) -> Va
     check_fingerprint(table, spec.fingerprint)
     with open_regular(weights) as fd:
         header = read_header(fd, limits)
-        checked = check(with_saved_tables(table, header, spec, fd), header, spec, limits)
+        rows = vocabulary_of(header, spec, limits)
+        own = resized(spec, rows)
+        twice = doubles(header, own)
+        once = replace(header, tensors={n: e for n, e in header.tensors.items() if n not in twice})
+        checked = check(with_saved_tables(table, header, own, fd), once, own, limits)
         for name, entry in header.tensors.items():
             if name in checked.indices:
                 check_indices(fd, entry, checked.indices[name])
                 continue
             check_values(fd, entry, limits.max_value, positive=name in checked.positive)
-    return checked.validated
+    base_rows = own_rows(spec)
+    own_tokenizer = check_tokenizer(tokens, rows, base_rows, limits)
+    if rows == base_rows:
+        return replace(checked.validated, own_tokenizer=own_tokenizer)
+    more = sum(4 * max(rows - base_rows, 0) * width for _, width in table_shapes(spec).values())
+    return replace(
+        checked.validated,
+        vocabulary=rows,
+        own_tokenizer=own_tokenizer,
+        memory_bytes=checked.validated.memory_bytes + more,
+    )
 
 
 def checker(peft_type: object) -> Checker:

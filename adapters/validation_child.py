@@ -22,6 +22,7 @@ from adapters import errors
 from adapters.errors import InvalidAdapter, StoreUnavailable
 from adapters.limits import Limits
 from adapters.validate import Validated, validate
+from adapters.vocabulary import Tokens
 from base.spec import BaseSpec, EmbeddingShape, LinearShape
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def validate_in_child(
     spec: BaseSpec,
     limits: Limits,
     template: str | None = None,
+    tokens: Tokens | None = None,
 ) -> Validated:
     """`validate`, and a trial of the template, in a child under `limits`.
 
@@ -60,6 +62,7 @@ def validate_in_child(
         "spec": _spec_fields(spec),
         "limits": dataclasses.asdict(limits),
         "template": template,
+        "tokens": None if tokens is None else _token_fields(tokens),
     }
     if len(config) > limits.max_config_bytes:
         raise errors.TooLarge(f"{len(config)} bytes, limit {limits.max_config_bytes}", "config")
@@ -86,15 +89,34 @@ def validate_here(
     spec: BaseSpec,
     limits: Limits,
     template: str | None = None,
+    tokens: Tokens | None = None,
 ) -> Validated:
     """The same checks in this process: only for files that are the caller's own, since nothing
     bounds the memory and the time that they take. Raises as `validate_in_child`."""
-    found = validate(config, weights, spec, limits)
+    found = validate(config, weights, spec, limits, tokens)
     if template is not None:
         from adapters.template import check_template  # jinja2: only where there is a template
 
         check_template(template, limits)
     return found
+
+
+def _token_fields(tokens: Tokens) -> dict[str, Any]:
+    own = tokens.own
+    last = max(tokens.base.items(), key=lambda item: item[1], default=("", 0))
+    return {
+        # Without a tokenizer to compare it with, only where the base's ends is asked.
+        "base": dict([last]) if own is None else dict(tokens.base),
+        "parts": dict(tokens.parts),
+        "own": None if own is None else base64.b64encode(own).decode(),
+    }
+
+
+def _tokens(fields: dict[str, Any] | None) -> Tokens | None:
+    if fields is None:
+        return None
+    own = fields["own"]
+    return Tokens(fields["base"], fields["parts"], None if own is None else base64.b64decode(own))
 
 
 def _spec_fields(spec: BaseSpec) -> dict[str, Any]:
@@ -166,6 +188,7 @@ def _answer(question: dict[str, Any], limits: Limits) -> dict[str, Any]:
             _spec(question["spec"]),
             limits,
             question["template"],
+            _tokens(question["tokens"]),
         )
     except InvalidAdapter as error:
         return {"error": type(error).__name__, "reason": error.reason, "where": error.where}

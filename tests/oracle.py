@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from adapters.limits import Limits
 from adapters.manifest import AdapterManifest, adapter_digest
 from adapters.validate import validate
+from adapters.vocabulary import Tokens
 from base.spec import BaseSpec
 from service.conformance.oracle import (
     VIRTUAL_KINDS,
@@ -68,16 +71,25 @@ __all__ = [
 transformers_logging.disable_progress_bar()
 
 
-def read_manifest(adapter: str | Path, spec: BaseSpec, **fields: Any) -> AdapterManifest:
-    """The manifest of a saved adapter, validated as an upload is but kept in no store."""
+def read_manifest(
+    adapter: str | Path, spec: BaseSpec, tokenizer: Any = None, **fields: Any
+) -> AdapterManifest:
+    """The manifest of a saved adapter, validated as an upload is but kept in no store.
+
+    `tokenizer` is the base's; without one it is the tiny bases'.
+    """
     adapter = Path(adapter)
     config = (adapter / "adapter_config.json").read_bytes()
     weights = adapter / "adapter_model.safetensors"
-    found = validate(config, weights, spec, Limits())
+    tokens = _tokens_beside(adapter, tokenizer)
+    found = validate(config, weights, spec, Limits(), tokens)
+    own_tokenizer = sha256(tokens.own).hexdigest() if tokens.own else None
     content = weights.read_bytes()
     address = sha256(content).hexdigest()
     own: dict[str, Any] = {
-        "digest": adapter_digest(address, found.config, spec.fingerprint),
+        "digest": adapter_digest(address, found.config, spec.fingerprint, own_tokenizer),
+        "vocabulary": found.vocabulary,
+        "tokenizer_sha256": own_tokenizer,
         "name": adapter.name,
         "version": 1,
         "kind": found.kind,
@@ -90,6 +102,16 @@ def read_manifest(adapter: str | Path, spec: BaseSpec, **fields: Any) -> Adapter
         "memory_bytes": found.memory_bytes,
     }
     return AdapterManifest(**{**own, **fields})
+
+
+def _tokens_beside(adapter: Path, tokenizer: Any) -> Tokens:
+    """The tokenizer that `make_adapter` saved with new tokens, beside the base's own."""
+    path = adapter / "tokenizer.json"
+    own = path.read_bytes() if path.exists() else None
+    return replace(Tokens.of(tokenizer or _tiny_tokenizer()), own=own)
+
+
+_tiny_tokenizer = cache(_tokenizer)
 
 
 def edit_adapter(

@@ -1,7 +1,8 @@
 """Whole embedding tables that PEFT writes beside an adapter (`save_embedding_layers`).
 
 Loading such a file puts them in the place of the base's own, as modules_to_save does. A base that
-was resized in training is saved so too; its tables have another number of rows.
+was resized in training is saved so too; its tables have another number of rows, and the adapter
+then has a vocabulary of its own.
 """
 
 from __future__ import annotations
@@ -10,20 +11,71 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from adapters.errors import InvalidAdapter
+from adapters.errors import InvalidAdapter, TooLarge
+from adapters.limits import Limits
 from adapters.promises import PREFIX
 from adapters.safetensors_header import Header, TensorEntry
-from adapters.targets import is_output, with_ancestors
+from adapters.targets import with_ancestors
 from adapters.tensor_values import CHUNK_BYTES
+from adapters.vocabulary import table_shapes
 from base.spec import BaseSpec
 
-_LEAVES = (  # where PEFT's wrappers keep a table
-    "weight",
-    "base_layer.weight",
-    "token_adapter.base_layer.weight",
-    "modules_to_save.weight",
-    "original_module.weight",
-)
+# Where PEFT's wrappers keep a table, those first that hold it as the training found it.
+BEFORE = ("base_layer.weight", "token_adapter.base_layer.weight", "original_module.weight")
+TABLE_LEAVES = (*BEFORE, "weight")
+DOUBLES = ("modules_to_save.weight", "original_module.weight")  # beside `weight`, said twice
+
+
+def vocabulary_of(header: Header, spec: BaseSpec, limits: Limits) -> int:
+    """The rows of the file's whole tables: the base's own number where there are none.
+
+    Raises InvalidAdapter where tables differ in it, or where rows that the base has not are left
+    out of the file; TooLarge for too many new ones.
+    """
+    shapes, found = table_shapes(spec), dict[str, TensorEntry]()
+    for path, (_, width) in shapes.items():
+        for leaf in (*TABLE_LEAVES, "modules_to_save.weight"):
+            entry = header.tensors.get(f"{PREFIX}{path}.{leaf}")
+            if entry and len(entry.shape) == 2 and entry.shape[1] == width and entry.shape[0]:
+                found.setdefault(path, entry)
+    sizes = {entry.shape[0]: entry for entry in found.values()}
+    if len(sizes) > 1:
+        one, two = list(sizes.values())[:2]
+        raise InvalidAdapter(
+            f"{two.shape[0]} rows, and {one.name} has {one.shape[0]}: the two have one vocabulary",
+            two.name,
+        )
+    own = own_rows(spec)
+    if not sizes or own in sizes:
+        return own
+    (rows,) = sizes
+    entry = sizes[rows]
+    if rows - own > limits.max_new_rows:
+        found_here = f"{rows - own} new rows beyond the base's {own}"
+        raise TooLarge(f"{found_here}, limit {limits.max_new_rows}", entry.name)
+    if rows > own and not spec.tied_embeddings:
+        _check_all_there(shapes, found, entry, own)
+    return rows
+
+
+def _check_all_there(
+    shapes: Mapping[str, object], found: Mapping[str, TensorEntry], entry: TensorEntry, own: int
+) -> None:
+    missing = next((path for path in shapes if path not in found), None)
+    if missing is not None:
+        rows, width = entry.shape
+        raise InvalidAdapter(
+            f"shape {[rows, width]}, expected {[own, width]}, or as many rows of {missing} in the "
+            f"file: the vocabulary was resized from {own} to {rows} rows, and PEFT itself would "
+            f"draw the new ones of {missing} anew at each start; name it among the targets or in "
+            "modules_to_save too",
+            entry.name,
+        )
+
+
+def own_rows(spec: BaseSpec) -> int:
+    """Rows of the base's own tables."""
+    return next((rows for rows, _ in table_shapes(spec).values()), spec.vocab_size)
 
 
 def with_saved_tables(
@@ -31,12 +83,12 @@ def with_saved_tables(
 ) -> Mapping[str, Any]:
     """The config with every whole table of the file in its modules_to_save.
 
-    Raises InvalidAdapter where a table has other rows than the base's, or where two that are one
-    matrix in this base differ.
+    `spec` has the file's vocabulary. Raises InvalidAdapter where two tables that are one matrix in
+    this base differ.
     """
-    tables = _tables(spec)
-    for path, shape in tables.items():
-        _check_rows(path, shape, header)
+    tables = table_shapes(spec)
+    for path in tables:
+        _check_doubles(path, header, fd)
     named = config.get("modules_to_save")
     if named is not None and not isinstance(named, list):
         return config  # refused by the field's own rule
@@ -49,27 +101,30 @@ def with_saved_tables(
     return {**config, "modules_to_save": [*(named or ()), *more]}
 
 
-def _tables(spec: BaseSpec) -> dict[str, tuple[int, int]]:
-    tables = {path: (shape.rows, shape.width) for path, shape in spec.embeddings.items()}
-    return tables | {
-        path: (shape.out_features, shape.in_features)
-        for path, shape in spec.linears.items()
-        if is_output(spec, path)
-    }
+def doubles(header: Header, spec: BaseSpec) -> dict[str, TensorEntry]:
+    """What PEFT says twice of a table in modules_to_save: it saves the wrapper's state as well."""
+    names = (
+        f"{PREFIX}{path}.{leaf}"
+        for path in table_shapes(spec)
+        for leaf in DOUBLES
+        if f"{PREFIX}{path}.weight" in header.tensors
+    )
+    return {name: header.tensors[name] for name in names if name in header.tensors}
 
 
-def _check_rows(path: str, shape: tuple[int, int], header: Header) -> None:
-    for leaf in _LEAVES:
+def _check_doubles(path: str, header: Header, fd: int) -> None:
+    whole = header.tensors.get(f"{PREFIX}{path}.weight")
+    for leaf in DOUBLES:
         entry = header.tensors.get(f"{PREFIX}{path}.{leaf}")
-        if entry and len(entry.shape) == 2 and entry.shape != shape and entry.shape[1] == shape[1]:
-            rows, own = entry.shape[0], shape[0]
+        if whole is None or entry is None:
+            continue
+        if entry.shape != whole.shape:
             raise InvalidAdapter(
-                f"shape {list(entry.shape)}, expected {list(shape)}: the vocabulary was resized "
-                f"from {own} to {rows} rows, and this base's tokenizer and output head know "
-                f"{own}. Serve a base that was resized alike (resize_token_embeddings({rows}) and "
-                f"save it), or train rows below {own} with trainable_token_indices",
+                f"shape {list(entry.shape)}, expected {list(whole.shape)} as {whole.name}",
                 entry.name,
             )
+        if leaf == "modules_to_save.weight" and not _same_bytes(fd, whole, entry):
+            raise InvalidAdapter(f"differs from {whole.name}, which PEFT loads", entry.name)
 
 
 def _is_named(path: str, names: list[Any] | tuple[()]) -> bool:

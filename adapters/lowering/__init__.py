@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters.delta import Bottleneck, Delta, LinearDelta, LoweredAdapter
+from adapters.delta import Bottleneck, Delta, LinearDelta, LoweredAdapter, Resized
 from adapters.errors import InvalidAdapter
 from adapters.manifest import AdapterManifest, MergedDtype, Placement
 from base.load import Base
@@ -49,6 +49,7 @@ from .token_rows import lower_trainable_tokens
 from .unilora import lower_unilora
 from .vblora import lower_vblora
 from .vera import lower_vera
+from .vocabulary import divided, leave_doubles, resized_base
 from .waveft import lower_waveft
 from .whole import lower_saved
 
@@ -128,15 +129,19 @@ def lower(
         raise InvalidAdapter("a prefix has nothing to merge; expected 'unmerged'", "placement")
     root = UNWRAPPED if virtual else WRAPPED
     with AdapterCheckpoint(weights, base.device, root) as checkpoint:
-        deltas = family(manifest.config, checkpoint, base)
+        own = resized_base(base, manifest.vocabulary, checkpoint) if manifest.vocabulary else base
+        leave_doubles(checkpoint, base)
+        deltas = family(manifest.config, checkpoint, own)
         prefix = virtual(manifest.config, checkpoint, base, deltas) if virtual else None
         checkpoint.finish()
     assert set(deltas) == set(manifest.targets), "lowering and validation disagree on the targets"
     notes: Mapping[str, float] = {}
     if placement == "merged":
-        deltas, notes = merge(deltas, base, merged_dtype or manifest.merged_dtype)
+        deltas, notes = merge(deltas, own, merged_dtype or manifest.merged_dtype)
     else:
-        deltas = keep_dense(deltas, base)
+        deltas = keep_dense(deltas, own)
+    if manifest.vocabulary:
+        deltas = divided(deltas, base, own)
     return LoweredAdapter(
         digest=manifest.digest,
         kind=manifest.kind,
@@ -145,10 +150,13 @@ def lower(
         rank=max((_rank(delta) for delta in deltas.values()), default=0),
         notes=notes,
         prefix=prefix,
+        vocabulary=manifest.vocabulary,
     )
 
 
 def _rank(delta: Delta) -> int:
+    if isinstance(delta, Resized):
+        return 0 if delta.inner is None else _rank(delta.inner)
     if isinstance(delta, Bottleneck):
         return delta.rank
     terms = delta.low_rank if isinstance(delta, LinearDelta) else ()

@@ -53,6 +53,15 @@ class AdapterCheckpoint:
         """Is this tensor in the file, and not taken yet?"""
         return self._root + name in self._left
 
+    def peek(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) in float32 on the device; the tensor is still to be taken."""
+        rows: Tensor = self._file.get_slice(self._root + name)[start:stop]
+        return rows.to(self._device, torch.float32, copy=True)
+
+    def leave(self, *names: str) -> None:
+        """These, as far as they are there, say nothing that others do not: they count as taken."""
+        self._left.difference_update(self._root + name for name in names)
+
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor in float32 on the device, in its own memory.
 

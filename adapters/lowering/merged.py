@@ -100,12 +100,10 @@ def _merge_linear(
 def _linear_tiles(delta: LinearDelta, linear: NF4Linear | nn.Linear) -> Iterator[Tensor]:
     """The merged weight in float32, [rows of the tile, in] each."""
     for start in range(0, linear.out_features, _TILE_ROWS):
-        yield _merged_rows(delta, linear, start, min(start + _TILE_ROWS, linear.out_features))
+        yield merged_rows(delta, linear, start, min(start + _TILE_ROWS, linear.out_features))
 
 
-def _merged_rows(
-    delta: LinearDelta, linear: NF4Linear | nn.Linear, start: int, stop: int
-) -> Tensor:
+def merged_rows(delta: LinearDelta, linear: NF4Linear | nn.Linear, start: int, stop: int) -> Tensor:
     """The merged weight in float32: [stop - start, in]."""
     pairs = delta.pairs
     if pairs is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.delta import Bottleneck, Delta, LinearDelta, PrivateLinear, PrivateRows
+from adapters.delta import Bottleneck, Delta, LinearDelta, PrivateLinear, PrivateRows, Resized
 from adapters.maps import Scale, Shift
 from base import kernels
 from base.kernels import AdapterTable, LowRankPlan
@@ -32,6 +32,14 @@ class _Terms:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Wider:
+    """An output head of another size: what the base's outputs become, and those beyond."""
+
+    inner: Any  # what `prepare` makes of it; None: the base's own
+    rows: Tensor  # [k, in]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LinearPlan:
     """One step at one linear layer."""
 
@@ -44,6 +52,7 @@ class LinearPlan:
     shared: tuple[tuple[int, int], ...]  # rows that need the base product
     outputs: tuple[tuple[int, int, PrivateRows], ...] = ()  # some outputs of the adapter's own
     bottlenecks: tuple[tuple[int, int, Bottleneck], ...] = ()
+    wider: tuple[tuple[int, int, Tensor], ...] = ()  # outputs beyond the base's
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -78,6 +87,8 @@ class AdaptedLinear(AdaptedLayer):
             y[start:stop] = term(y[start:stop])
         if plan.bottlenecks:
             self._add_bottlenecks(y, plan.bottlenecks)
+        if plan.wider:
+            y = _widened(y, flat, plan.wider)
         return y.view(*x.shape[:-1], -1)
 
     def _base(self, x: Tensor) -> Tensor:
@@ -117,7 +128,9 @@ class AdaptedLinear(AdaptedLayer):
     def reads(self, plan: LinearPlan) -> Iterable[str]:
         return _streams_of(plan.bottlenecks)
 
-    def prepare(self, delta: Delta) -> _Terms | PrivateLinear | PrivateRows | Bottleneck:
+    def prepare(self, delta: Delta) -> Any:
+        if isinstance(delta, Resized):
+            return _Wider(None if delta.inner is None else self.prepare(delta.inner), delta.rows)
         if isinstance(delta, PrivateLinear | PrivateRows | Bottleneck):
             return delta
         if not isinstance(delta, LinearDelta):
@@ -174,6 +187,11 @@ class AdaptedLinear(AdaptedLayer):
         return beyond if delta.pairs is None or bool(beyond.any()) else None
 
     def plan(self, parts: Sequence[tuple[int, int, Any]], rows: int) -> LinearPlan:
+        wider = [part for part in parts if isinstance(part[2], _Wider)]
+        parts = [
+            (start, stop, part.inner if isinstance(part, _Wider) else part)
+            for start, stop, part in parts
+        ]
         terms = [part for part in parts if isinstance(part[2], _Terms)]
         private = tuple(part for part in parts if isinstance(part[2], PrivateLinear))
         low_rank = [
@@ -189,6 +207,7 @@ class AdaptedLinear(AdaptedLayer):
             _complement([(start, stop) for start, stop, _ in private], rows) if private else (),
             tuple(part for part in parts if isinstance(part[2], PrivateRows)),
             tuple(part for part in parts if isinstance(part[2], Bottleneck)),
+            tuple((start, stop, part.rows) for start, stop, part in wider if len(part.rows)),
         )
 
 
@@ -217,6 +236,16 @@ def _private_product(x: Tensor, private: PrivateLinear) -> Tensor:
         return kernels.dense_linear(x, private.weight, private.bias)
     bias = None if private.bias is None else private.bias.to(x.dtype)
     return kernels.nf4_linear(x, private.weight, bias)
+
+
+def _widened(y: Tensor, x: Tensor, parts: Sequence[tuple[int, int, Tensor]]) -> Tensor:
+    """y [n, out] with the outputs that some rows have beyond the others, which get -inf there."""
+    first = y.shape[1]
+    wide = y.new_full((len(y), first + max(len(rows) for _, _, rows in parts)), -torch.inf)
+    wide[:, :first] = y
+    for start, stop, rows in parts:
+        wide[start:stop, first : first + len(rows)] = kernels.dense_linear(x[start:stop], rows)
+    return wide
 
 
 def _complement(spans: Sequence[tuple[int, int]], rows: int) -> tuple[tuple[int, int], ...]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from adapters.checks.saved_tables import TABLE_LEAVES
 from base.dense import RoundedEmbedding, RoundedLinear
 
 VIRTUAL_KINDS = (
@@ -67,6 +68,7 @@ class PeftOracle:
         else:
             model = _model_of(base)
         if adapter is not None:
+            _resize_as(model, Path(adapter))
             model = _with_adapter(model, Path(adapter), merged)
         self.model: Any = model.eval()
         method = getattr(getattr(model, "active_peft_config", None), "peft_type", "").lower()
@@ -179,6 +181,23 @@ def _model_of(base: Any) -> Any:
     names = set(model.state_dict())
     model.load_state_dict({k: v.float() for k, v in kept.items() if k in names}, strict=True)
     return model
+
+
+def _resize_as(model: Any, adapter: Path) -> None:
+    """`resize_token_embeddings` where the adapter's tables have other rows: whoever loads such an
+    adapter with PEFT has to."""
+    from safetensors import safe_open
+
+    own = model.get_input_embeddings().weight.shape
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    paths = [name for name, module in model.named_modules() if module in tables]
+    names = {f"base_model.model.{path}.{leaf}" for path in paths for leaf in TABLE_LEAVES}
+    opened: Any = safe_open
+    with opened(str(adapter / "adapter_model.safetensors"), framework="pt") as file:
+        found = [file.get_slice(name).get_shape()[0] for name in names.intersection(file.keys())]
+    if found and found[0] != own[0]:
+        with torch.random.fork_rng():
+            model.resize_token_embeddings(found[0], mean_resizing=False)
 
 
 def _with_adapter(model: nn.Module, adapter: Path, merged: str | None) -> Any:

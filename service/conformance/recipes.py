@@ -32,10 +32,17 @@ class Recipe:
     targets: Targets | None = ALL_LINEARS  # None: the method has no such field
     peft_type: str = ""  # by default the kind in capitals
     begins_random: str = ""  # why it is not the base as PEFT initialises it; "": it is
+    new_tokens: int = 0  # the vocabulary is resized by so many before
 
 
 def _lora(**more: Any) -> Recipe:
     return Recipe(lambda r, a, t: {"r": r, "lora_alpha": a, **more}, peft_type="LORA")
+
+
+def _with_tokens(**more: Any) -> Recipe:
+    """`trainable_token_indices` below 0 count from the end of the resized vocabulary."""
+    fields = _lora(**more).fields
+    return Recipe(fields, peft_type="LORA", begins_random="new rows begin at random", new_tokens=5)
 
 
 _RANDOM_TOKENS = "virtual tokens begin at random"
@@ -86,6 +93,10 @@ RECIPES: Mapping[str, Recipe] = {
     "peanut": Recipe(lambda r, a, t: {"r": r, "depth": 1, "scaling": a / r}),
     "poly": Recipe(lambda r, a, t: {"r": r}),
     "trainable_tokens": Recipe(lambda r, a, t: {"token_indices": [7, 300, 11]}, ("embed_tokens",)),
+    # A LoRA after resize_token_embeddings; then one with whole tables, one that trains the rows.
+    "new_tokens": _with_tokens(),
+    "new_tokens_saved": _with_tokens(modules_to_save=["embed_tokens", "lm_head"]),
+    "new_tokens_trained": _with_tokens(trainable_token_indices=[7, -2, -1]),
     **dict.fromkeys(VIRTUAL_KINDS, _VIRTUAL),
     "cpt": Recipe(
         lambda r, a, t: {
@@ -155,6 +166,7 @@ def make_adapter(
     zero: bool = False,
     strength: float = 0.1,
     over_nf4: bool = False,
+    new_tokens: int | None = None,
     **config: Any,
 ) -> Path:
     """Save a random adapter by PEFT itself, for the base in the directory `base`.
@@ -166,6 +178,8 @@ def make_adapter(
     zero      keep PEFT's initialisation, which changes nothing for most kinds
     strength  standard deviation of the random B; magnitudes and saved modules move with it, and
               embedding factors too
+    new_tokens  resize the vocabulary by so many first, and save a tokenizer that names them
+              ("<new0>", ...) beside the adapter; fewer than 0 cut it. By default the recipe's
     over_nf4  start over the weights as NF4 rounds them, where a start depends on them (DoRA)
     config    any other field of the method's config: rank_pattern, alpha_pattern, lora_bias, bias,
               modules_to_save, layers_to_transform, exclude_modules, ...
@@ -184,6 +198,10 @@ def make_adapter(
         model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
+        more = recipe.new_tokens if new_tokens is None else new_tokens
+        torch.manual_seed(seed + 1)
+        if more:
+            _resize(model, more)
         settings = _config_class(recipe.peft_type or kind.upper())(
             **{
                 "task_type": "CAUSAL_LM",
@@ -192,12 +210,38 @@ def make_adapter(
                 **config,
             }
         )
+        _count_from_the_end(settings, model.config.vocab_size)
         torch.manual_seed(seed)
         adapted = get_peft_model(model, settings)
         if not zero:
             _randomise(adapted, strength)
         adapted.save_pretrained(str(directory), safe_serialization=True)
+    if more > 0:
+        _save_tokenizer(directory, base, model.config.vocab_size)
     return directory
+
+
+def _resize(model: Any, more: int) -> None:
+    """New rows of the strength of the others, so that leaving them out is seen."""
+    model.resize_token_embeddings(model.config.vocab_size + more, mean_resizing=False)
+    if more > 0:
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            rows = table.weight.data[-more:]
+            rows.copy_(torch.randn_like(rows) * table.weight.data[:-more].std())
+
+
+def _count_from_the_end(settings: Any, vocabulary: int) -> None:
+    tokens = getattr(settings, "trainable_token_indices", None)
+    if isinstance(tokens, list):
+        settings.trainable_token_indices = [t % vocabulary for t in tokens]
+
+
+def _save_tokenizer(directory: Path, base: str | Path, vocabulary: int) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(base))
+    tokenizer.add_tokens([f"<new{i}>" for i in range(vocabulary - len(tokenizer))])
+    tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def _config_class(name: str) -> Any:

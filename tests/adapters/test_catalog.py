@@ -148,9 +148,9 @@ def test_a_digest_finds_the_adapter(catalog: Catalog) -> None:
 def test_weights_of_living_rows_are_in_use(catalog: Catalog) -> None:
     add(catalog, "a", weights_sha256="1" * 64)
     add(catalog, "b", weights_sha256="2" * 64)
-    assert catalog.weights_in_use() == {"1" * 64, "2" * 64}
+    assert catalog.blobs_in_use() == {"1" * 64, "2" * 64}
     catalog.delete("support", 1, "now")
-    assert catalog.weights_in_use() == {"2" * 64}
+    assert catalog.blobs_in_use() == {"2" * 64}
 
 
 def test_many_threads_and_two_processes_worth_of_catalogs(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ MANIFEST = AdapterManifest(
     template="{{ messages }} 한글",
     created="2026-01-01T00:00:00+00:00",
     provenance={"run": 7},
+    vocabulary=640,
+    tokenizer_sha256="c" * 64,
 )
 
 
@@ -37,7 +39,7 @@ def test_canonical_json_does_not_depend_on_the_order_of_keys() -> None:
         canonical_json({"a": float("nan")})
 
 
-def test_the_digest_depends_on_weights_config_and_base() -> None:
+def test_the_digest_depends_on_weights_config_base_and_tokenizer() -> None:
     config = {"r": 8, "alpha": 16.0}
     digest = adapter_digest("a" * 64, config, "b" * 64)
     assert len(digest) == 64
@@ -48,5 +50,6 @@ def test_the_digest_depends_on_weights_config_and_base() -> None:
         adapter_digest("a" * 64, config | {"alpha": 17.0}, "b" * 64),
         adapter_digest("a" * 64, config, "c" * 64),
         adapter_digest("b" * 64, config, "a" * 64),
+        adapter_digest("a" * 64, config, "b" * 64, "d" * 64),
     }
-    assert len(others | {digest}) == 5
+    assert len(others | {digest}) == 6

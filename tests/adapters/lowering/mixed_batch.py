@@ -20,15 +20,15 @@ Sequences = Sequence[tuple[Sequence[int], LoweredAdapter | None]]
 class Server:
     """A base with the operator installed: the smallest thing that can run a mixed batch."""
 
-    def __init__(self, directory: Path, dtype: str = "float32") -> None:
+    def __init__(self, directory: Path, dtype: str = "float32", **options: Any) -> None:
         self.directory = directory
         self.base: Base = load_base(
-            directory, device="cpu", dtype=dtype, cache_dir=directory.parent / "cache"
+            directory, device="cpu", dtype=dtype, cache_dir=directory.parent / "cache", **options
         )
         self.context: OperatorContext = install(self.base.model, self.base.spec)
 
     def lower(self, adapter: Path, **options: Any) -> LoweredAdapter:
-        manifest = read_manifest(adapter, self.base.spec)
+        manifest = read_manifest(adapter, self.base.spec, self.base.tokenizer)
         return lower(manifest, adapter / "adapter_model.safetensors", self.base, **options)
 
     @torch.inference_mode()
