@@ -27,10 +27,11 @@ from adapters.limits import Limits
 from adapters.store import AdapterStore
 from base.errors import UnservableBase
 from service.admission import Admission
-from service.api import adapters, compose, errors, feedback, generate, meta, page
+from service.api import adapters, compose, errors, feedback, generate, meta, page, vllm_admin
 from service.api.connection import HEAD_BYTES, connection_class
 from service.api.deps import Desk, Serving
 from service.api.door import Bounds, Door
+from service.api.openai import chat, completions, embeddings, models
 from service.api.upload import FORM_BYTES, sweep
 from service.config import Settings
 from service.experiments import Experiments
@@ -81,8 +82,9 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
     )
     app.add_middleware(Door, bounds=bounds)
     errors.register(app)
-    routes = (generate, adapters, compose, feedback, meta, page)
-    for router in (module.router for module in routes):
+    routes = (generate, adapters, compose, feedback, vllm_admin, meta, page)
+    openai = (models, chat, completions, embeddings)
+    for router in (module.router for module in (*routes, *openai)):
         app.include_router(router)
     return app
 

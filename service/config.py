@@ -94,6 +94,24 @@ class Settings(BaseSettings):
     drain_seconds: float = _setting(
         "How long a stopping server lets running requests finish.", "Server", 30.0, ge=0, le=3600
     )
+    served_names: str = _setting(
+        "Other names of the base for OpenAI's clients, parted by commas.",
+        "Server",
+        "dummy,tgi",  # what huggingface_hub and text-generation-inference's users fill in
+        max_length=4096,
+    )
+    admin_key: SecretStr | None = _setting(
+        "Opens /v1/load_lora_adapter and /v1/unload_lora_adapter to who sends it as a bearer.",
+        "Server",
+        None,
+        min_length=16,
+        max_length=4096,
+    )
+    adapter_root: Path | None = _setting(
+        "Directory that /v1/load_lora_adapter may load from; nothing outside of it.",
+        "Server",
+        None,
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "Least important line to log.", "Server", "info"
     )
@@ -204,15 +222,22 @@ class Settings(BaseSettings):
     @classmethod
     def _read_none(cls, data: Any) -> Any:
         """Neither TOML nor the environment has a null: the word `none` unsets an optional field."""
-        optional = {"revision", "hf_token", "adapters", "max_model_len"}
+        optional = {
+            "revision",
+            "hf_token",
+            "adapters",
+            "max_model_len",
+            "admin_key",
+            "adapter_root",
+        }
         return {k: None if k in optional and v == "none" else v for k, v in dict(data).items()}
 
-    @field_validator("home", "adapters")
+    @field_validator("home", "adapters", "adapter_root")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
 
-    @field_validator("adapters")
+    @field_validator("adapters", "adapter_root")
     @classmethod
     def _exists(cls, path: Path | None) -> Path | None:
         if path is not None and not path.is_dir():
@@ -239,6 +264,12 @@ class Settings(BaseSettings):
     def base_source(self) -> str:
         """What `base.load.load_base` takes: the embedded base by its directory."""
         return str(MINI) if self.base == "mini" else self.base
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """What the base is called, beside its id."""
+        given = (name.strip() for name in self.served_names.split(","))
+        return (self.base, *(name for name in given if name))
 
     def shown(self) -> dict[str, Any]:
         """Plain values by name, secrets and passwords inside URLs masked."""
@@ -336,5 +367,5 @@ def _explain_one(line: dict[str, Any], sources: Mapping[str, Source], path: Path
             f"; did you mean {near[0]}?" if near else ""
         )
     # A secret's value stays out of messages: they end up in logs.
-    value = "" if name == "hf_token" else f" (got {line['input']!r})"
+    value = "" if name in ("hf_token", "admin_key") else f" (got {line['input']!r})"
     return f"{origin}: {message}{value}"

@@ -244,7 +244,7 @@ async def show(name: PathName, serving: ServingDep) -> JSONResponse:
 async def delete(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Delete `name` with all versions, or `name@version`. What runs on it finishes first; when
     the reply comes, nothing of it is left in slots or caches."""
-    gone = await desk.slowly(_delete, name, serving)
+    gone = await desk.slowly(delete_adapter, name, serving)
     return JSONResponse({"deleted": [_version(one) for one in gone]})
 
 
@@ -344,7 +344,7 @@ def _one_of(arrived: Upload, name: str, allowed: Sequence[str], default: str) ->
     return value
 
 
-def _delete(name: str, serving: Serving) -> Sequence[AdapterManifest]:
+def delete_adapter(name: str, serving: Serving) -> Sequence[AdapterManifest]:
     """Delete the rows; when all that was accepted before has ended, free slots and blocks of every
     digest that no row names any more; then remove the weights."""
     gone = serving.store.retire(name)

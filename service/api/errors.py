@@ -56,9 +56,12 @@ from service.errors import (
 MAX_ECHO = 80  # characters of a bad value that an error repeats
 MAX_LISTED = 5  # errors of one body that a reply lists
 UNNAMED = frozenset(  # parts of a place that are no field: where it was, and tags of unions
-    {"body", "path", "query", "text", "messages", "list", "object"}
+    {"body", "path", "query", "text", "chat", "list", "object", "parts"}
+    | {"one text", "texts", "ids", "several ids"}
 )
-PRIVATE = frozenset({"inputs", "content", "template"})  # never repeated, whatever is wrong
+PRIVATE = frozenset(
+    {"inputs", "content", "template", "prompt", "input", "arguments"}
+)  # never repeated, whatever is wrong
 
 logger = structlog.get_logger("nibble.http")
 

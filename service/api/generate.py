@@ -225,12 +225,12 @@ class Parameters(Incoming):
 def _kind(value: Any) -> str | None:
     if isinstance(value, str):
         return "text"
-    return "messages" if isinstance(value, list) else None
+    return "chat" if isinstance(value, list) else None
 
 
 Inputs = Annotated[
     Annotated[str, Field(min_length=1), Tag("text")]
-    | Annotated[list[Message], Field(min_length=1, max_length=1024), Tag("messages")],
+    | Annotated[list[Message], Field(min_length=1, max_length=1024), Tag("chat")],
     Discriminator(_kind),
 ]
 

@@ -65,6 +65,7 @@ class Order:
     sampling: Sampling
     terms: tuple[Term, ...] = ()  # none: the base
     client: str | None = None  # whoever asks
+    selection: Selection | None = None  # what the terms came to, where that is known already
     max_new_tokens: int | None = None  # None: DEFAULT_NEW_TOKENS, or what fits
     fill: bool = False  # None means all that fits
     n: int = 1
@@ -103,7 +104,7 @@ async def start(order: Order, request_id: str, desk: Desk, serving: Serving) -> 
         _check_tokens(order, serving)
         ticket = desk.admission.admit()
         try:
-            selection = await selected(order.terms, order.client, desk, serving)
+            selection = order.selection or await selected(order.terms, order.client, desk, serving)
             # A cold adapter is on its way while the prompt is read.
             ticket.meanwhile(serving.engine.reserved(selection.ref if selection else None))
             guide = await serving.grammars.guide(order.grammar) if order.grammar else None

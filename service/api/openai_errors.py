@@ -65,4 +65,8 @@ def openai_envelope(status: int, code: str, message: str, param: str | None) -> 
 
 def openai_refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI entries for errors of these routes."""
-    return {openai_status(status): {"model": OpenAIErrorEnvelope} for status in statuses}
+    found: dict[int | str, dict[str, Any]] = {
+        openai_status(status): {"model": OpenAIErrorEnvelope} for status in statuses
+    }
+    # Without it FastAPI would add a 422 of its own, which is never sent.
+    return found | {"4XX": {"model": OpenAIErrorEnvelope}}

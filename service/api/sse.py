@@ -19,7 +19,7 @@ _PING = b": ping\n\n"
 
 class EventReply(StreamingResponse):
     """Sends `events` as they come. `close()` runs once at the end, whoever ended it, even when
-    the first event was never asked for."""
+    the first event was never asked for. `ending` is sent after the last event."""
 
     media_type = "text/event-stream"
 
@@ -28,11 +28,13 @@ class EventReply(StreamingResponse):
         events: AsyncIterator[Mapping[str, Any]],
         close: Callable[[], None],
         headers: Mapping[str, str],
+        ending: bytes = b"",
     ) -> None:
         own = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__(events, headers={**headers, **own})  # type: ignore[arg-type]
         self._events = events
         self._close = close
+        self._ending = ending
         self._sent = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,7 +58,7 @@ class EventReply(StreamingResponse):
                 await self._send_chunk(send, encoded(event))
         finally:
             pinging.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send({"type": "http.response.body", "body": self._ending, "more_body": False})
 
     async def _ping(self, send: Send) -> None:
         while True:
@@ -72,7 +74,7 @@ class EventReply(StreamingResponse):
 
 def encoded(event: Mapping[str, Any]) -> bytes:
     """One event on the wire. JSON escapes every line break, so one line is enough."""
-    return b"data:" + json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+    return b"data: " + json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
 
 
 async def _gone(receive: Receive) -> None:

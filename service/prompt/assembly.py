@@ -70,6 +70,10 @@ class Assembly:
         """Each token's own text."""
         return [str(self.tokenizer.decode([token])) for token in ids]
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of some tokens together."""
+        return str(self.tokenizer.decode(list(ids)))
+
     def _pieces(self, text: str) -> list[Piece]:
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         places = zip(found["input_ids"], found["offset_mapping"], strict=True)

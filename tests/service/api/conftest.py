@@ -88,6 +88,7 @@ def settings(
         port=0,
         kv_cache_bytes=8 << 20,
         max_queue=64,
+        served_names="dummy,tgi,mini",
         max_upload_bytes=4 << 20,
         max_body_bytes=256 << 10,
     )

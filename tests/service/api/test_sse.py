@@ -58,7 +58,7 @@ def test_whole_stream() -> None:
         return wire, len(closed)
 
     wire, closed = asyncio.run(run())
-    assert wire.body == b'data:{"n": 1}\n\ndata:{"n": 2}\n\n'
+    assert wire.body == b'data: {"n": 1}\n\ndata: {"n": 2}\n\n'
     assert closed == 1
     headers = dict(wire.sent[0]["headers"])
     assert headers[b"x-a"] == b"b"
@@ -110,7 +110,7 @@ def test_silence_is_filled_with_pings(monkeypatch: pytest.MonkeyPatch) -> None:
 
     body = asyncio.run(run()).body
     assert body.startswith(b": ping\n\n: ping\n\n")
-    assert body.endswith(b'data:{"n": 1}\n\n')
+    assert body.endswith(b'data: {"n": 1}\n\n')
 
 
 def test_a_client_that_reads_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

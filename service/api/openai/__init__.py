@@ -1,0 +1,1 @@
+"""The OpenAI skin: models, chat completions, completions, embeddings; one file per family."""

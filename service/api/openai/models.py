@@ -1,0 +1,96 @@
+"""`/v1/models`: the base and its adapters, each as a model."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Path
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+from adapters.errors import AdapterNotFound, InvalidAdapter
+from adapters.manifest import AdapterManifest
+from service.api.deps import DeskDep, Serving, ServingDep
+from service.api.openai.schema import MAX_MODEL
+from service.api.openai.served import base_names, not_found
+from service.api.openai_errors import openai_refusals
+from service.api.wire import Outgoing
+from service.engine.request import AdapterRef
+
+router = APIRouter(prefix="/v1/models", tags=["openai"])
+
+_STARTED = int(time.time())
+
+
+class ModelCard(Outgoing):
+    """A model, with what vLLM and its gateways read beside OpenAI's fields."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str = Field(description="The base's id; of an adapter its digest, a model id too.")
+    parent: str | None = Field(description="Of an adapter: the base's id.")
+    max_model_len: int
+
+
+class ModelList(Outgoing):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+@router.get("", responses={200: {"model": ModelList}, **openai_refusals(503)})
+async def listed(serving: ServingDep) -> JSONResponse:
+    """The base first, then the newest version of each adapter by name."""
+    newest: dict[str, AdapterManifest] = {}
+    for manifest in await asyncio.to_thread(serving.store.list):
+        known = newest.get(manifest.name)
+        if known is None or known.version < manifest.version:
+            newest[manifest.name] = manifest
+    cards = [_base(serving, serving.spec.id)]
+    cards += [_adapter(serving, name, newest[name]) for name in sorted(newest)]
+    return JSONResponse({"object": "list", "data": cards})
+
+
+@router.get("/{model:path}", responses={200: {"model": ModelCard}, **openai_refusals(404, 503)})
+async def one(
+    model: Annotated[str, Path(min_length=1, max_length=MAX_MODEL)],
+    desk: DeskDep,
+    serving: ServingDep,
+) -> JSONResponse:
+    """One model: the base, or an adapter as `name`, `name@version` or `name@alias`."""
+    if model == serving.spec.id or model in base_names(desk):
+        return JSONResponse(_base(serving, model))
+    try:
+        manifest = await asyncio.to_thread(serving.store.resolve, model)
+    except (AdapterNotFound, InvalidAdapter) as error:
+        raise not_found(model) from error
+    return JSONResponse(_adapter(serving, model, manifest))
+
+
+def _base(serving: Serving, name: str) -> dict[str, Any]:
+    return _card(serving, name, _STARTED, serving.spec.id, None, 0)
+
+
+def _adapter(serving: Serving, name: str, manifest: AdapterManifest) -> dict[str, Any]:
+    created = int(datetime.fromisoformat(manifest.created).timestamp())
+    root = f"sha256:{manifest.digest}"
+    virtual = AdapterRef.of(manifest).virtual_tokens
+    return _card(serving, name, created, root, serving.spec.id, virtual)
+
+
+def _card(
+    serving: Serving, name: str, created: int, root: str, parent: str | None, virtual: int
+) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "nibble",
+        "root": root,
+        "parent": parent,
+        "max_model_len": serving.engine.max_model_len - virtual,
+    }
