@@ -1,0 +1,1 @@
+"""Retrieval: collections of documents, cut into passages that a prompt can quote."""
