@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 from adapters.errors import AdapterError, AdapterNotFound
+from adapters.intervals import Interval, Sample, mean, mean_difference, rate, rate_difference
 from adapters.manifest import AdapterManifest
 from adapters.outcomes import Ending, Outcome, Outcomes, Scored, Totals
 from adapters.store import AdapterStore
 from service.engine.request import Event, Finished
 from service.engine.stream import EventStream
-from service.intervals import Interval, Sample, mean, mean_difference, rate, rate_difference
 from service.selection import Via
 
 log = logging.getLogger(__name__)

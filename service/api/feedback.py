@@ -11,11 +11,11 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
+from adapters.intervals import CONFIDENCE, Interval
 from service.api.deps import ServingDep
 from service.api.errors import Refused
 from service.api.wire import Fraction, Incoming, Outgoing, PathName, refusals
 from service.experiments import ArmFigures, Difference, Experiment
-from service.intervals import CONFIDENCE, Interval
 
 MAX_COMMENT = 2000  # characters
 

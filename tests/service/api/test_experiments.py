@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from adapters.intervals import rate, rate_difference
 from service.api.adapters import AdapterDescriptionView, AliasView
 from service.api.feedback import ExperimentView, FeedbackView
-from service.intervals import rate, rate_difference
 from tests.oracle import make_adapter
 from tests.service.api.conftest import Running, until
 from tests.service.api.test_adapters import push

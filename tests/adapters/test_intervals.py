@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from service.intervals import Sample, mean, mean_difference, rate, rate_difference, t_quantile
+from adapters.intervals import Sample, mean, mean_difference, rate, rate_difference, t_quantile
 
 
 @pytest.mark.parametrize(
