@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -248,6 +249,54 @@ def samples(
         model = session.load(base or "mini")
         for sample in showcase.SHIPPED:
             _sample(model, sample, out / sample.name)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="qwen2-0.4b (random weights), or a directory.")] = (
+        "qwen2-0.4b"
+    ),
+    arms: Annotated[
+        str, typer.Option(help="nibble, trainer, trainer-packed, nibble-dora, trainer-packed-dora.")
+    ] = "nibble,trainer,trainer-packed",
+    steps: Annotated[int, typer.Option(min=1, help="Counted; one more warms up.")] = 5,
+    rows: Annotated[int, typer.Option(min=1, help="Packed rows in a step.")] = 2,
+    length: Annotated[int, typer.Option(min=16, max=32_768, help="Tokens in a row.")] = 512,
+    rank: Annotated[int, typer.Option(min=1, max=256)] = 16,
+    learning_rate: Annotated[float, typer.Option("--lr", min=0.0)] = 1e-3,
+    threads: Annotated[int, typer.Option(min=1, help="Of every arm.")] = os.cpu_count() or 1,
+    out: Annotated[Path | None, typer.Option("--json", help="All figures, as JSON.")] = None,
+) -> None:
+    """Measure training here beside transformers' Trainer with PEFT's QLoRA, a step each in turn.
+
+    All arms start with the same adapter and see the same examples: trainer pads them, the others
+    pack them. Each is a process of its own, so that its peak memory is its own.
+    """
+    from base.fingerprint import default_cache_dir
+    from base.random_model import SHAPES, random_model
+    from training.bench import rounds
+    from training.bench.stream import Shape
+
+    chosen = [name.strip() for name in arms.split(",")]
+    unknown = sorted(set(chosen) - rounds.ARMS.keys())
+    if unknown:
+        raise typer.BadParameter(f"--arms {unknown[0]}: {', '.join(rounds.ARMS)}")
+    if model not in SHAPES and not Path(model).is_dir():
+        raise typer.BadParameter(f"--model {model}: a directory or one of {', '.join(SHAPES)}")
+    cache = default_cache_dir() / "bench"
+    directory = random_model(model, cache) if model in SHAPES else Path(model)
+    shape = Shape(rows, length)
+    with refusals():
+        done = rounds.measure(
+            *(directory, chosen, shape, steps),
+            rank=rank,
+            learning_rate=learning_rate,
+            threads=threads,
+            say=lambda line: console.print(line, style="dim"),
+        )
+    console.print(rounds.table(done))
+    if out is not None:
+        out.write_text(json.dumps(rounds.as_json(done, shape), indent=1) + "\n", encoding="utf-8")
 
 
 def _sample(base: Base, sample: showcase.Sample, out: Path) -> None:
