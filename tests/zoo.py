@@ -31,19 +31,12 @@ class Specimen:
     manifest: AdapterManifest
 
     def ref(self) -> AdapterRef:
-        found = self.manifest
-        return AdapterRef(
-            found.digest,
-            found.name,
-            found.placement,
-            found.merged_dtype,
-            virtual_tokens=found.virtual_tokens,
-        )
+        return AdapterRef.of(self.manifest)
 
 
 def specimen(directory: Path, base: Base, **fields: Any) -> Specimen:
     """The adapter that PEFT saved in `directory`; `fields` as of its manifest."""
-    return Specimen(directory, read_manifest(directory, base.spec, **fields))
+    return Specimen(directory, read_manifest(directory, base.spec, base.tokenizer, **fields))
 
 
 @dataclass(slots=True)
@@ -113,6 +106,7 @@ class Recorder:
     def __init__(self, engine: Engine) -> None:
         self.rows: dict[tuple[str, int], torch.Tensor] = {}
         self._run = engine._runner.run
+        self._vocabulary = engine.base.spec.vocab_size
         engine._runner.run = self.run  # type: ignore[method-assign]
 
     def run(self, batch: Batch, adapters: Resident) -> torch.Tensor:
@@ -123,7 +117,8 @@ class Recorder:
         ):
             chunk = batch.chunks[owner]
             position = chunk.start + place - starts[owner]
-            self.rows[chunk.sequence.request.id, position] = logits[row].clone()
+            own = chunk.sequence.vocabulary or self._vocabulary
+            self.rows[chunk.sequence.request.id, position] = logits[row, :own].clone()
         return logits
 
 

@@ -58,9 +58,10 @@ class Steps:
         self.seconds.append((len(batch.chunks), time.process_time() - started))
         self.widest = max(self.widest, len(batch.chunks))
         for row, owner in enumerate(batch.logit_chunks):
-            request = batch.chunks[owner].sequence.request.id
-            if request in self._logits:
-                self._logits[request].append(logits[row].clone())
+            sequence = batch.chunks[owner].sequence
+            if sequence.request.id in self._logits:
+                own = sequence.vocabulary or self._engine.base.spec.vocab_size
+                self._logits[sequence.request.id].append(logits[row, :own].clone())
         return logits
 
     def together(self, asked: Sequence[Asked], tokens: int) -> list[Answered]:

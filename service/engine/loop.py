@@ -40,6 +40,7 @@ from service.engine.scheduler import Chunk, Schedule, Scheduler
 from service.engine.sequence import Sequence
 from service.engine.stream import Stream
 from service.engine.trial import try_out
+from service.engine.vocabulary import Vocabulary
 from service.errors import (
     AdapterLoadFailed,
     Draining,
@@ -91,8 +92,8 @@ class Engine:
             max_sequences=config.max_sequences,
             max_step_tokens=config.max_step_tokens,
         )
-        self._sampler = Sampler(base.eos_token_ids)
-        self._special = frozenset(base.tokenizer.all_special_ids) | base.eos_token_ids
+        self._sampler = Sampler(base.eos_token_ids, base.spec.vocab_size)
+        self._vocabulary = Vocabulary.of_base(base.tokenizer, base.eos_token_ids)
         self._live: dict[int, Output] = {}
         self._wanted: list[tuple[AdapterRef, Future[LoweredAdapter]]] = []
         self._ids = 0
@@ -243,11 +244,11 @@ class Engine:
                 f"{limit}{behind}, so at most {limit - 1}",
                 "inputs",
             )
-        top = max(request.prompt)
-        if top >= self.base.spec.vocab_size or min(request.prompt) < 0:
-            raise InvalidRequest(
-                f"token id {top} is outside the vocabulary of {self.base.spec.vocab_size}", "inputs"
-            )
+        top, least = max(request.prompt), min(request.prompt)
+        known = (request.adapter and request.adapter.vocabulary) or self.base.spec.vocab_size
+        if top >= known or least < 0:
+            wrong = least if least < 0 else top
+            raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {known}", "inputs")
 
     def _admit(self, request: Request) -> None:
         """With the door held: may the request come in now?"""
@@ -376,7 +377,8 @@ class Engine:
             if position + 1 == len(chunk.sequence.tokens):
                 sampled.append(row)
             else:
-                self._live[chunk.sequence.id].score(position + 1, logits[row])
+                own = self._sampler.own(logits[row], chunk.sequence)
+                self._live[chunk.sequence.id].score(position + 1, own)
         sequences = [batch.chunks[batch.logit_chunks[row]].sequence for row in sampled]
         rows = logits if len(sampled) == len(logits) else logits[sampled]
         for i, choice in enumerate(self._sampler.sample(rows, sequences)):
@@ -398,13 +400,12 @@ class Engine:
             self._end(sequence, "error", GenerationFailed(fault))
             return
         sequence.tokens.append(choice.token)
-        special = choice.token in self._special
+        special = choice.token in output.vocabulary.special
         text = output.detokenizer.push(choice.token, special)
         reason = self._end_of(output, choice.token)
         first, seconds = output.tick()
         (self._observer.first_token if first else self._observer.inter_token)(seconds)
-        last, tokenizer = reason is not None, self.base.tokenizer
-        output.send(choice, text, special=special, last=last, tokenizer=tokenizer)
+        output.send(choice, text, special=special, last=reason is not None)
         if reason is not None:
             self._end(sequence, reason)
 
@@ -507,8 +508,9 @@ class Engine:
             )
             leader = leader or sequence
             ids.append(sequence.id)
-            detokenizer = Detokenizer(self.base.tokenizer, sampling.stop)
-            self._live[sequence.id] = Output(sequence, stream, detokenizer, submitted)
+            words = request.vocabulary or self._vocabulary
+            detokenizer = Detokenizer(words.tokenizer, sampling.stop)
+            self._live[sequence.id] = Output(sequence, stream, words, detokenizer, submitted)
             self._scheduler.add(sequence)
 
     def _namespace(self, request: Request) -> bytes:

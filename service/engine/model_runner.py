@@ -48,6 +48,8 @@ class ModelRunner:
     def run(self, batch: Batch, adapters: Resident, cache: KVCache | None = None) -> torch.Tensor:
         """Logits [L, vocabulary] fp32 of the rows that the batch asks for; K and V are written.
 
+        The vocabulary is the largest of the batch's sequences; a row has nothing beyond its own.
+
         `cache` in place of the engine's own is for a trial run. Raises KeyError when a sequence's
         adapter is not in `adapters`: never the base instead.
         """
@@ -89,7 +91,7 @@ class ModelRunner:
 
 
 def _owner(sequence: Sequence, adapters: Resident) -> LoweredAdapter | None:
-    """The sequence's adapter, with as many virtual tokens as the sequence leaves room for."""
+    """The sequence's adapter, with the virtual tokens and the vocabulary that it counts on."""
     if sequence.adapter is None:
         return None
     adapter = adapters[sequence.adapter.key]
@@ -98,5 +100,10 @@ def _owner(sequence: Sequence, adapters: Resident) -> LoweredAdapter | None:
         raise ValueError(
             f"adapter {sequence.adapter.name!r} has {found} virtual tokens, and its request says "
             f"{sequence.virtual_tokens}"
+        )
+    if adapter.vocabulary != sequence.vocabulary:
+        raise ValueError(
+            f"adapter {sequence.adapter.name!r} knows {adapter.vocabulary} tokens, and its request "
+            f"says {sequence.vocabulary}"
         )
     return adapter

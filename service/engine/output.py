@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from service.engine.request import Finished, FinishReason, Token
 from service.engine.sampler import Sampled, likeliest
 from service.engine.sequence import Sequence
 from service.engine.stream import Stream
+from service.engine.vocabulary import Vocabulary
 from service.errors import ServiceError
 
 
@@ -22,6 +22,7 @@ class Output:
 
     sequence: Sequence
     stream: Stream
+    vocabulary: Vocabulary
     detokenizer: Detokenizer
     submitted: float  # all times by time.perf_counter; 0.0: not yet
     scheduled: float = 0.0
@@ -41,13 +42,12 @@ class Output:
         self.last = now
         return first, seconds
 
-    def send(
-        self, choice: Sampled, text: str, *, special: bool, last: bool, tokenizer: Any
-    ) -> None:
+    def send(self, choice: Sampled, text: str, *, special: bool, last: bool) -> None:
         """The next token with its text; the last one takes along what was held back."""
         if last:
             text += self.detokenizer.finish()
-        top = tuple((t, str(tokenizer.decode([t])), p) for t, p in choice.top)
+        decode = self.vocabulary.tokenizer.decode
+        top = tuple((t, str(decode([t])), p) for t, p in choice.top)
         self.stream.push(
             Token(self.sequence.index, choice.token, text, choice.logprob, special, top, last)
         )

@@ -10,6 +10,7 @@ from service.errors import ServiceError
 
 if TYPE_CHECKING:
     from service.engine.guide import Guide
+    from service.engine.vocabulary import Vocabulary
 
 FinishReason = Literal["eos_token", "length", "stop_sequence", "cancelled", "error"]
 
@@ -59,6 +60,7 @@ class AdapterRef:
     merged_dtype: MergedDtype = "bfloat16"  # read when merged
     parts: tuple[tuple[str, float], ...] = ()  # of a sum: the digest and weight of each part
     virtual_tokens: int = 0  # that stand before every prompt
+    vocabulary: int = 0  # tokens that it knows; 0: the base's
 
     @classmethod
     def of(cls, manifest: AdapterManifest) -> AdapterRef:
@@ -69,6 +71,7 @@ class AdapterRef:
             manifest.placement,
             manifest.merged_dtype,
             virtual_tokens=manifest.virtual_tokens,
+            vocabulary=manifest.vocabulary,
         )
 
     @property
@@ -89,6 +92,7 @@ class Request:
     tenant: str = ""  # salt of the cache key
     prompt_logprobs: bool = False  # with `sampling.top_logprobs` alternatives each
     pooled: bool = False  # reply the last token's hidden state
+    vocabulary: Vocabulary | None = None  # of an adapter with a tokenizer of its own
 
 
 @dataclass(frozen=True, slots=True)

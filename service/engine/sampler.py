@@ -30,17 +30,38 @@ class Sampled:
 
 
 class Sampler:
-    """Stateless but for the base's end-of-sequence tokens."""
+    """Stateless but for the base's end-of-sequence tokens and the number of its tokens."""
 
-    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, eos_token_ids: frozenset[int], vocabulary: int = 0) -> None:
+        """`vocabulary` 0: every row is the base's from end to end."""
         self.eos_token_ids = eos_token_ids
+        self.vocabulary = vocabulary
+
+    def own(self, row: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+        """The part of a row of logits that is of the sequence's own vocabulary."""
+        return row[: sequence.vocabulary or self.vocabulary or len(row)]
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
         """logits [L, V] fp32, one row per sequence -> a token each.
 
+        V is that of the largest vocabulary; what stands in a row beyond its own is not looked at,
+        so that its numbers are the same bits whatever its neighbours know.
         None where the row is not finite: that sequence has failed, its neighbours have not.
         """
+        width = logits.shape[-1]
+        rows: dict[int, list[int]] = {}
+        for i, sequence in enumerate(sequences):
+            rows.setdefault(sequence.vocabulary or self.vocabulary or width, []).append(i)
+        if rows.keys() <= {width}:
+            return self._sample(logits, sequences)
+        found: dict[int, Sampled | None] = {}
+        for own, mine in rows.items():
+            part = self._sample(logits[mine, :own], [sequences[i] for i in mine])
+            found.update(zip(mine, part, strict=True))
+        return [found[i] for i in range(len(sequences))]
+
+    def _sample(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
         normaliser = logits.logsumexp(-1)
         chosen = logits.argmax(-1)
         special = [i for i, s in enumerate(sequences) if self._is_special(s)]
@@ -88,7 +109,7 @@ class Sampler:
                 row[token] += bias
         _penalise(row, sequence, sampling)
         if held := self._held_back(sequence):
-            row[held] = -torch.inf
+            row[[token for token in held if token < len(row)]] = -torch.inf
         if sequence.walk is not None:
             row = guided(row, logits, sequence.walk)
         if not sampling.do_sample or sampling.temperature == 0.0:

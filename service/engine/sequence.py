@@ -59,6 +59,11 @@ class Sequence:
         return self.adapter.virtual_tokens if self.adapter else 0
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens that it may hold and logits that are its own; 0: as many as the base's."""
+        return self.adapter.vocabulary if self.adapter else 0
+
+    @property
     def generated(self) -> int:
         """Number of output tokens so far."""
         return len(self.tokens) - self.prompt_length

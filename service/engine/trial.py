@@ -25,8 +25,9 @@ def try_out(runner: ModelRunner, adapter: LoweredAdapter, context: int) -> None:
     virtual = adapter.prefix.tokens if adapter.prefix else 0
     if virtual:
         check_room(virtual, context, "server")
-    tokens = [0, base.spec.vocab_size - 1]
-    ref = AdapterRef(adapter.digest, "probe", virtual_tokens=virtual)
+    known = adapter.vocabulary or base.spec.vocab_size
+    tokens = [0, known - 1]
+    ref = AdapterRef(adapter.digest, "probe", virtual_tokens=virtual, vocabulary=adapter.vocabulary)
     request = Request("probe", tuple(tokens), adapter=ref)
     sequence = Sequence(0, request, 0, 0, tokens, len(tokens), b"")
     blocks = -(-(virtual + len(tokens)) // size)
@@ -35,7 +36,8 @@ def try_out(runner: ModelRunner, adapter: LoweredAdapter, context: int) -> None:
     try:
         batch = build_batch([Chunk(sequence, 0, len(tokens))], size, base.device)
         runner.fill(fills(sequence, 0, size), {ref.key: adapter}, cache)
-        finite = bool(runner.run(batch, {ref.key: adapter}, cache).isfinite().all())
+        logits = runner.run(batch, {ref.key: adapter}, cache)
+        finite = bool(logits[:, :known].isfinite().all())
     except Exception as error:
         raise InvalidAdapter(f"a trial run failed: {error}") from error
     finally:
