@@ -1,0 +1,128 @@
+"""`nibble compare`: a study from one file, and its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from base.errors import UnservableBase
+from training.errors import TrainingError
+from training.study.arm import Arm, Place
+from training.study.config import StudyConfig, read_study
+from training.study.findings import Findings, find
+from training.study.markdown import markdown
+from training.study.page import page
+from training.study.runner import prepare, results, run, write_json
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+VERSIONS = ("torch", "transformers", "peft")
+
+
+@app.command()
+def compare(
+    study: Annotated[Path, typer.Argument(help="YAML; docs/study/study.yaml is one.")],
+    out: Annotated[Path, typer.Option(help="Results, adapters and the report; one study each.")],
+    arms: Annotated[
+        int | None, typer.Option(min=0, help="Run at most so many more; 0: only the report.")
+    ] = None,
+    serve: Annotated[bool, typer.Option(help="Time each kept adapter on a server.")] = True,
+) -> None:
+    """Compare methods with one budget: learning rates by validation, seeds, references, controls.
+
+    Every arm has a process and a result file of its own. A study that was stopped goes on with the
+    arms that are missing; the report is written again each time.
+    """
+    try:
+        found, place = read_study(study), Place(out)
+        prepare(found, place)
+        _run(found, place, arms)
+        if serve and found.serving and arms is None:
+            from training.study.serving import measure
+
+            write_json(place.root / "serving.json", measure(found, place))
+        console.print(report(found, place, study))
+    except (TrainingError, UnservableBase) as error:
+        Console(stderr=True).print(f"[bold red]refused:[/] {escape(str(error))}", highlight=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        report(found, place, study)
+        console.print(f"stopped; {out} keeps what has run, and the same command goes on")
+        raise typer.Exit(130) from None
+
+
+def _run(study: StudyConfig, place: Place, limit: int | None) -> None:
+    started = time.monotonic()
+
+    def began(arm: Arm, done: int, known: int) -> None:
+        minutes = (time.monotonic() - started) / 60
+        console.print(f"{minutes:6.1f} min  {done:>3} of {known} and more  {arm.id}")
+
+    run(study, place, began, limit)
+
+
+def report(study: StudyConfig, place: Place, source: Path) -> str:
+    """Write report.json, report.md and report.html; what to say about it."""
+    served = place.root / "serving.json"
+    serving = json.loads(served.read_text(encoding="utf-8")) if served.is_file() else None
+    findings = find(study, results(place), serving)
+    command = shlex.join(["nibble", "compare", str(source), "--out", str(place.root)])
+    made = _made(place, command)
+    (place.root / "report.md").write_text(markdown(findings, made), encoding="utf-8")
+    (place.root / "report.html").write_text(page(findings, made), encoding="utf-8")
+    write_json(place.root / "report.json", as_json(findings, made))
+    missing = f"; {len(findings.missing)} arms have not run" if findings.missing else ""
+    return (
+        f"{place.root}/report.html, report.md and report.json: {len(findings.rows)} arms{missing}"
+    )
+
+
+def as_json(findings: Findings, made: str) -> dict[str, Any]:
+    """All findings. Pairs that name something are joined by a slash."""
+    fields = {
+        name: value
+        for name, value in asdict(findings).items()
+        if name not in ("study", "trials", "transfer", "verdict")
+    }
+    verdict = findings.verdict
+    return {
+        "made": made,
+        "study": findings.study.model_dump(mode="json"),
+        **fields,
+        "trials": {
+            f"{task}/{name}": {f"{rate:g}": loss for rate, loss in tried.items()}
+            for (task, name), tried in findings.trials.items()
+        },
+        "transfer": {f"{own}/{asked}": value for (own, asked), value in findings.transfer.items()},
+        "verdict": None if verdict is None else {**asdict(verdict), "holds": verdict.holds},
+    }
+
+
+def _made(place: Place, command: str) -> str:
+    ran = [path.stat().st_mtime for path in (place.root / "arms").glob("*.json")]
+    day = time.strftime("%Y-%m-%d", time.gmtime(max(ran, default=time.time())))
+    versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
+    return (
+        f"Made by `{command}`; the last arm ended on {day}. {_machine()}, {os.cpu_count()} "
+        f"processors; {versions}."
+    )
+
+
+def _machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
