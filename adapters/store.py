@@ -95,6 +95,11 @@ class AdapterStore:
         self._verified: set[str] = set()
         self._verifying = threading.Lock()
 
+    @property
+    def catalog(self) -> Catalog:
+        """The rows, for what is kept beside the adapters."""
+        return self._catalog
+
     def close(self) -> None:
         self._catalog.close()
 

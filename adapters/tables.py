@@ -57,3 +57,41 @@ totals = sa.Table(  # what all requests of one arm came to, those forgotten sinc
     sa.Column("score_sum", sa.Float, nullable=False),
     sa.Column("score_squares", sa.Float, nullable=False),
 )
+training_files = sa.Table(  # a row is what makes a file on the disk exist
+    "training_files",
+    metadata,
+    sa.Column("id", sa.String(40), primary_key=True),
+    sa.Column("home", sa.String(32), nullable=False, index=True),  # the server that has it
+    sa.Column("filename", sa.String(255), nullable=False),
+    sa.Column("purpose", sa.String(32), nullable=False),
+    sa.Column("suffix", sa.String(16), nullable=False),  # its format
+    sa.Column("nbytes", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("created", sa.Float, nullable=False),  # seconds since the epoch, as all times here
+)
+training_jobs = sa.Table(
+    "training_jobs",
+    metadata,
+    sa.Column("id", sa.String(40), primary_key=True),
+    sa.Column("home", sa.String(32), nullable=False, index=True),  # the server that runs it
+    sa.Column("status", sa.String(20), nullable=False, index=True),
+    sa.Column("asked", sa.String(10)),  # cancel or pause, until it has happened
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("finished", sa.Float),
+    sa.Column("starts", sa.Integer, nullable=False),  # since it last got on
+    sa.Column("ordered", sa.Text, nullable=False),  # service.jobs.order.Order, as JSON
+    sa.Column("checked", sa.Text),  # what the check of its data found, as JSON
+    sa.Column("error", sa.Text),  # as JSON
+    sa.Column("adapter", sa.String(200)),  # name@version, once it is published
+    sa.Column("trained_tokens", sa.BigInteger),
+    sa.Column("result_file", sa.String(40)),
+)
+job_events = sa.Table(  # what happened to a job; its steps are in its log
+    "training_job_events",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("job", sa.String(40), nullable=False, index=True),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("level", sa.String(8), nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+)

@@ -27,7 +27,18 @@ from adapters.limits import Limits
 from adapters.store import AdapterStore
 from base.errors import UnservableBase
 from service.admission import Admission
-from service.api import adapters, compose, errors, feedback, generate, meta, page, vllm_admin
+from service.api import (
+    adapters,
+    compose,
+    errors,
+    feedback,
+    files,
+    fine_tuning,
+    generate,
+    meta,
+    page,
+    vllm_admin,
+)
 from service.api.connection import HEAD_BYTES, connection_class
 from service.api.deps import Desk, Serving
 from service.api.door import Bounds, Door
@@ -78,11 +89,14 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
     )
     bounds = Bounds(
         settings.max_body_bytes,
-        by_route={("POST", "/adapters"): settings.max_upload_bytes + FORM_BYTES},
+        by_route={
+            ("POST", "/adapters"): settings.max_upload_bytes + FORM_BYTES,
+            ("POST", "/v1/files"): settings.max_file_bytes + FORM_BYTES,
+        },
     )
     app.add_middleware(Door, bounds=bounds)
     errors.register(app)
-    routes = (generate, adapters, compose, feedback, vllm_admin, meta, page)
+    routes = (generate, adapters, compose, feedback, vllm_admin, files, fine_tuning, meta, page)
     openai = (models, chat, completions, embeddings)
     for router in (module.router for module in (*routes, *openai)):
         app.include_router(router)
@@ -105,7 +119,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     desk.admission.drain()
     await desk.admission.empty(desk.settings.drain_seconds)
     if desk.serving is not None:
-        await asyncio.to_thread(_close, desk.serving)
+        await asyncio.to_thread(_close, desk.serving, desk.settings.drain_seconds)
     desk.slow.shutdown(wait=False, cancel_futures=True)
 
 
@@ -139,6 +153,7 @@ def _open(desk: Desk, loaded: Serving) -> None:
         _close(loaded)
         return
     desk.serving = loaded
+    loaded.jobs.start()
     desk.admission.open(lambda: loaded.engine.stats().waiting)
 
 
@@ -148,7 +163,8 @@ def _fail(app: FastAPI, reason: str) -> None:
     app.state.when_failed()
 
 
-def _close(loaded: Serving) -> None:
+def _close(loaded: Serving, drain_seconds: float = 0.0) -> None:
+    loaded.jobs.stop(drain_seconds)  # before the engine, which tries what they publish
     loaded.engine.stop()
     loaded.experiments.close()
     loaded.store.close()
@@ -161,6 +177,8 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
     from base.load import load_base
     from service.engine.loop import Engine
     from service.fetch import Fetch
+    from service.jobs.opening import open_office
+    from service.jobs.publication import Publication
     from service.prompt.assembly import Assembly
 
     if settings.hf_token is not None:
@@ -203,6 +221,9 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         max_lora=config.max_sequences,
         residents=engine.residents,
     )
+    publication = Publication(store, base.spec, limits, probe)
+    jobs = open_office(settings, publication)
+    metrics.watch_jobs(jobs.queue.counts)
     return Serving(
         spec=base.spec,
         dtype=dtype,
@@ -214,6 +235,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         limits=limits,
         probe=probe,
         experiments=Experiments(store),
+        jobs=jobs,
         grammars=Grammars(base.tokenizer, base.spec.vocab_size, base.eos_token_ids),
     )
 
@@ -265,6 +287,8 @@ class Server(uvicorn.Server):
         if self._stop_at is not None:
             os._exit(128 + sig)
         self._desk.admission.drain()
+        if self._desk.serving is not None:  # training ends its step while requests end
+            self._desk.serving.jobs.ask_to_stop(self._desk.settings.drain_seconds)
         self._stop_at = time.monotonic() + self._desk.settings.drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
@@ -278,6 +302,7 @@ class Server(uvicorn.Server):
         # What still runs has had its time: its end as cancelled travels the usual road, so that
         # every client hears why, before uvicorn cuts whatever is left.
         if self._desk.serving is not None:
+            await asyncio.to_thread(self._desk.serving.jobs.stop, CANCEL_SECONDS)
             await asyncio.to_thread(self._desk.serving.engine.stop)
         await super().shutdown(sockets)
 

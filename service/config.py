@@ -167,6 +167,32 @@ class Settings(BaseSettings):
     max_upload_bytes: Bytes = _setting("Largest adapter upload.", "Store", GIB, ge=KIB, le=TIB)
     max_rank: int = _setting("Largest rank of an adapter.", "Store", 256, ge=1, le=4096)
 
+    max_file_bytes: Bytes = _setting("Largest training file.", "Training", GIB // 2, ge=KIB, le=TIB)
+    jobs_at_once: int = _setting("Training jobs that run at once.", "Training", 1, ge=1, le=16)
+    max_jobs: int = _setting(
+        "Training jobs that may wait, run or be paused.", "Training", 100, ge=1, le=100_000
+    )
+    job_nice: int = _setting(
+        "How far training steps back behind serving; 19 is furthest.", "Training", 19, ge=0, le=19
+    )
+    job_threads: int | None = _setting(
+        "Threads of one job; half of the cores when unset.", "Training", None, ge=1, le=1024
+    )
+    job_memory_bytes: Bytes | None = _setting(
+        "Memory that one job may write to; half of the machine's when unset.",
+        "Training",
+        None,
+        ge=64 * MIB,
+        le=1024 * TIB,
+    )
+    max_job_minutes: float = _setting(
+        "Longest training of one job; what it has learnt by then is kept.",
+        "Training",
+        24 * 60.0,
+        gt=0,
+        le=525_600,
+    )
+
     max_model_len: int | None = _setting(
         "Longest prompt and output together; the base's own limit when unset.",
         "Engine",
@@ -223,12 +249,14 @@ class Settings(BaseSettings):
     def _read_none(cls, data: Any) -> Any:
         """Neither TOML nor the environment has a null: the word `none` unsets an optional field."""
         optional = {
-            "revision",
-            "hf_token",
-            "adapters",
-            "max_model_len",
-            "admin_key",
             "adapter_root",
+            "adapters",
+            "admin_key",
+            "hf_token",
+            "job_memory_bytes",
+            "job_threads",
+            "max_model_len",
+            "revision",
         }
         return {k: None if k in optional and v == "none" else v for k, v in dict(data).items()}
 

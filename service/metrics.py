@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from prometheus_client import (
@@ -22,6 +23,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from adapters.errors import AdapterError
 from service.engine.observer import StepReport
 from service.engine.request import Finished
 
@@ -244,6 +246,10 @@ class Metrics:
             Gauge(name, text, list(labels), registry=self.registry).labels(**labels).set(1)
         self.registry.register(_Residents(self._model, residents))
 
+    def watch_jobs(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Say at each scrape how many training jobs are in each state."""
+        self.registry.register(_Jobs(self._model, counts))
+
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -296,6 +302,25 @@ class _Residents(Collector):
         )
         queue.add_metric((self._model,), sum(one.tier == "loading" for one in held))
         return [count, size, queue]
+
+
+class _Jobs(Collector):
+    """Asks the queue at scrape time; without it while the catalog fails."""
+
+    def __init__(self, model_name: str, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._model = model_name
+        self._counts = counts
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ("model_name", "status")
+        found = GaugeMetricFamily("nibble:training_jobs", "Training jobs by state.", labels=labels)
+        with suppress(AdapterError):
+            for status, count in self._counts().items():
+                found.add_metric((self._model, status), count)
+        return [found]
 
 
 def _listed(names: Iterable[str]) -> str:

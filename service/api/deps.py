@@ -25,6 +25,7 @@ from service.engine.request import Request as Generation
 from service.engine.stream import EventStream
 from service.experiments import Experiments
 from service.grammars import Grammars
+from service.jobs.office import Office
 from service.metrics import Metrics
 from service.prompt.assembly import Assembly
 from service.selection import Sums
@@ -81,6 +82,7 @@ class Serving:
     limits: Limits
     probe: Probe  # the last check of an upload: lower it, and run it over some tokens
     experiments: Experiments
+    jobs: Office
     grammars: Grammars
     sums: Sums = field(default_factory=Sums)
 

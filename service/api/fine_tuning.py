@@ -1,0 +1,255 @@
+"""Fine-tuning jobs over HTTP, in the shape of OpenAI's API, so that its SDK works unchanged.
+
+What OpenAI has no word for is there beside it: pause, resume, a plan instead of a job (`dry_run`),
+the whole schema of `nibble train` (`config`), and events as they happen (`stream=true`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from service.api.deps import DeskDep, Serving, ServingDep, unless_gone
+from service.api.files import After, listed
+from service.api.fine_tuning_schema import (
+    CheckpointList,
+    EventList,
+    JobBody,
+    JobList,
+    JobView,
+    PlanView,
+    hyperparameters_of,
+    order_of,
+)
+from service.api.openai_errors import openai_refusals
+from service.api.sse import EventReply
+from service.api.wire import PathName
+from service.errors import InvalidRequest, NotFound
+from service.jobs import progress
+from service.jobs.history import Event
+from service.jobs.job import Job, new_job_id
+from service.jobs.office import Office, shown
+from service.jobs.order import FileStamp, Order
+
+MAX_PAGE = 100
+MAX_EVENTS = 1000
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+_REFUSALS = openai_refusals(400, 404, 503)
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+
+
+@router.post(
+    "",
+    responses={
+        200: {"model": JobView | PlanView},
+        **openai_refusals(404, 408, 413, 415, 422, 429, 503, 507),
+    },
+)
+async def create(
+    request: Request, body: JobBody, desk: DeskDep, serving: ServingDep
+) -> JSONResponse:
+    """Queue a job; with `dry_run`, say what it would do and cost."""
+    desk.admission.check()
+    order = await asyncio.to_thread(_order, body, serving, desk.settings.base)
+    office = serving.jobs
+    if body.dry_run:
+        plan = await unless_gone(request, desk.slowly(office.plan, order))
+        named = {"object": "fine_tuning.plan", "model": order.model, "method": _method(order, plan)}
+        return JSONResponse({**named, **plan})
+    job = await desk.slowly(office.create, order)
+    return JSONResponse(_view(job, office))
+
+
+@router.get("", responses={200: {"model": JobList}, **_REFUSALS})
+async def list_jobs(serving: ServingDep, after: After = None, limit: Limit = 20) -> JSONResponse:
+    """The jobs, the newest first."""
+    return JSONResponse(await asyncio.to_thread(_listed, serving.jobs, after, limit))
+
+
+@router.get("/{job_id}", responses={200: {"model": JobView}, **_REFUSALS})
+async def show(job_id: PathName, serving: ServingDep) -> JSONResponse:
+    """One job: its state, where it is, and why it failed where it did."""
+    return await _of(serving, serving.jobs.queue.get, job_id)
+
+
+@router.post("/{job_id}/cancel", responses={200: {"model": JobView}, **_REFUSALS})
+async def cancel(job_id: PathName, serving: ServingDep) -> JSONResponse:
+    """Cancel a job. One that runs ends its step first."""
+    return await _of(serving, serving.jobs.cancel, job_id)
+
+
+@router.post("/{job_id}/pause", responses={200: {"model": JobView}, **_REFUSALS})
+async def pause(job_id: PathName, serving: ServingDep) -> JSONResponse:
+    """Pause a job. One that runs writes a checkpoint first, and goes on from it bit for bit."""
+    return await _of(serving, serving.jobs.pause, job_id)
+
+
+@router.post("/{job_id}/resume", responses={200: {"model": JobView}, **_REFUSALS})
+async def resume(job_id: PathName, serving: ServingDep) -> JSONResponse:
+    """Queue a paused job again, or one that failed once its data had been checked."""
+    return await _of(serving, serving.jobs.resume, job_id)
+
+
+@router.get(
+    "/{job_id}/events",
+    response_class=JSONResponse,
+    responses={200: {"model": EventList, "content": {"text/event-stream": {}}}, **_REFUSALS},
+)
+async def events(
+    job_id: PathName,
+    serving: ServingDep,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = 20,
+    stream: Annotated[bool, Query(description="Server-sent events, until the job ends.")] = False,
+) -> Response:
+    """What happened to a job, the newest first; as a stream the oldest first, as it happens."""
+    office = serving.jobs
+    if stream:
+        job = await asyncio.to_thread(office.queue.get, job_id)
+        return EventReply(_told(office, job), lambda: None, {})
+    found, more = await asyncio.to_thread(office.events, job_id, after, limit)
+    return JSONResponse(listed([_event(one) for one in found], more))
+
+
+@router.get("/{job_id}/checkpoints", responses={200: {"model": CheckpointList}, **_REFUSALS})
+async def checkpoints(
+    job_id: PathName, serving: ServingDep, after: After = None, limit: Limit = 10
+) -> JSONResponse:
+    """The checkpoints of a job, the newest first. The last one is what it goes on from."""
+    return JSONResponse(await asyncio.to_thread(_kept, serving.jobs, job_id, after, limit))
+
+
+async def _of(serving: Serving, do: Callable[[str], Job], job_id: str) -> JSONResponse:
+    """What a job is after `do`."""
+    view = await asyncio.to_thread(lambda: _view(do(job_id), serving.jobs))
+    return JSONResponse(view)
+
+
+async def _told(office: Office, job: Job) -> AsyncIterator[dict[str, Any]]:
+    async for event in office.follow(job):
+        yield _event(event)
+
+
+def _order(body: JobBody, serving: Serving, base: str) -> Order:
+    if body.model not in (base, serving.spec.id):
+        what = f"model {body.model[:80]!r} is not served here; {serving.spec.id!r} is"
+        raise InvalidRequest(what, "model")
+    training = _stamp(serving, body.training_file, "training_file")
+    given = body.validation_file
+    validation = None if given is None else _stamp(serving, given, "validation_file")
+    return order_of(body, training, validation, f"ft-{new_job_id()[-8:]}")
+
+
+def _stamp(serving: Serving, file_id: str, param: str) -> FileStamp:
+    files = serving.jobs.files
+    try:
+        found = files.get(file_id)
+        files.path(found)
+    except NotFound as error:
+        raise NotFound(f"{param}: {error}", param) from None
+    return FileStamp(found.id, found.filename, found.suffix, found.nbytes, found.sha256)
+
+
+def _listed(office: Office, after: str | None, limit: int) -> dict[str, Any]:
+    found, more = office.queue.list(after, limit)
+    return listed([_view(job, office) for job in found], more)
+
+
+def _view(job: Job, office: Office) -> dict[str, Any]:
+    order, at = job.order, progress.latest(office.directory(job))
+    config = None if job.checked is None else shown(job.checked.config)
+    steps = 0 if config is None else config["optim"]["steps"]
+    finish = None
+    if job.status == "running" and at is not None:
+        finish = _estimate(office, job, at, steps)
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "created_at": int(job.created),
+        "finished_at": None if job.finished is None else int(job.finished),
+        "estimated_finish": finish,
+        "model": order.model,
+        "fine_tuned_model": job.adapter,
+        "organization_id": "nibble",
+        "status": job.status,
+        "error": None
+        if job.error is None
+        else {"code": job.error.code, "message": job.error.message, "param": job.error.param},
+        "hyperparameters": hyperparameters_of(job),
+        "method": _method(order, {"config": config}),
+        "training_file": order.training.id,
+        "validation_file": None if order.validation is None else order.validation.id,
+        "result_files": [] if job.result_file is None else [job.result_file],
+        "trained_tokens": job.trained_tokens,
+        "seed": order.seed,
+        "metadata": dict(order.metadata),
+        "integrations": [],
+        "user_provided_suffix": order.suffix,
+        "publish": order.publish,
+        "config": config,
+        "progress": None
+        if at is None
+        else {"step": at.number, "steps": steps, "tokens": at.tokens, "train_loss": at.loss},
+    }
+
+
+def _estimate(office: Office, job: Job, at: progress.Step, steps: int) -> int | None:
+    """When the last step ends, at the speed since this process started."""
+    starts = progress.happened(office.directory(job), "started")
+    if not starts or at.number <= starts[-1].data["step"]:
+        return None
+    each = (at.time - starts[-1].time) / (at.number - starts[-1].data["step"])
+    return int(at.time + each * (steps - at.number))
+
+
+def _method(order: Order, resolved: dict[str, Any]) -> dict[str, Any]:
+    config = resolved.get("config") or order.config
+    fields = {key: value for key, value in config.get("method", {}).items() if key != "kind"}
+    return {"type": order.given_method, order.given_method: {"hyperparameters": fields}}
+
+
+def _event(event: Event) -> dict[str, Any]:
+    return {
+        "id": event.id,
+        "object": "fine_tuning.job.event",
+        "created_at": int(event.created),
+        "level": event.level,
+        "message": event.message,
+        "type": event.type,
+        "data": event.data,
+    }
+
+
+def _kept(office: Office, job_id: str, after: str | None, limit: int) -> dict[str, Any]:
+    job = office.queue.get(job_id)
+    stem = "ftckpt-" + job.id.removeprefix("ftjob-")
+    kept = office.checkpoints(job)
+    last = kept[0][0].data["step"] if kept else None
+    views = []
+    for one, step in kept:
+        number = one.data["step"]
+        metrics: dict[str, float] = {"step": number}
+        if step is not None:
+            found = {"train_loss": step.loss, "valid_loss": step.eval_loss}
+            metrics |= {name: loss for name, loss in found.items() if loss is not None}
+        views.append(
+            {
+                "id": f"{stem}-{number}",
+                "object": "fine_tuning.job.checkpoint",
+                "created_at": int(one.time),
+                "fine_tuned_model_checkpoint": job.adapter if number == last else None,
+                "fine_tuning_job_id": job.id,
+                "step_number": number,
+                "metrics": metrics,
+            }
+        )
+    if after is not None:
+        places = [i for i, view in enumerate(views) if view["id"] == after]
+        if not places:
+            raise NotFound(f"checkpoint {after[:80]!r} does not exist", "after")
+        views = views[places[0] + 1 :]
+    return listed(views[:limit], len(views) > limit)

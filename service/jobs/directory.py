@@ -1,0 +1,41 @@
+"""A job's directory: links to its files, its config, and what its run writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from service.jobs.files import TrainingFiles
+from service.jobs.order import TRAINING, VALIDATION, FileStamp, Order, run_config
+
+CONFIG = "job.json"  # JSON is YAML
+
+
+def prepare(order: Order, directory: Path, files: TrainingFiles, base: str) -> None:
+    """The job's directory: links to its files, which outlive the files' deletion, and its config.
+
+    Raises OSError where a file is not there.
+    """
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for name, stamp in ((TRAINING, order.training), (VALIDATION, order.validation)):
+        if stamp is not None:
+            link(stamp, directory / (name + stamp.suffix), files)
+    write_config(directory, run_config(order, base))
+
+
+def link(stamp: FileStamp, to: Path, files: TrainingFiles) -> None:
+    """One file into a job's directory, once."""
+    if not to.exists():
+        to.hardlink_to(files.path(files.get(stamp.id)))
+
+
+def write_config(directory: Path, config: Any) -> None:
+    """Whole, or not at all."""
+    written = directory / f"{CONFIG}.tmp"
+    with written.open("w", encoding="utf-8") as file:
+        json.dump(config, file, ensure_ascii=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    written.replace(directory / CONFIG)

@@ -1,0 +1,175 @@
+"""What HTTP asks of training jobs: files, orders, plans, and what became of them."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from service.errors import InvalidRequest, Overloaded
+from service.jobs import progress
+from service.jobs.directory import CONFIG, prepare
+from service.jobs.files import TrainingFiles
+from service.jobs.history import Event, follow, history, page
+from service.jobs.job import Job, new_job_id
+from service.jobs.order import Order, named, settled
+from service.jobs.process import answer
+from service.jobs.publication import Publication
+from service.jobs.queue import Queue
+from service.jobs.runner import Runner, Workshop
+from service.jobs.verdict import why_it_failed
+
+CONFIG_SECONDS = 60.0
+PLAN_SECONDS = 600.0
+PLAN = "plan-"  # directories of plans, which live as long as the request
+
+
+class Office:
+    """The jobs of one server. Methods block, and raise ServiceError and AdapterError."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        files: TrainingFiles,
+        workshop: Workshop,
+        publication: Publication,
+        max_jobs: int,
+    ) -> None:
+        self.files = files
+        self.queue = queue
+        self._workshop = workshop
+        self._max_jobs = max_jobs
+        self._planning = threading.Lock()
+        self._runner = Runner(queue, files, workshop, publication)
+
+    def start(self) -> None:
+        for left in self._workshop.home.glob(f"{PLAN}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        self._runner.start()
+
+    def ask_to_stop(self, seconds: float) -> None:
+        """Have what runs write a checkpoint and end; at once."""
+        self._runner.ask_to_stop(seconds)
+
+    def stop(self, seconds: float) -> None:
+        self._runner.stop(seconds)
+
+    def create(self, order: Order) -> Job:
+        """Queue a job, once the schema has let its config pass.
+
+        Raises InvalidRequest, NotFound, Overloaded.
+        """
+        if self.queue.waiting() >= self._max_jobs:
+            raise Overloaded(f"{self._max_jobs} jobs have not ended (max_jobs): cancel some", 60.0)
+        job_id = new_job_id()
+        directory = self._workshop.directory(job_id)
+        try:
+            prepare(order, directory, self.files, self._workshop.base)
+            self._ask(order, directory, ("train", "config", CONFIG, "--json"), CONFIG_SECONDS)
+            job = self.queue.add(order, job_id)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        self._runner.wake()
+        return job
+
+    def plan(self, order: Order) -> dict[str, Any]:
+        """What a job would do and cost, by trying; nothing is kept. Raises as `create`."""
+        if not self._planning.acquire(blocking=False):
+            raise Overloaded("another plan is being made; try again in a moment", 10.0)
+        try:
+            with self._temporary() as directory:
+                prepare(order, directory, self.files, self._workshop.base)
+                asked = ("train", "plan", CONFIG, "--json")
+                found = self._ask(order, directory, asked, PLAN_SECONDS)
+        finally:
+            self._planning.release()
+        train = found["data"][0]
+        config = settled(order, found["config"], train["examples"], train["tokens"])
+        plan = dict(found["plan"])
+        plan["steps"] = config["optim"]["steps"]
+        plan["seconds"] = plan["seconds_per_step"] * plan["steps"]
+        plan["epochs"] = plan["epochs"] * plan["steps"] / found["config"]["optim"]["steps"]
+        return {
+            "plan": plan,
+            "config": shown(config),
+            "data": [_report(order, one) for one in found["data"]],
+        }
+
+    def cancel(self, job_id: str) -> Job:
+        return self._told(self.queue.cancel(job_id))
+
+    def pause(self, job_id: str) -> Job:
+        return self._told(self.queue.pause(job_id))
+
+    def resume(self, job_id: str) -> Job:
+        return self._told(self.queue.resume(job_id))
+
+    def events(self, job_id: str, after: str | None, limit: int) -> tuple[list[Event], bool]:
+        """The newest first."""
+        job = self.queue.get(job_id)
+        return page(history(self.queue, job, self.directory(job)), after, limit)
+
+    def follow(self, job: Job) -> AsyncIterator[Event]:
+        """Each event as it happens."""
+        return follow(self.queue, job.id, self.directory(job), lambda: self._runner.stopping)
+
+    def checkpoints(self, job: Job) -> list[tuple[progress.Happened, progress.Step | None]]:
+        """The moments that a job could go on from, each with its step, the newest first; of a step
+        that was run again the last one."""
+        directory = self.directory(job)
+        steps = {step.number: step for step in progress.steps(directory)}
+        kept = {one.data["step"]: one for one in progress.happened(directory, "checkpoint")}
+        return [(kept[step], steps.get(step)) for step in sorted(kept, reverse=True)]
+
+    def directory(self, job: Job) -> Path:
+        return self._workshop.directory(job.id)
+
+    def _told(self, job: Job) -> Job:
+        self._runner.wake()
+        return job
+
+    def _ask(
+        self, order: Order, directory: Path, arguments: tuple[str, ...], seconds: float
+    ) -> dict[str, Any]:
+        """The document that a command prints. Raises InvalidRequest where it refuses the order."""
+        try:
+            status, found, said = answer(
+                arguments, directory, self._workshop.confinement, seconds=seconds
+            )
+        except TimeoutError as error:
+            raise Overloaded(f"the server is too busy for that: {error}", 60.0) from None
+        refused = (found or {}).get("refused")
+        if refused is not None:
+            field = refused.get("field")
+            param = f"config.{field}" if field else "training_file"
+            raise InvalidRequest(named(order, refused["message"]), param)
+        if found is None:
+            fault = why_it_failed(order, status, said)
+            raise InvalidRequest(fault.message, fault.param)
+        whole: dict[str, Any] = found
+        return whole
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        directory = self._workshop.home / f"{PLAN}{secrets.token_hex(8)}"
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def shown(config: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config as a client sees it: without the paths of this machine."""
+    found = {key: value for key, value in config.items() if key not in ("base", "out", "publish")}
+    data = {k: v for k, v in found["data"].items() if k not in ("train", "eval", "template")}
+    return {**found, "data": data}
+
+
+def _report(order: Order, report: dict[str, Any]) -> dict[str, Any]:
+    rejects = [named(order, line) for line in report["rejects"]]
+    return {**report, "path": named(order, report["path"]), "rejects": rejects}

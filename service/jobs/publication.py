@@ -1,0 +1,68 @@
+"""The trained adapter through the ordinary upload: the same checks, the same trial run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters.limits import Limits
+from adapters.store import (
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    WEIGHTS_FILE,
+    AdapterStore,
+    Probe,
+    read_small,
+)
+from base.spec import BaseSpec
+from service.jobs.job import Job
+from service.jobs.order import OUT, FileStamp
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """Where trained adapters go."""
+
+    store: AdapterStore
+    spec: BaseSpec
+    limits: Limits
+    probe: Probe
+
+    def publish(self, job: Job, directory: Path, done: Mapping[str, Any]) -> str:
+        """`name@version`, which serves from now on; `done` is what the run said at its end.
+
+        The same adapter again, as the newest version's, is that version. Raises AdapterError.
+        """
+        out = directory / OUT
+        template = out / TEMPLATE_FILE
+        found = self.store.add(
+            job.order.name,
+            read_small(out / CONFIG_FILE, self.limits.max_config_bytes, "config"),
+            out / WEIGHTS_FILE,
+            template.read_text(encoding="utf-8") if template.is_file() else None,
+            self.spec,
+            self.limits,
+            provenance=provenance(job, done),
+            probe=self.probe,
+        )
+        return f"{found.name}@{found.version}"
+
+
+def provenance(job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
+    """How an adapter came about: its job, its config, the digest of its data."""
+    order = job.order
+    config = {} if job.checked is None else dict(job.checked.config)
+    return {
+        "fine_tuning_job": job.id,
+        "training_file": _stamp(order.training),
+        **({} if order.validation is None else {"validation_file": _stamp(order.validation)}),
+        # Of this machine: where the base lies. The manifest has the base's fingerprint.
+        "config": {key: value for key, value in config.items() if key not in ("base", "out")},
+        "run": {key: done[key] for key in ("steps", "tokens", "loss", "eval_loss") if key in done},
+    }
+
+
+def _stamp(file: FileStamp) -> dict[str, Any]:
+    return {"id": file.id, "sha256": file.sha256, "bytes": file.nbytes}

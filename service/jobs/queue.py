@@ -1,0 +1,251 @@
+"""The queue: jobs as rows of the catalog, so that it survives whatever the server does not.
+
+Every change of a job's state is one transaction that names the state it expects: of two that want
+to move a job, one does.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from adapters.catalog import Catalog
+from adapters.tables import job_events as events
+from adapters.tables import training_jobs as jobs
+from service.errors import NotFound, WrongState
+from service.jobs.files import page
+from service.jobs.job import ENDED, JOB_ID, STATUSES, Asked, Checked, Fault, Job, Status, new_job_id
+from service.jobs.order import Order
+
+Level = Literal["info", "warn", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that happened to a job. Numbers grow with time."""
+
+    number: int
+    created: float
+    level: Level
+    message: str
+
+
+class Queue:
+    """The jobs of one server. Thread-safe; raises StoreUnavailable or StoreFull."""
+
+    def __init__(self, catalog: Catalog, home: str) -> None:
+        self._catalog = catalog
+        self._home = home
+
+    def add(self, order: Order, job_id: str | None = None) -> Job:
+        job = Job(job_id or new_job_id(), "validating_files", time.time(), order)
+        with self._catalog.writing() as connection:
+            connection.execute(
+                sa.insert(jobs).values(
+                    id=job.id,
+                    home=self._home,
+                    status=job.status,
+                    created=job.created,
+                    starts=0,
+                    ordered=order.to_json(),
+                )
+            )
+            _note(connection, job.id, "info", "Created; its files are being validated.")
+        return job
+
+    def get(self, job_id: str) -> Job:
+        """Raises NotFound."""
+        row = None
+        if JOB_ID.fullmatch(job_id):
+            query = self._mine().where(jobs.c.id == job_id)
+            with self._catalog.reading() as connection:
+                row = connection.execute(query).first()
+        if row is None:
+            raise NotFound(f"job {job_id[:80]!r} does not exist", "fine_tuning_job_id")
+        return _job(row)
+
+    def list(self, after: str | None, limit: int) -> tuple[list[Job], bool]:
+        """The newest first, after the one with id `after`; and whether there are more."""
+        with self._catalog.reading() as connection:
+            rows = connection.execute(page(self._mine(), jobs, after, limit, "desc")).all()
+        return [_job(row) for row in rows[:limit]], len(rows) > limit
+
+    def counts(self) -> dict[Status, int]:
+        """How many jobs are in each state."""
+        query = sa.select(jobs.c.status, sa.func.count()).where(jobs.c.home == self._home)
+        with self._catalog.reading() as connection:
+            rows = connection.execute(query.group_by(jobs.c.status)).all()
+        found = {row[0]: row[1] for row in rows}
+        return {status: found.get(status, 0) for status in STATUSES}
+
+    def waiting(self) -> int:
+        """Jobs that have not ended."""
+        return sum(n for status, n in self.counts().items() if status not in ENDED)
+
+    def first(self, status: Status, but: Iterable[str] = ()) -> Job | None:
+        """The oldest job in a state, `but` these."""
+        query = self._mine().where(jobs.c.status == status, jobs.c.id.not_in(list(but)))
+        with self._catalog.reading() as connection:
+            row = connection.execute(query.order_by(jobs.c.created, jobs.c.id).limit(1)).first()
+        return None if row is None else _job(row)
+
+    def move(
+        self,
+        job_id: str,
+        to: Status,
+        message: str,
+        *,
+        before: Iterable[Status],
+        level: Level = "info",
+        **fields: Any,
+    ) -> bool:
+        """Bring a job from one of the states `before` to another; False where it is in none.
+
+        `fields` are columns to set with it. What was asked of the job has then happened.
+        """
+        ended = {"finished": time.time()} if to in ENDED else {}
+        change = (
+            sa.update(jobs)
+            .where(jobs.c.id == job_id, jobs.c.home == self._home)
+            .where(jobs.c.status.in_(list(before)))
+            .values(status=to, asked=None, **ended, **fields)
+        )
+        with self._catalog.writing() as connection:
+            if connection.execute(change).rowcount == 0:
+                return False
+            _note(connection, job_id, level, message)
+        return True
+
+    def claim(self) -> Job | None:
+        """The oldest queued job, which is running from now on."""
+        while (job := self.first("queued")) is not None:
+            started = self.move(
+                job.id, "running", "Started.", before=("queued",), starts=job.starts + 1
+            )
+            if started:
+                return self.get(job.id)
+        return None
+
+    def fail(self, job_id: str, fault: Fault, before: Iterable[Status]) -> bool:
+        return self.move(
+            job_id, "failed", fault.message, before=before, level="error", error=fault.to_json()
+        )
+
+    def set(self, job_id: str, **fields: Any) -> None:
+        """Set columns that are no state."""
+        with self._catalog.writing() as connection:
+            mine = (jobs.c.id == job_id, jobs.c.home == self._home)
+            connection.execute(sa.update(jobs).where(*mine).values(**fields))
+
+    def asked(self, job_id: str) -> Asked | None:
+        """What is asked of a running job."""
+        query = sa.select(jobs.c.asked).where(jobs.c.id == job_id)
+        with self._catalog.reading() as connection:
+            found: Asked | None = connection.execute(query).scalar()
+        return found
+
+    def cancel(self, job_id: str) -> Job:
+        """Cancelled at once where no process runs for it; else that is asked for.
+
+        Raises NotFound, WrongState.
+        """
+        return self._ask(job_id, "cancel", "cancelled", "Cancelled.")
+
+    def pause(self, job_id: str) -> Job:
+        """As `cancel`, but it can go on from its last checkpoint."""
+        return self._ask(job_id, "pause", "paused", "Paused.")
+
+    def resume(self, job_id: str) -> Job:
+        """Queue a paused job again, or a failed one whose data was right.
+
+        Raises NotFound, WrongState.
+        """
+        job = self.get(job_id)
+        if job.status == "failed" and job.checked is None:
+            raise WrongState(f"{job_id} failed before it could start: create another job")
+        again = self.move(
+            job_id,
+            "queued" if job.checked else "validating_files",
+            "Queued again; it goes on from its last checkpoint.",
+            before=("paused", "failed"),
+            error=None,
+            finished=None,
+            starts=0,
+        )
+        if not again:
+            raise WrongState(f"{job_id} is {job.status}: only a paused or failed job is resumed")
+        return self.get(job_id)
+
+    def recover(self, most_starts: int) -> list[str]:
+        """At start: what ran when the server ended is queued again, but for a job that was started
+        `most_starts` times without a step in between: it may be what ended the server. The ids."""
+        with self._catalog.reading() as connection:
+            query = self._mine().where(jobs.c.status == "running")
+            left = [_job(row) for row in connection.execute(query)]
+        for job in left:
+            if job.asked is None and job.starts >= most_starts:
+                why = f"The server ended {job.starts} times while it ran, with no step in between."
+                self.fail(job.id, Fault("killed", why), before=("running",))
+                continue
+            to: Status = {"cancel": "cancelled", "pause": "paused", None: "queued"}[job.asked]  # type: ignore[assignment]
+            message = "The server ended while it ran" + (
+                "; queued again, it goes on from its last checkpoint."
+                if to == "queued"
+                else f"; {to}, as was asked."
+            )
+            self.move(job.id, to, message, before=("running",), level="warn")
+        return [job.id for job in left]
+
+    def note(self, job_id: str, level: Level, message: str) -> None:
+        with self._catalog.writing() as connection:
+            _note(connection, job_id, level, message)
+
+    def notes(self, job_id: str, after: int = 0) -> list[Note]:
+        """What happened to a job, oldest first, after the note of this number."""
+        query = sa.select(events).where(events.c.job == job_id, events.c.number > after)
+        with self._catalog.reading() as connection:
+            rows = connection.execute(query.order_by(events.c.number)).all()
+        return [Note(row.number, row.created, row.level, row.message) for row in rows]
+
+    def _ask(self, job_id: str, asked: Asked, to: Status, message: str) -> Job:
+        job = self.get(job_id)
+        if not self.move(job_id, to, message, before=("validating_files", "queued", "paused")):
+            change = sa.update(jobs).where(jobs.c.id == job_id, jobs.c.status == "running")
+            with self._catalog.writing() as connection:
+                done = connection.execute(change.values(asked=asked)).rowcount
+                if done:
+                    _note(connection, job_id, "info", f"Asked to {asked}; its step ends first.")
+            if not done:
+                raise WrongState(f"{job_id} has {job.status}: there is nothing to {asked}")
+        return self.get(job_id)
+
+    def _mine(self) -> sa.Select[Any]:
+        return sa.select(jobs).where(jobs.c.home == self._home)
+
+
+def _note(connection: sa.Connection, job_id: str, level: Level, message: str) -> None:
+    connection.execute(
+        sa.insert(events).values(job=job_id, created=time.time(), level=level, message=message)
+    )
+
+
+def _job(row: Any) -> Job:
+    return Job(
+        id=row.id,
+        status=row.status,
+        created=row.created,
+        order=Order.from_json(row.ordered),
+        asked=row.asked,
+        finished=row.finished,
+        starts=row.starts,
+        checked=None if row.checked is None else Checked(**json.loads(row.checked)),
+        error=None if row.error is None else Fault(**json.loads(row.error)),
+        adapter=row.adapter,
+        trained_tokens=row.trained_tokens,
+        result_file=row.result_file,
+    )

@@ -1,0 +1,233 @@
+"""The life of a job, with a stand-in for the training itself: what ends it, and what goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import InvalidAdapter, StoreFull
+from service.errors import EngineFailed, WrongState
+from service.jobs import progress
+from service.jobs.job import Job
+from tests.service.jobs.conftest import Bench, keep, order_of
+
+
+def begin(bench: Bench, tmp_path: Path, plan: dict[str, Any] | None = None, **order: Any) -> Job:
+    bench.plan = plan or {}
+    job = bench.queue.add(order_of(keep(bench.files, tmp_path), **order))
+    bench.start()
+    return job
+
+
+def numbers(bench: Bench, job: Job) -> list[int]:
+    return [step.number for step in progress.steps(bench.home / "jobs" / job.id)]
+
+
+def test_from_its_files_to_an_adapter(bench: Bench, tmp_path: Path) -> None:
+    job = bench.until(begin(bench, tmp_path, epochs=4), "succeeded", "failed")
+    assert (job.status, job.adapter, job.trained_tokens) == ("succeeded", "made@1", 64)
+    assert job.checked is not None
+    assert job.checked.config["optim"]["steps"] == 8  # 4 epochs of 8 examples, 4 a batch
+    assert job.checked.config["budget"]["minutes"] == 24 * 60
+    assert numbers(bench, job) == list(range(1, 9))
+    assert job.result_file is not None
+    rows = bench.files.path(bench.files.get(job.result_file)).read_text().splitlines()
+    assert rows[1] == "1,1.0,,0.1,8"
+    assert len(rows) == 9
+    told = " ".join(bench.messages(job))
+    for said in ("Created", "8 examples, 64 tokens", "Started", "made@1 serves"):
+        assert said in told
+
+
+def test_what_is_not_to_be_published_is_not(bench: Bench, tmp_path: Path) -> None:
+    job = bench.until(begin(bench, tmp_path, publish=False), "succeeded")
+    assert (job.adapter, bench.published.jobs) == (None, [])
+
+
+def test_bad_rows_end_it_with_their_line_and_field(bench: Bench, tmp_path: Path) -> None:
+    report = {"bad": 1, "rejects": ["training_file.jsonl:3: prompt: a text is needed"]}
+    job = bench.until(begin(bench, tmp_path, {"report": report}), "failed")
+    assert job.error is not None
+    assert (job.error.code, job.error.param) == ("invalid_data", "training_file")
+    assert f"training_file {job.order.training.id}:3: prompt:" in job.error.message
+    with pytest.raises(WrongState, match="before it could start"):
+        bench.queue.resume(job.id)
+
+
+def test_a_file_that_the_disk_lost_ends_it(bench: Bench, tmp_path: Path) -> None:
+    file = keep(bench.files, tmp_path)
+    bench.files.path(file).unlink()
+    job = bench.queue.add(order_of(file))
+    bench.start()
+    job = bench.until(job, "failed")
+    assert job.error is not None
+    assert (job.error.code, job.error.param) == ("file_missing", "training_file")
+
+
+def test_a_file_that_is_deleted_meanwhile_is_still_there_for_the_job(
+    bench: Bench, tmp_path: Path
+) -> None:
+    job = begin(bench, tmp_path, {"seconds": 0.02})
+    bench.until(job, "running")
+    bench.files.delete(job.order.training.id)
+    assert bench.until(job, "succeeded", "failed").status == "succeeded"
+
+
+def test_a_run_that_is_killed_goes_on_from_its_checkpoint(bench: Bench, tmp_path: Path) -> None:
+    job = bench.until(begin(bench, tmp_path, {"dies_at": 5}), "succeeded", "failed")
+    assert job.status == "succeeded"
+    assert numbers(bench, job) == list(range(1, 9))
+    starts = progress.happened(bench.home / "jobs" / job.id, "started")
+    assert [one.data["step"] for one in starts] == [0, 4]
+    assert any("signal 9" in message and "step 4" in message for message in bench.messages(job))
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_reason(
+    bench: Bench, tmp_path: Path
+) -> None:
+    says = {"says": "", "dies_at": 1}
+    bench.plan = says
+    job = begin(bench, tmp_path, {"dies_at": 1, "always": True})
+    died = bench.home / "jobs" / job.id / "adapter/run/died"
+    for _ in range(2):
+        bench.when(died.exists)
+        died.unlink()
+    job = bench.until(job, "failed")
+    assert job.error is not None
+    assert job.error.code == "killed"
+    assert "3 times" in job.error.message
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "code", "reason"),
+    [
+        ("refused: method vera: no layer fits", 2, "refused", "no layer fits"),
+        ("Traceback\nRuntimeError: can't allocate memory", 1, "out_of_memory", "batch_size"),
+        ("OSError: [Errno 28] No space left on device", 1, "store_full", "disk is full"),
+        ("Traceback\nValueError: odd", 1, "training_failed", "ValueError: odd"),
+    ],
+)
+def test_why_a_run_failed_is_told(
+    bench: Bench, tmp_path: Path, says: str, status: int, code: str, reason: str
+) -> None:
+    job = begin(bench, tmp_path, {"says": says, "exit": status})
+    job = bench.until(job, "failed", "succeeded")
+    assert job.error is not None
+    assert job.error.code == code
+    assert reason in job.error.message
+
+
+def test_pause_and_resume(bench: Bench, tmp_path: Path) -> None:
+    job = begin(bench, tmp_path, {"seconds": 0.05})
+    bench.step(job, 3)
+    assert bench.queue.pause(job.id).status in ("running", "paused")
+    job = bench.until(job, "paused", "succeeded")
+    assert job.status == "paused"
+    assert job.asked is None
+    taken = len(numbers(bench, job))
+    assert 3 <= taken < 8
+    bench.queue.resume(job.id)
+    assert bench.until(job, "succeeded", "failed").status == "succeeded"
+    starts = progress.happened(bench.home / "jobs" / job.id, "started")
+    assert [one.data["step"] for one in starts] == [0, taken]
+    with pytest.raises(WrongState, match="succeeded"):
+        bench.queue.pause(job.id)
+
+
+def test_cancel_ends_what_runs_and_what_waits(bench: Bench, tmp_path: Path) -> None:
+    job = begin(bench, tmp_path, {"seconds": 0.05})
+    waiting = bench.queue.add(order_of(keep(bench.files, tmp_path)))
+    bench.step(job, 2)
+    bench.until(waiting, "queued")
+    assert bench.queue.cancel(waiting.id).status == "cancelled"
+    bench.queue.cancel(job.id)
+    assert bench.until(job, "cancelled", "succeeded").status == "cancelled"
+    assert bench.published.jobs == []
+    with pytest.raises(WrongState, match="nothing to cancel"):
+        bench.queue.cancel(job.id)
+
+
+def test_a_check_that_is_cancelled_ends_at_once(bench: Bench, tmp_path: Path) -> None:
+    job = begin(bench, tmp_path, {"check_seconds": 30})
+    bench.when(lambda: (bench.home / "jobs" / job.id / "output.txt").exists())
+    assert bench.queue.cancel(job.id).status == "cancelled"
+    bench.stop()
+    assert bench.queue.get(job.id).status == "cancelled"
+
+
+def test_one_job_at_a_time_in_order(bench: Bench, tmp_path: Path) -> None:
+    jobs = [bench.queue.add(order_of(keep(bench.files, tmp_path))) for _ in range(3)]
+    bench.plan = {"seconds": 0.01}
+    bench.start()
+    for job in jobs:
+        bench.until(job, "succeeded")
+        assert bench.queue.counts()["running"] <= 1
+    assert bench.published.jobs == [job.id for job in jobs]
+
+
+def test_a_server_that_stops_lets_its_job_go_on_at_the_next_start(
+    bench: Bench, tmp_path: Path
+) -> None:
+    job = begin(bench, tmp_path, {"seconds": 0.05})
+    bench.step(job, 3)
+    bench.stop()
+    assert bench.queue.get(job.id).status == "queued"
+    taken = len(numbers(bench, job))
+    assert 3 <= taken < 8
+    bench.restart()
+    assert bench.until(job, "succeeded", "failed").status == "succeeded"
+    starts = progress.happened(bench.home / "jobs" / job.id, "started")
+    assert [one.data["step"] for one in starts] == [0, taken]
+
+
+def test_a_job_that_ran_when_the_server_was_killed_is_queued_again(
+    bench: Bench, tmp_path: Path
+) -> None:
+    job = bench.queue.add(order_of(keep(bench.files, tmp_path)))
+    assert bench.queue.move(job.id, "queued", "as a check would", before=("validating_files",))
+    assert bench.queue.claim() is not None  # and then the power went
+    bench.start()
+    bench.when(lambda: any("server ended" in told for told in bench.messages(job)))
+
+
+def test_a_second_server_on_one_home_runs_nothing(bench: Bench, tmp_path: Path) -> None:
+    bench.start()
+    first = bench.runner
+    other = bench.start()
+    job = bench.queue.add(order_of(keep(bench.files, tmp_path)))
+    assert first is not None
+    bench.until(job, "succeeded")
+    assert other._lock is None
+    first.stop(1)
+    bench.when(lambda: other._lock is not None)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InvalidAdapter("not finite", "lora_A"), "publish_failed"),
+        (StoreFull("the disk is full"), "store_full"),
+        (EngineFailed("the engine stopped"), "server_error"),
+    ],
+)
+def test_what_cannot_be_published_says_why_and_can_be_tried_again(
+    bench: Bench, tmp_path: Path, error: Exception, code: str
+) -> None:
+    bench.published.error = error
+    job = bench.until(begin(bench, tmp_path), "failed", "succeeded")
+    assert job.error is not None
+    assert job.error.code == code
+    bench.published.error = None
+    bench.queue.resume(job.id)
+    assert bench.until(job, "succeeded").adapter == "made@1"
+
+
+def test_a_directory_without_a_row_is_swept(bench: Bench) -> None:
+    left = bench.home / "jobs" / f"ftjob-{'0' * 24}"
+    left.mkdir(parents=True)
+    (left / "job.json").write_text(json.dumps({}))
+    bench.start()
+    bench.when(lambda: not left.exists())
