@@ -1,0 +1,1 @@
+"""Studies: methods × learning rates × seeds with one budget, beside references and controls."""
