@@ -20,6 +20,11 @@ class Name(StrEnum):
     mini = "mini"
 
 
+class KVDtype(StrEnum):
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 class Precision(StrEnum):
     exact = "exact"
     fast = "fast"
@@ -63,11 +68,16 @@ def evaluate(
     precision: Annotated[
         Precision, typer.Option(help="fast: measure instead what products in 8 bits change.")
     ] = Precision.exact,
-    items: Annotated[int, typer.Option(min=1, help="With fast: held-out items of each sort.")] = 25,
+    kv_dtype: Annotated[
+        KVDtype | None, typer.Option(help="Measure instead what a KV cache of this dtype changes.")
+    ] = None,
+    items: Annotated[
+        int, typer.Option(min=1, help="With fast or a KV dtype: held-out items of each sort.")
+    ] = 25,
 ) -> None:
     """Measure the base on held-out data, fp32 and NF4 side by side."""
-    if precision is Precision.fast:
-        _compare_precisions(directory, items)
+    if precision is Precision.fast or kv_dtype:
+        _compare(directory, items, kv_dtype)
         return
     from base.mini import card as model_card
     from base.mini.evaluate import evaluate as measure
@@ -82,13 +92,22 @@ def evaluate(
         model_card.write(directory)
 
 
-def _compare_precisions(directory: Path, items: int) -> None:
-    """Print what `fast` moves; the status is 1 where that is too much for a default."""
+def _compare(directory: Path, items: int, kv_dtype: KVDtype | None) -> None:
+    """Print what `fast`, or a KV cache of another dtype, moves; the status is 1 where that is too
+    much for a default."""
     from base.mini.evaluate import Size
-    from base.mini.precision import BOUND, compare
+    from base.mini.precision import BOUND, compare, compare_kv
 
-    moved = compare(directory, Size(items, 2 * items, items))
-    table = Table("held out", "exact", "fast", "movement", title="precision")
+    size = Size(items, 2 * items, items)
+    if kv_dtype is None:
+        moved = compare(directory, size)
+    else:
+        import torch
+
+        moved = compare_kv(directory, getattr(torch, kv_dtype.value), size)
+    other = kv_dtype.value if kv_dtype else "fast"
+    title = "keys and values" if kv_dtype else "precision"
+    table = Table("held out", "exact", other, "movement", title=title)
     for group, rows in moved.exact.items():
         for row, value in rows.items():
             change = f"{100 * moved.of(group, row):+.2f} %"
@@ -98,7 +117,7 @@ def _compare_precisions(directory: Path, items: int) -> None:
     console = Console()
     console.print(table)
     errors = ", ".join(f"{name} {100 * error:.2f} %" for name, error in moved.layers.items())
-    console.print(f"error of a layer's result: {errors}")
+    console.print(f"error, of the norm: {errors}")
     figures = ", ".join(f"{name} {100 * value:+.2f} %" for name, value in moved.summary.items())
     verdict = "within" if moved.within_bound else "beyond"
     console.print(f"moved: {figures}: {verdict} the {100 * BOUND} % that a default may cost")

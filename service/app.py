@@ -247,6 +247,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
     return EngineConfig(
         block_size=settings.block_size,
         kv_cache_bytes=settings.kv_cache_bytes,
+        kv_dtype=settings.kv_dtype,
         max_model_len=settings.max_model_len,
         max_sequences=settings.max_num_seqs,
         max_step_tokens=settings.max_step_tokens,

@@ -210,6 +210,12 @@ class Settings(BaseSettings):
         ge=MIB,
         le=TIB,
     )
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = _setting(
+        "Keys and values in the cache: auto is the compute dtype; fewer bits hold more tokens in "
+        "the same bytes (docs/LOG.md).",
+        "Engine",
+        "auto",
+    )
     max_num_seqs: int = _setting("Sequences in one step.", "Engine", 64, ge=1, le=4096)
     max_step_tokens: int = _setting(
         "Tokens in one step: longer prompts are prefilled in chunks.",

@@ -19,6 +19,7 @@ from . import cuda, native, reference, tiles
 from .decoder import PLACES, AdapterTable, DecoderHalves, LayerRecord, Room, Spans, StepRecord
 from .decoder import Linear as LinearPlace
 from .decoder import Norm as NormPlace
+from .kv_rows import pack, stored_bytes, stored_width, unpack
 from .lowrank import LowRank, LowRankPlan, Segment
 from .panels import BLOCK, PanelWeight, can_pack
 from .steps import Steps
@@ -43,6 +44,7 @@ __all__ = [
     "StepRecord",
     "Steps",
     "Weight",
+    "cache_write",
     "decoder_halves",
     "dense_linear",
     "fast_status",
@@ -52,9 +54,13 @@ __all__ = [
     "nf4_backward",
     "nf4_linear",
     "nf4_training_product",
+    "pack",
     "paged_attention",
     "panels_serve",
     "steps",
+    "stored_bytes",
+    "stored_width",
+    "unpack",
     "with_precision",
 ]
 
@@ -259,6 +265,24 @@ def lowrank_add(y: Tensor, x: Tensor, terms: LowRankPlan | Sequence[Segment]) ->
     return reference.lowrank_add(y, x, plan)
 
 
+def cache_write(cache: Tensor, slots: Tensor, x: Tensor) -> None:
+    """Keep keys or values x [T, Hkv, D] at slots [T] of a cache [NB, BS, Hkv, W], in its dtype.
+
+    A slot is page * BS + offset; none comes twice. What is kept of a vector depends on that vector
+    alone. Raises ValueError, or IndexError, for a slot outside the cache.
+    """
+    if (
+        _native is not None
+        and _native_takes(x)
+        and cache.is_cpu
+        and cache.dtype in native.STORED
+        and cache.is_contiguous()
+    ):
+        _native.cache_write(cache, slots.to("cpu", torch.int64).contiguous(), x.contiguous())
+    else:
+        cache.flatten(0, 1).index_copy_(0, slots, pack(x, cache.dtype))
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -273,8 +297,8 @@ def paged_attention(
     """Causal attention of a ragged batch over a paged cache: decode and chunked prefill alike.
 
     q            [T, H, D]        the new tokens of all sequences, laid end to end
-    k_cache      [NB, BS, Hkv, D] pages; keys of the new tokens are already written. H % Hkv == 0
-    v_cache      [NB, BS, Hkv, D]
+    k_cache      [NB, BS, Hkv, W] pages; keys of the new tokens are already written. H % Hkv == 0
+    v_cache      [NB, BS, Hkv, W]; W = stored_width(D, its dtype)
     block_tables [S, MB] int32    page numbers of each sequence, in order
     query_start  [S + 1] int32    sequence i owns rows query_start[i] to query_start[i + 1]
     context_len  [S] int32        keys that the last token of a sequence sees, itself included
@@ -283,14 +307,15 @@ def paged_attention(
     softcap                       0, or c: scores become c tanh(score / c)
     returns      [T, H, D]
 
-    Keep the three index tensors on the CPU for a CPU cache. float32; a bfloat16 cache is read too.
+    Keep the three index tensors on the CPU for a CPU cache. float32; a cache in bfloat16 or int8
+    (kv_rows.py) is read too, each vector widened to float32 as it is read.
     """
     _check_attention(q, k_cache, v_cache, block_tables, query_start, context_len)
     if (
         _native is not None
         and _native_takes(q)
         and k_cache.dtype == v_cache.dtype
-        and k_cache.dtype in (torch.float32, torch.bfloat16)
+        and k_cache.dtype in native.STORED
         and all(c.device.type == "cpu" and c.is_contiguous() for c in (k_cache, v_cache))
     ):
         return _native.paged_attention(
@@ -324,9 +349,10 @@ def _index(tensor: Tensor) -> Tensor:
 def _check_attention(
     q: Tensor, k: Tensor, v: Tensor, tables: Tensor, starts: Tensor, contexts: Tensor
 ) -> None:
-    if q.dim() != 3 or k.dim() != 4 or k.shape != v.shape or k.shape[3] != q.shape[2]:
+    fit = q.dim() == 3 and k.dim() == 4 and k.shape == v.shape
+    if not fit or k.shape[3] != stored_width(q.shape[2], k.dtype):
         raise ValueError(
-            "q must be [T, H, D] and both caches [NB, BS, Hkv, D], got "
+            "q must be [T, H, D] and both caches [NB, BS, Hkv, D], or wider in int8, got "
             f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
     if k.shape[2] == 0 or q.shape[1] % k.shape[2]:

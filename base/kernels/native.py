@@ -25,7 +25,7 @@ _I64 = ctypes.c_int64
 _PTR = ctypes.c_void_p
 _PRODUCT = struct.Struct("=QQQqq")  # `fast_product` of csrc/kernels.h
 Weight = NF4Weight | PanelWeight
-_STORED = {torch.float32: 0, torch.bfloat16: 1}
+STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # how a cache keeps its vectors
 
 
 class _AttentionCall(ctypes.Structure):
@@ -38,6 +38,15 @@ class _AttentionCall(ctypes.Structure):
         *((name, _I64) for name in ("tokens", "blocks")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
+    ]
+
+
+class _CacheCall(ctypes.Structure):
+    """`cache_call` of csrc/kernels.h."""
+
+    _fields_ = [
+        *((name, _PTR) for name in ("x", "cache", "slots")),
+        *((name, _I64) for name in ("rows", "heads", "dim", "stored", "places")),
     ]
 
 
@@ -57,6 +66,8 @@ class Native:
         ]
         self._attention = library.nibble_attention
         self._attention.argtypes = [ctypes.POINTER(_AttentionCall), ctypes.c_int]
+        self._cache_write = library.nibble_cache_write
+        self._cache_write.argtypes = [ctypes.POINTER(_CacheCall), ctypes.c_int]
         self._fast_name = library.nibble_fast_name
         self._fast_name.restype = ctypes.c_char_p
         self._fast_linear = library.nibble_fast_linear
@@ -188,7 +199,7 @@ class Native:
             q.shape[2],
             k_cache.shape[1],
             sliding_window,
-            _STORED[k_cache.dtype],
+            STORED[k_cache.dtype],
             q.shape[0],
             k_cache.shape[0],
             scale,
@@ -196,6 +207,16 @@ class Native:
         )
         _check(self._attention(call, torch.get_num_threads()))
         return out
+
+    def cache_write(self, cache: Tensor, slots: Tensor, x: Tensor) -> None:
+        call = _CacheCall(
+            *(t.data_ptr() for t in (x, cache, slots)),
+            *x.shape,
+            STORED[cache.dtype],
+            cache.shape[0] * cache.shape[1],
+        )
+        if self._cache_write(call, torch.get_num_threads()):
+            raise ValueError(f"slots must be places of the cache, 0 to {call.places - 1}")
 
 
 def _check(failed: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .kv_rows import unpack
 from .lowrank import LowRankPlan
 from .panels import BLOCK, LEVELS8, NF4_UNIT, PanelWeight
 from .weight import NF4Weight
@@ -127,8 +128,9 @@ def paged_attention(
         if length == 0:
             continue
         blocks = block_tables[i, : math.ceil(context / block_size)].long()
-        k = k_cache[blocks].flatten(0, 1)[:context].to(q.dtype).repeat_interleave(groups, dim=1)
-        v = v_cache[blocks].flatten(0, 1)[:context].to(q.dtype).repeat_interleave(groups, dim=1)
+        k = unpack(k_cache[blocks].flatten(0, 1)[:context], q.shape[2], q.dtype)
+        v = unpack(v_cache[blocks].flatten(0, 1)[:context], q.shape[2], q.dtype)
+        k, v = (kept.repeat_interleave(groups, dim=1) for kept in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[rows], k) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)

@@ -84,15 +84,9 @@ class NibblePeer:
             "adapter_bytes": sum(report.nbytes for report in self._loaded),
             "each_adapter_bytes": [report.nbytes for report in self._loaded],
             "step_bytes": self._nf4_bytes + head_bytes(self._base),
-            "token_bytes": self._token_bytes(),
+            "token_bytes": self._engine.config.token_bytes(self._base),
             "arithmetic": "int8" if self._base.precision == "fast" else "float32",
         }
-
-    def _token_bytes(self) -> int:
-        """Keys and values of one token, in all layers."""
-        spec = self._base.spec
-        width = spec.num_kv_heads * spec.head_dim
-        return 2 * spec.num_layers * width * self._base.dtype.itemsize
 
     def close(self) -> None:
         self._engine.stop()

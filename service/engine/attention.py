@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from base.kernels import paged_attention
+from base.kernels import cache_write, paged_attention, stored_width
 from base.spec import BaseSpec
 from service.engine.batch import Batch
 
@@ -26,14 +26,19 @@ NAME = "nibble_paged"
 
 
 class KVCache:
-    """Keys and values of all blocks: per layer two tensors [blocks, block_size, heads, width]."""
+    """Keys and values of all blocks: per layer two tensors [blocks, block_size, heads, width].
+
+    `dtype` is what they are kept in: a float dtype, or int8 with scales (`base.kernels.kv_rows`).
+    """
 
     def __init__(
         self, spec: BaseSpec, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        width = stored_width(spec.head_dim, dtype)
+        shape = (blocks, block_size, spec.num_kv_heads, width)
         self.blocks = blocks
         self.block_size = block_size
+        self.dtype = dtype
         self.keys = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
         self.values = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
 
@@ -43,18 +48,18 @@ class KVCache:
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k, v [T, heads, width] at slots [T] = block * block_size + offset."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
+        cache_write(self.keys[layer], slots, k)
+        cache_write(self.values[layer], slots, v)
 
     def fill(self, block: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys, values [layers, t, heads, width] at the beginning of a block; t <= its size.
 
-        They are kept as they are: positions are in them already.
+        Positions are in them already.
         """
-        count = keys.shape[1]
+        first = block * self.block_size
+        slots = torch.arange(first, first + keys.shape[1], device=keys.device)
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-            self.keys[layer][block, :count] = k
-            self.values[layer][block, :count] = v
+            self.write(layer, slots, k, v)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

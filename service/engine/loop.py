@@ -73,7 +73,7 @@ class Engine:
         )
         self._observer = observer or Silent()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._runner = ModelRunner(base, blocks, config.block_size)
+        self._runner = ModelRunner(base, blocks, config.block_size, config.kept_dtype(base))
         self._tiers = Tiers(
             fetch,
             self._commands.put,

@@ -23,9 +23,13 @@ Resident = Mapping[AdapterKey, LoweredAdapter]
 class ModelRunner:
     """Owns the model, swapped for our attention and operator, and the tensors of the KV cache."""
 
-    def __init__(self, base: Base, blocks: int, block_size: int) -> None:
+    def __init__(
+        self, base: Base, blocks: int, block_size: int, kv_dtype: torch.dtype | None = None
+    ) -> None:
+        """`kv_dtype`: what keys and values are kept in; None is the base's own dtype."""
         self.base = base
-        self.cache = KVCache(base.spec, blocks, block_size, base.dtype, base.device)
+        kept = kv_dtype or base.dtype
+        self.cache = KVCache(base.spec, blocks, block_size, kept, base.device)
         base.model.set_attn_implementation(attention.NAME)
         self._decoder = fuse(base.model)
         self._operator = install(base.model, base.spec)

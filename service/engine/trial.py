@@ -32,7 +32,7 @@ def try_out(runner: ModelRunner, adapter: LoweredAdapter, context: int) -> None:
     sequence = Sequence(0, request, 0, 0, tokens, len(tokens), b"")
     blocks = -(-(virtual + len(tokens)) // size)
     sequence.blocks = list(range(blocks))
-    cache = KVCache(base.spec, blocks, size, base.dtype, base.device)
+    cache = KVCache(base.spec, blocks, size, runner.cache.dtype, base.device)
     try:
         batch = build_batch([Chunk(sequence, 0, len(tokens))], size, base.device)
         runner.fill(fills(sequence, 0, size), {ref.key: adapter}, cache)

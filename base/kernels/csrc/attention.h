@@ -9,6 +9,7 @@
  * Order of additions. q . K: dimension after dimension. sum p: by lanes within a tile, tiles in
  * order. p V: key after key. A query's position and its own keys fix all of it.
  */
+#include "cache.h"
 #include "kernels.h"
 #include "pool.h"
 #include "simd.h"
@@ -54,33 +55,45 @@ static attention_scratch attention_split(const attention_call *c, float *p) {
     return s;
 }
 
-/* Offset of (position, kv head) in a cache. */
-INLINE int64_t place_of(const attention_call *c, const int32_t *table, int64_t position,
-                        int64_t head) {
+/* The vector of (position, kv head) in a cache. */
+INLINE const char *vector_of(const attention_call *c, const void *cache, const int32_t *table,
+                             int64_t position, int64_t head) {
     const int64_t page = table[position / c->block_size];
-    return ((page * c->block_size + position % c->block_size) * c->kv_heads + head) * c->dim;
+    const int64_t place = (page * c->block_size + position % c->block_size) * c->kv_heads + head;
+    return (const char *)cache + place * vector_bytes(c->dim, c->stored);
 }
 
-/* keys[d * KEYS + j] = K[first + j][d] for from <= j < to; other columns stay as they are. */
+/* keys[d * KEYS + i] = row i [d], for `rows` rows of `stride` floats. */
+static void turn_rows(const float *from, int64_t stride, int64_t rows, int64_t dim, float *keys) {
+    int64_t i = 0;
+    for (; i + 8 <= rows; i += 8) {
+        int64_t d = 0;
+        for (; d + 8 <= dim; d += 8)
+            transpose8(from + i * stride + d, stride, keys + d * KEYS + i, KEYS);
+        for (; d < dim; d++)
+            for (int64_t r = i; r < i + 8; r++) keys[d * KEYS + r] = from[r * stride + d];
+    }
+    for (; i < rows; i++)
+        for (int64_t d = 0; d < dim; d++) keys[d * KEYS + i] = from[i * stride + d];
+}
+
+/* keys[d * KEYS + j] = K[first + j][d] for from <= j < to; other columns stay as they are. `room`
+ * is for a tile of rows. */
 static void turn_keys(const attention_call *c, const int32_t *table, int64_t first, int64_t from,
-                      int64_t to, int64_t head, float *keys) {
+                      int64_t to, int64_t head, float *keys, float *room) {
     const int64_t row = c->kv_heads * c->dim;
+    if (c->stored != STORED_F32) {
+        for (int64_t j = from; j < to; j++)
+            unpack_vector(vector_of(c, c->k, table, first + j, head), c->dim, c->stored,
+                          room + (j - from) * c->dim);
+        turn_rows(room, c->dim, to - from, c->dim, keys + from);
+        return;
+    }
     for (int64_t j = from; j < to;) {
-        const int64_t at = place_of(c, table, first + j, head);
         const int64_t run = min_(to - j, c->block_size - (first + j) % c->block_size);
-        if (c->stored == STORED_F32 && run >= 8) {
-            const float *k = (const float *)c->k + at;
-            int64_t d = 0;
-            for (; d + 8 <= c->dim; d += 8) transpose8(k + d, row, keys + d * KEYS + j, KEYS);
-            for (; d < c->dim; d++)
-                for (int64_t i = 0; i < 8; i++) keys[d * KEYS + j + i] = k[i * row + d];
-            j += 8;
-            continue;
-        }
-        for (int64_t d = 0; d < c->dim; d++)
-            keys[d * KEYS + j] = c->stored == STORED_F32 ? ((const float *)c->k)[at + d]
-                                                         : from_bf16(((const uint16_t *)c->k)[at + d]);
-        j++;
+        turn_rows((const float *)vector_of(c, c->k, table, first + j, head), row, run, c->dim,
+                  keys + j);
+        j += run;
     }
 }
 
@@ -89,15 +102,13 @@ static void find_values(const attention_call *c, const int32_t *table, int64_t f
                         int64_t to, int64_t head, float *values, const float **row) {
     const int64_t wide = padded(c->dim);
     for (int64_t j = from; j < to; j++) {
-        const int64_t at = place_of(c, table, first + j, head);
+        const char *value = vector_of(c, c->v, table, first + j, head);
         if (c->stored == STORED_F32 && c->dim % VL == 0) {
-            row[j] = (const float *)c->v + at;
+            row[j] = (const float *)value;
             continue;
         }
         float *copy = values + j * wide;
-        for (int64_t d = 0; d < c->dim; d++)
-            copy[d] = c->stored == STORED_F32 ? ((const float *)c->v)[at + d]
-                                              : from_bf16(((const uint16_t *)c->v)[at + d]);
+        unpack_vector(value, c->dim, c->stored, copy);
         for (int64_t d = c->dim; d < wide; d++) copy[d] = 0.0f;
         row[j] = copy;
     }
@@ -214,7 +225,7 @@ static void attend(const attention_call *c, int64_t i, int64_t head, int64_t t0,
         const float *row[KEYS];
         /* Pages of keys that nobody here sees may be gone: they are not touched. */
         const int64_t begin = max_i(0, lowest - tile), end = min_(KEYS, last - tile);
-        turn_keys(c, table, tile, begin, end, head, s.keys);
+        turn_keys(c, table, tile, begin, end, head, s.keys, s.values);
         find_values(c, table, tile, begin, end, head, s.values, row);
         for (int64_t r0 = 0; r0 < m;) {
             const int rows = m - r0 >= SCORE_ROWS ? SCORE_ROWS : 1;

@@ -145,6 +145,14 @@ EXPORT int nibble_attention(const attention_call *call, int threads) {
     return 0;
 }
 
+EXPORT int nibble_cache_write(const cache_call *call, int threads) {
+    for (int64_t i = 0; i < call->rows; i++)
+        if (call->slots[i] < 0 || call->slots[i] >= call->places) return 2;
+    const int64_t work = call->rows * call->heads * call->dim;
+    selected->cache_write(call, useful_threads(work, threads));
+    return 0;
+}
+
 EXPORT int nibble_dense_linear(const void *w, int64_t stored, const float *x, int64_t rows,
                                int64_t in, int64_t out, const float *bias, float *y, int threads) {
     const int use = useful_threads(out * in * (rows + 4) / 4, threads);

@@ -19,7 +19,7 @@ typedef struct {
     int64_t out, in, blocksize;
 } nf4_weight;
 
-enum { STORED_F32 = 0, STORED_BF16 = 1 };
+enum { STORED_F32 = 0, STORED_BF16 = 1, STORED_I8 = 2 }; /* 8 bits: of a KV cache, cache.h */
 
 /* Rows [start, stop) get y = gain * (y + B (d * (A x))) + bias. NULL: d = gain = 1, bias = 0.
  * `_SPAN` and `_REST` in lowrank.py pack this. */
@@ -33,7 +33,7 @@ typedef struct {
 
 typedef struct {
     const float *q;            /* [T, heads, dim] */
-    const void *k, *v;         /* [blocks, block_size, kv_heads, dim] */
+    const void *k, *v;         /* [blocks, block_size, kv_heads], each a vector as `stored` says */
     const int32_t *tables;     /* [sequences, table_width] */
     const int32_t *query_start; /* [sequences + 1] */
     const int32_t *context_len; /* [sequences] */
@@ -42,6 +42,15 @@ typedef struct {
     int64_t tokens, blocks; /* rows of q; pages of the caches */
     float scale, softcap;
 } attention_call;
+
+/* cache[slots[t]] = x[t], x [rows, heads, dim]; the cache has `places` of `heads` vectors each.
+ * `_CacheCall` in native.py is this. */
+typedef struct {
+    const float *x;
+    void *cache;
+    const int64_t *slots; /* [rows] */
+    int64_t rows, heads, dim, stored, places;
+} cache_call;
 
 /* y [rows, out] = x Wᵀ + bias in the fast precision, with W in panels (fast.h) of 4 or 8 bits. A
  * call has several that read the same x. `_PRODUCT` in native.py packs this. */
@@ -78,6 +87,7 @@ typedef struct {
                         float *y, int64_t out, int threads, float *workspace);
     void (*attention)(const attention_call *call, int threads, float *workspace);
     int64_t (*attention_workspace)(const attention_call *call);
+    void (*cache_write)(const cache_call *call, int threads);
     void (*dense_linear)(const void *w, int64_t stored, const float *x, int64_t rows, int64_t in,
                          int64_t out, const float *bias, float *y, int threads, float *workspace);
     int64_t (*dense_workspace)(int64_t in, int64_t rows, int64_t stored, int threads);

@@ -25,6 +25,7 @@ LD_PRELOAD="$("$CC" -print-file-name=libasan.so) $("$CC" -print-file-name=libubs
     tests/base/kernels/test_native_fast.py \
     tests/base/kernels/test_native_lowrank.py \
     tests/base/kernels/test_native_attention.py \
+    tests/base/kernels/test_kv_rows.py \
     tests/base/kernels/test_native_steps.py \
     tests/base/kernels/test_tiles.py \
     tests/base/fused/test_decoder.py "$@"

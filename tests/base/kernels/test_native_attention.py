@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from base.kernels import native, reference
+from base.kernels.kv_rows import pack, unpack
 from tests.base.kernels.guarded import Guarded, one_thread, unaligned
 
 relaxed = settings(
@@ -43,8 +44,8 @@ class Case:
     def exact(self) -> Tensor:
         return reference.paged_attention(
             self.q.double(),
-            self.k.nan_to_num(),
-            self.v.nan_to_num(),
+            self._readable(self.k),
+            self._readable(self.v),
             self.tables.clamp(min=0),
             self.starts,
             self.contexts,
@@ -52,6 +53,9 @@ class Case:
             self.window,
             self.softcap,
         )
+
+    def _readable(self, cache: Tensor) -> Tensor:
+        return unpack(cache, self.q.shape[2]).nan_to_num()
 
     def alone(self, sequence: int, first: int = 0, last: int | None = None) -> Case:
         """The same sequence as a batch of its own, cut to some of its new tokens."""
@@ -96,8 +100,8 @@ def make(
         v.flatten(0, 1)[place] = torch.randn(len(at), kv_heads, dim)
     return Case(
         unaligned(torch.randn(int(counts.sum()), heads, dim)),
-        k.to(dtype),
-        v.to(dtype),
+        pack(k, dtype),
+        pack(v, dtype),
         tables,
         counts.cumsum(0).int(),
         torch.tensor(contexts, dtype=torch.int32),
@@ -114,10 +118,12 @@ def make(
     block_size=st.integers(1, 40),
     window=st.sampled_from([0, 1, 7, 32, 50]),
     softcap=st.sampled_from([0.0, 2.0, 30.0]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
 )
 @example([(1, 0)], (14, 2), 64, 16, 0, 0.0, torch.float32)
 @example([(33, 64), (1, 31), (1, 32)], (14, 2), 64, 16, 0, 0.0, torch.float32)
+@example([(33, 64), (1, 31), (1, 32)], (14, 2), 64, 16, 0, 0.0, torch.int8)
+@example([(3, 64), (1, 31)], (4, 2), 33, 16, 7, 0.0, torch.int8)
 def test_any_batch(
     kernels: native.Native,
     sequences: list[tuple[int, int]],
@@ -142,11 +148,20 @@ def test_relative_error_on_a_long_context(kernels: native.Native) -> None:
     assert (case.run(kernels) - right).abs().max() <= 2e-6 * right.abs().max()
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (40, 0.0), (0, 20.0)])
+@pytest.mark.parametrize(
+    ("window", "softcap", "dtype"),
+    [
+        (0, 0.0, torch.float32),
+        (40, 0.0, torch.float32),
+        (0, 20.0, torch.float32),
+        (0, 0.0, torch.bfloat16),
+        (40, 0.0, torch.int8),
+    ],
+)
 def test_bits_do_not_depend_on_batch_or_chunks(
-    kernels: native.Native, window: int, softcap: float
+    kernels: native.Native, window: int, softcap: float, dtype: torch.dtype
 ) -> None:
-    case = make([(50, 13), (1, 77), (64, 0), (1, 0)], 14, 2, 64, 16, window, softcap)
+    case = make([(50, 13), (1, 77), (64, 0), (1, 0)], 14, 2, 64, 16, window, softcap, dtype)
     whole = case.run(kernels)
     for i in range(4):
         start, stop = case.starts[i : i + 2].tolist()
@@ -165,8 +180,9 @@ def test_bits_do_not_depend_on_pages(kernels: native.Native) -> None:
     assert torch.equal(other.run(kernels), case.run(kernels))
 
 
-def test_the_number_of_threads_changes_no_bit(kernels: native.Native) -> None:
-    case = make([(40, 100), (1, 300), (90, 0)], 14, 2, 64, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_the_number_of_threads_changes_no_bit(kernels: native.Native, dtype: torch.dtype) -> None:
+    case = make([(40, 100), (1, 300), (90, 0)], 14, 2, 64, 16, dtype=dtype)
     results = []
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)

@@ -59,10 +59,17 @@ class Stage:
     alone: list[torch.Tensor]
 
     @classmethod
-    def of(cls, base: Base, source: Path, home: Path, requests: int) -> Stage:
+    def of(
+        cls,
+        base: Base,
+        source: Path,
+        home: Path,
+        requests: int,
+        kv_dtype: torch.dtype | None = None,
+    ) -> Stage:
         rng = random.Random(0)
         adapters = dict(lowered(base, source, home))
-        runner = ModelRunner(base, 16 * 8, BLOCK)
+        runner = ModelRunner(base, 16 * 8, BLOCK, kv_dtype)
         refs = [None, *(ref for ref, _ in adapters.values())]
         resident = {key: adapter for key, (_, adapter) in adapters.items()}
         asked = []
@@ -152,18 +159,19 @@ def tiny(home: Path, name: str, precision: Any = "exact", **config: Any) -> tupl
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "width"),
+    ("name", "precision", "width", "kv_dtype"),
     [
-        ("qwen3", "exact", 100),  # no multiple of a vector or a block: each loop has its remainder
-        ("gemma", "fast", 128),
+        # No multiple of a vector or a block: each loop has its remainder.
+        ("qwen3", "exact", 100, None),
+        ("gemma", "fast", 128, torch.int8),
     ],
 )
 def test_mixes_have_the_bits_of_each_request_alone(
-    name: str, precision: str, width: int, tmp_path: Path
+    name: str, precision: str, width: int, kv_dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
     base, source = tiny(tmp_path, name, precision, intermediate_size=width)
     assert base.precision == precision
-    Stage.of(base, source, tmp_path, 16).check(mixes=12, seed=1)
+    Stage.of(base, source, tmp_path, 16, kv_dtype).check(mixes=12, seed=1)
 
 
 @pytest.mark.slow
