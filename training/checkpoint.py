@@ -11,11 +11,13 @@ from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from adapters.checks.bottleneck import is_adapter_hub
 from base.load import Base
 from training.config import MethodConfig
 from training.errors import MethodError
 from training.methods import Attached
-from training.methods.files import CONFIG, WEIGHTS
+from training.methods.bottleneck import BottleneckAdapter, variant_of
+from training.methods.files import CONFIG, WEIGHTS, fill
 from training.methods.low_rank import KINDS, LowRankAdapter
 from training.methods.peft_methods import PeftAdapter
 
@@ -27,6 +29,8 @@ def load(source: Path, base: Base) -> Attached:
     Raises MethodError when its tensors do not fit the base.
     """
     fields = _fields(source)
+    if is_adapter_hub(fields):
+        return _load_bottleneck(source, fields, base)
     config = low_rank_config(fields)
     return _load_peft(source, fields, base) if config is None else _load_own(source, config, base)
 
@@ -64,6 +68,21 @@ def _beyond(fields: dict[str, Any]) -> bool:
 def _load_own(source: Path, config: MethodConfig, base: Base) -> Attached:
     adapter = LowRankAdapter(base, config)
     unlike = adapter.fill(_tensors(source))
+    if unlike is not None:
+        adapter.detach()
+        raise MethodError(f"{source / WEIGHTS}: {unlike} does not fit {base.spec.id}")
+    return adapter
+
+
+def _load_bottleneck(source: Path, fields: dict[str, Any], base: Base) -> Attached:
+    config = variant_of(fields)
+    if config is None:
+        raise MethodError(
+            f"{source / CONFIG}: of AdapterHub's adapters, the bottlenecks that are trained here "
+            "are attached: Houlsby's and Pfeiffer's"
+        )
+    adapter = BottleneckAdapter(base, config)
+    unlike = fill(adapter.tensors(), _tensors(source))
     if unlike is not None:
         adapter.detach()
         raise MethodError(f"{source / WEIGHTS}: {unlike} does not fit {base.spec.id}")

@@ -156,6 +156,22 @@ class WaveFt(_OnLinears):
     scaling: float = Field(default=25.0, gt=0.0)
 
 
+class Bottleneck(_Frozen):
+    """Adapters behind a block's parts: "Parameter-Efficient Transfer Learning" (Houlsby),
+    arXiv:1902.00751, and "AdapterFusion" (Pfeiffer), arXiv:2005.00247."""
+
+    kind: Literal["bottleneck"]
+    variant: Literal["pfeiffer", "houlsby"] = Field(
+        default="pfeiffer", description="houlsby: behind the attention too"
+    )
+    reduction: float = Field(
+        default=16.0, gt=0.0, description="the hidden size over the bottleneck's"
+    )
+    activation: str | None = Field(
+        default=None, description="unset: relu for pfeiffer, swish for houlsby"
+    )
+
+
 class PromptTuning(_Frozen):
     """ "Prompt tuning", arXiv:2104.08691: embeddings of tokens that stand before every prompt."""
 
@@ -201,6 +217,7 @@ AnyMethod = Annotated[
     | LnTuning
     | Oft
     | WaveFt
+    | Bottleneck
     | PromptTuning
     | PTuning
     | PrefixTuning

@@ -60,6 +60,7 @@ def _train(
     [
         ("lora", {"rank": 2, "dropout": 0.2}),
         ("dora", {"rank": 2}),
+        ("bottleneck", {"variant": "houlsby"}),
         ("adalora", {"rank": 2, "initial_rank": 4}),
         ("p_tuning", {"virtual_tokens": 3, "hidden": 16}),
     ],

@@ -1,12 +1,14 @@
-"""A trained adapter's two files, in PEFT's format."""
+"""A trained adapter's two files, named and laid out as PEFT does it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import peft
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +22,22 @@ def write(out: Path, base: Base, config: peft.PeftConfig, tensors: Mapping[str, 
     """Write config and weights to the directory `out`, which is made."""
     out.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(out))
-    _write_sorted(out / CONFIG)
+    write_config(out, json.loads((out / CONFIG).read_text(encoding="utf-8")))
+    write_weights(out, base, tensors)
+
+
+def write_config(out: Path, fields: dict[str, Any]) -> None:
+    """PEFT writes sets in the order of the day; the same run should leave the same bytes."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("target_modules", "feedforward_modules"):
+        if isinstance(fields.get(name), list):
+            fields[name].sort()
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    (out / CONFIG).write_text(text, encoding="utf-8")
+
+
+def write_weights(out: Path, base: Base, tensors: Mapping[str, Tensor]) -> None:
+    """The tensors, and which base they are for, in the directory `out`."""
     save_file(
         {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
         out / WEIGHTS,
@@ -28,6 +45,20 @@ def write(out: Path, base: Base, config: peft.PeftConfig, tensors: Mapping[str, 
     )
     _sort_metadata(out / WEIGHTS)
     (out / WEIGHTS).chmod(0o644)  # safetensors makes it private, which no other file here is
+
+
+@torch.no_grad()
+def fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
+    """Copy a checkpoint into the tensors that it is for; the first name that does not fit, if any,
+    and then nothing was copied."""
+    for name in sorted(tensors.keys() | expected.keys()):
+        if name not in tensors or name not in expected:
+            return name
+        if tensors[name].shape != expected[name].shape:
+            return name
+    for name, tensor in expected.items():
+        tensor.copy_(tensors[name])
+    return None
 
 
 def _sort_metadata(path: Path) -> None:
@@ -41,12 +72,3 @@ def _sort_metadata(path: Path) -> None:
         assert len(text) <= length, "names in a header are plain ASCII"
         file.seek(8)
         file.write(text.ljust(length))
-
-
-def _write_sorted(path: Path) -> None:
-    """PEFT writes sets in the order of the day; the same run should leave the same bytes."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("target_modules", "feedforward_modules"):
-        if isinstance(fields.get(name), list):
-            fields[name].sort()
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from base.load import Base
 from training.config import MethodConfig, TrainConfig
 from training.layers import DoraLinear, LoraLinear
-from training.methods.files import write
+from training.methods.files import fill, write
 from training.methods.method import Method
 from training.methods.targets import last_part, put, targets
 
@@ -138,18 +138,9 @@ class LowRankAdapter:
             for end, attribute in kind.tensors.items()
         }
 
-    @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> str | None:
         """Take the tensors of a checkpoint; the name of the first that does not fit, if any."""
-        expected = self.tensors()
-        for name in sorted(tensors.keys() | expected.keys()):
-            if name not in tensors or name not in expected:
-                return name
-            if tensors[name].shape != expected[name].shape:
-                return name
-        for name, parameter in expected.items():
-            parameter.copy_(tensors[name])
-        return None
+        return fill(self.tensors(), tensors)
 
     def detach(self) -> None:
         for path, layer in self.layers.items():

@@ -140,10 +140,15 @@ class PeftAdapter:
             # AdaLoRA takes some layers' rank away altogether
             warnings.filterwarnings("ignore", message=".*LoRA tensor.*invalid shape")
             tensors = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        patterns = getattr(self.config, "rank_pattern", None)
+        if self.config.peft_type == "ADALORA" and patterns:
+            self.config.rank_pattern = _with_a_rank_each(patterns, tensors)
         self.config.inference_mode = True
         self.config.base_model_name_or_path = self.base.spec.id
         write(out, self.base, self.config, tensors)
         self.config.inference_mode = False
+        if self.config.peft_type == "ADALORA":
+            self.config.rank_pattern = patterns
 
     def detach(self) -> None:
         for path, module in self._own.items():
@@ -171,6 +176,21 @@ def _wrapped(base: Base, config: peft.PeftConfig) -> Any:
         # PEFT asks transformers by an old name
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
         return peft.get_peft_model(base.model, config, adapter_name=_NAME)
+
+
+def _with_a_rank_each(
+    patterns: Mapping[str, list[bool]], tensors: dict[str, Tensor]
+) -> dict[str, list[bool]]:
+    """A layer that AdaLoRA left no rank keeps one of zeros: a tensor of nothing is refused."""
+    found = {}
+    for name, mask in patterns.items():
+        path = name.partition(".lora_E")[0]
+        found[name] = mask if any(mask) else [True, *mask[1:]]
+        for leaf in () if any(mask) else ("A", "B", "E"):
+            full = f"base_model.model.{path}.lora_{leaf}"
+            rows, columns = tensors[full].shape
+            tensors[full] = tensors[full].new_zeros(rows or 1, columns or 1)
+    return found
 
 
 def _kind(config: peft.PeftConfig) -> str:
