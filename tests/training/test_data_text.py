@@ -28,8 +28,8 @@ def _prepare(base: Base, path: Path, **fields: Any) -> Prepared:
     "text",
     [
         "short",
-        PARAGRAPH * 1000,
-        "\ufeff# head\r\n\r\n" + "line\r\n" * 9000,
+        PARAGRAPH * 3000,
+        "\ufeff# head\r\n\r\n" + "line\r\n" * 20_000,
         "x" * (3 * LONGEST + 5),
         PARAGRAPH * 300 + "\n\n\n",
     ],
@@ -39,14 +39,14 @@ def test_nothing_of_a_text_is_lost_and_only_its_end_stops(tmp_path: Path, text: 
     path.write_text(text, encoding="utf-8", newline="")
     found = [row for _, row in scan(path) if not isinstance(row, DataError)]
     assert "".join(row["text"] for row in found).strip() == text.strip("\ufeff").strip()
-    assert [row.get("continues", False) for row in found] == [True] * (len(found) - 1) + [False]
+    assert [row["continues"] for row in found] == [True] * (len(found) - 1) + [False]
     assert max(len(row["text"]) for row in found) <= LONGEST
     assert all(row["text"].strip() for row in found)
 
 
 def test_a_text_is_cut_at_blank_lines_and_named_by_line(tmp_path: Path) -> None:
     path = tmp_path / "a.md"
-    path.write_text(PARAGRAPH * 700, encoding="utf-8")
+    path.write_text(PARAGRAPH * 2800, encoding="utf-8")
     places, rows = zip(*scan(path), strict=True)
     per = len(rows[0]["text"]) // len(PARAGRAPH)
     assert len(rows) > 2
@@ -57,7 +57,7 @@ def test_a_text_is_cut_at_blank_lines_and_named_by_line(tmp_path: Path) -> None:
 
 def test_every_token_of_a_text_is_learnt_and_one_stop(base: Base, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_text(PARAGRAPH * 400, encoding="utf-8")
+    path.write_text(PARAGRAPH * 1500, encoding="utf-8")
     train = _prepare(base, path, max_length=64).train
     stop = base.tokenizer.eos_token_id
     assert [i for i in range(len(train)) if stop in train[i].tokens] == [len(train) - 1]
@@ -91,8 +91,9 @@ def test_a_folder_of_raw_text_is_read_to_any_depth(base: Base, tmp_path: Path) -
 
 def test_a_part_of_one_long_text_is_held_out(base: Base, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_text("\n\n".join(f"paragraph {i} of many" for i in range(6000)))
-    found = _prepare(base, path, split=0.3)
+    path.write_text("\n\n".join(f"paragraph {i} of many" for i in range(600)))  # one passage
+    found = _prepare(base, path, split=0.3, max_length=64)
+    assert found.reports[0].held_out == len(found.held_out)
     assert 0.1 < found.held_out.tokens / (found.held_out.tokens + found.train.tokens) < 0.5
 
 

@@ -2,7 +2,7 @@
 
 Which rows are held out is decided by the hash of what they ask, so it depends neither on their
 order nor on the seed: a file that grows keeps its test rows, and two answers to one question
-stand on the same side. While a file is read, a number for each of its rows is kept in memory, to
+stand on the same side. Raw text asks nothing: there it is pieces of data.max_length. While a file is read, a number for each of its rows is kept in memory, to
 know a duplicate by: some 70 bytes a row.
 """
 
@@ -85,10 +85,13 @@ class _Reading:
         self.seen.add(digest)
         report.note(place, encoded)
         held = _digest(question(row)) < split * 2**64
-        report.held_out += held
+        report.held_out += held and "continues" not in row
         stop = self.encoding.tokenizer.eos_token_id
         report.stops += sum(example.tokens[-1] == stop for example in encoded.examples)
         for example in encoded.examples:
+            if "continues" in row:  # a text of any length: each of its pieces by itself
+                held = _digest(repr(example.tokens)) < split * 2**64
+                report.held_out += held
             (self.held_out if held else self.taken).append(example)
 
 

@@ -132,7 +132,8 @@ class Encoding:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of what the model is to say."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    # It would warn of a text longer than the model: which is cut into pieces afterwards.
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     return ids
 
 

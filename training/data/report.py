@@ -104,7 +104,7 @@ class Report:
             kept = f"{self.left_out:,} left out" if self.left_out else "kept: data.deduplicate"
             table.add_row("duplicates", f"{self.duplicates:,} ({kept})")
         if self.held_out:
-            table.add_row("held out", f"{self.held_out:,} rows, by data.split")
+            table.add_row("held out", f"{self.held_out:,} rows or pieces of text, by data.split")
         if self.also_in_train:
             table.add_row("also in data.train", f"[red]{self.also_in_train:,} rows[/]")
         named = [str(error) for error in self.rejects] + self.cuts

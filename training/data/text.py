@@ -1,7 +1,6 @@
 """Raw text as rows: files of .txt and .md, and folders of these and of JSON Lines, to any depth.
 
-A long file is many rows, each a few pages, so that it is never read whole and a part of it can be
-held out. They are cut at blank lines where there are any, nothing is lost between them, and all
+A long file is many rows, each of some pages, so that it is never read whole. They are cut at blank lines where there are any, nothing is lost between them, and all
 but the last say that they go on, so that no stop token is learnt in the middle of a text.
 """
 
@@ -15,7 +14,7 @@ from training.errors import DataError
 
 Found = tuple[str, Mapping[str, Any] | DataError]
 TEXTS = (".txt", ".md")
-PASSAGE = 8_000  # characters, after which the next blank line ends one
+PASSAGE = 32_000  # characters, after which the next blank line ends one
 LONGEST = 4 * PASSAGE  # where there is none, the end of a line does, or this
 
 
@@ -29,7 +28,7 @@ def passages(path: Path) -> Iterator[Found]:
                     yield f"{path}:{held[0]}", {"text": held[1], "continues": True}
                 held = (line, text)
             if held is not None:
-                yield f"{path}:{held[0]}", {"text": held[1]}
+                yield f"{path}:{held[0]}", {"text": held[1], "continues": False}
     except UnicodeDecodeError as error:
         yield str(path), DataError(f"{path}: not a text in UTF-8: {error}")
 
