@@ -134,6 +134,11 @@ def why_not(manifest: AdapterManifest) -> str:
             "it is served merged, as matrices of its own; upload it with placement=unmerged, "
             "or name it alone"
         )
+    if manifest.vocabulary or manifest.tokenizer_sha256:
+        return (
+            "it has a vocabulary of its own, and a token that one part knows and another does not "
+            "has no sum; name it alone"
+        )
     if config.get("use_dora"):
         return (
             "DoRA scales the rows of W + BA to a norm of its own, so a sum of two is not what "
@@ -144,11 +149,6 @@ def why_not(manifest: AdapterManifest) -> str:
         return (
             f"modules_to_save replaces {saved[:200]} whole, and two replacements have no sum; name "
             "it alone, or train without modules_to_save"
-        )
-    if manifest.vocabulary or manifest.tokenizer_sha256:
-        return (
-            "it has a vocabulary of its own, and a token that one part knows and another does not "
-            "has no sum; name it alone"
         )
     form = METHODS[config["peft_type"]].form if config.get("peft_type") in METHODS else None
     if form in SUMMED_FORMS:

@@ -180,6 +180,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
     from service.jobs.opening import open_office
     from service.jobs.publication import Publication
     from service.prompt.assembly import Assembly
+    from service.prompt.own_tokenizer import OwnTokenizers
 
     if settings.hf_token is not None:
         os.environ.setdefault("HF_TOKEN", settings.hf_token.get_secret_value())
@@ -206,8 +207,11 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
     config = _engine_config(settings)
     engine = Engine(base, Fetch(store, base), config, metrics)
     engine.start()
+    own = OwnTokenizers(store, base.tokenizer, base.eos_token_ids)
+    assembly = Assembly(base.tokenizer, engine.max_model_len, own)
     if settings.adapters is not None:
-        found = store.load_directory(settings.adapters, base.spec, limits, probe)
+        tokens = assembly.tokens
+        found = store.load_directory(settings.adapters, base.spec, limits, probe, tokens)
         logger.info("adapters", added=len(found.added), refused=sorted(found.refused))
     dtype = str(base.dtype).removeprefix("torch.")
     metrics.describe(
@@ -229,7 +233,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         dtype=dtype,
         device=base.device.type,
         precision=base.precision,
-        assembly=Assembly(base.tokenizer, engine.max_model_len),
+        assembly=assembly,
         store=store,
         engine=engine,
         limits=limits,

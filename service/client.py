@@ -16,6 +16,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER_HUB_NAME = "adapter.safetensors"  # what AdapterHub calls the same file
 TEMPLATE_NAME = "chat_template.jinja"
+TOKENIZER_NAME = "tokenizer.json"
 
 
 class ClientError(Exception):
@@ -108,7 +109,7 @@ class Client:
         merged_dtype: str | None = None,
     ) -> dict[str, Any]:
         """Upload what PEFT's `save_pretrained` or AdapterHub's `save_adapter` wrote as safetensors,
-        and `chat_template.jinja` if there is one.
+        and `chat_template.jinja` and `tokenizer.json` if they are there.
 
         The weights are streamed from disk. Returns the server's description of the new version.
         """
@@ -124,14 +125,18 @@ class Client:
         with ExitStack() as stack:
             config = stack.enter_context((directory / CONFIG_NAME).open("rb"))
             weights = stack.enter_context((directory / weights_name).open("rb"))
+            files = {
+                "config": (CONFIG_NAME, config, "application/json"),
+                "weights": (WEIGHTS_NAME, weights, "application/octet-stream"),
+            }
+            if (directory / TOKENIZER_NAME).is_file():
+                tokenizer = stack.enter_context((directory / TOKENIZER_NAME).open("rb"))
+                files["tokenizer"] = (TOKENIZER_NAME, tokenizer, "application/json")
             found: dict[str, Any] = self._call(
                 "POST",
                 "/adapters",
                 data={key: value for key, value in fields.items() if value is not None},
-                files={
-                    "config": (CONFIG_NAME, config, "application/json"),
-                    "weights": (WEIGHTS_NAME, weights, "application/octet-stream"),
-                },
+                files=files,
             )
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Query, Request
@@ -52,6 +53,11 @@ _FORM: dict[str, Any] = {
                             "type": "string",
                             "description": "The adapter's own chat template (Jinja)",
                         },
+                        "tokenizer": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "tokenizer.json, of an adapter with new tokens",
+                        },
                         "placement": {"type": "string", "enum": list(get_args(Placement))},
                         "merged_dtype": {"type": "string", "enum": list(get_args(MergedDtype))},
                     },
@@ -97,6 +103,8 @@ class AdapterView(Outgoing):
     placement: str
     merged_dtype: str
     template: bool = Field(description="Whether it brings a chat template of its own.")
+    tokenizer: bool = Field(description="Whether it reads and writes with a tokenizer of its own.")
+    vocabulary: int = Field(description="Rows of its tables; 0: as many as the base's.")
     base_fingerprint: str
     created: str
     tier: Literal["slot", "host", "loading", "store"] = Field(
@@ -332,6 +340,7 @@ def _add(arrived: Upload, serving: Serving) -> AdapterManifest:
         placement=_one_of(arrived, "placement", get_args(Placement), "unmerged"),
         merged_dtype=_one_of(arrived, "merged_dtype", get_args(MergedDtype), "bfloat16"),
         probe=serving.probe,
+        tokens=replace(serving.assembly.tokens, own=arrived.fields.get("tokenizer")),
     )
 
 
@@ -447,6 +456,8 @@ def _view(manifest: AdapterManifest, residents: Sequence[Resident]) -> dict[str,
         "placement": manifest.placement,
         "merged_dtype": manifest.merged_dtype,
         "template": manifest.template is not None,
+        "tokenizer": manifest.tokenizer_sha256 is not None,
+        "vocabulary": manifest.vocabulary,
         "base_fingerprint": manifest.base_fingerprint,
         "created": manifest.created,
         "tier": min((one.tier for one in mine), key=_TIERS.index, default="store"),

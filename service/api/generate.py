@@ -332,7 +332,7 @@ async def _start(
         best_of=body.parameters.best_of > 1,
         details=body.parameters.wants_details,
         prefix=body.inputs if body.parameters.return_full_text else "",  # type: ignore[arg-type]
-        decode=serving.assembly.decode,
+        decode=started.assembly.decode,
     )
     return started, origin
 

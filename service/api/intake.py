@@ -27,6 +27,7 @@ from service.engine.stream import EventStream
 from service.errors import InvalidRequest
 from service.experiments import Watched, outcome_of
 from service.grammars import Grammar
+from service.prompt.assembly import Assembly
 from service.selection import Selection, select
 
 DEFAULT_NEW_TOKENS = 128
@@ -83,6 +84,7 @@ class Started:
     stream: EventStream
     request: Generation
     selection: Selection | None
+    assembly: Assembly  # of the tokenizer that its tokens are of
     ticket: Ticket
 
     @property
@@ -101,12 +103,13 @@ async def start(order: Order, request_id: str, desk: Desk, serving: Serving) -> 
     Raises what any of them does; nothing of the request remains then.
     """
     with _named(order.names):
-        _check_tokens(order, serving)
         ticket = desk.admission.admit()
         try:
             selection = order.selection or await selected(order.terms, order.client, desk, serving)
+            _check_tokens(order, selection, serving)
             # A cold adapter is on its way while the prompt is read.
             ticket.meanwhile(serving.engine.reserved(selection.ref if selection else None))
+            serving = replace(serving, assembly=await serving.assembly.of(selection))
             guide = await serving.grammars.guide(order.grammar) if order.grammar else None
             prompt = await _prompt(order, selection, serving)
             virtual = selection.ref.virtual_tokens if selection else 0
@@ -124,9 +127,10 @@ async def start(order: Order, request_id: str, desk: Desk, serving: Serving) -> 
                 n=order.n,
                 prompt_logprobs=order.prompt_logprobs,
                 pooled=order.pooled,
+                vocabulary=serving.assembly.vocabulary,
             )
             stream = _submitted(generation, selection, serving)
-            return Started(stream, generation, selection, ticket)
+            return Started(stream, generation, selection, serving.assembly, ticket)
         except BaseException:
             ticket.release()
             raise
@@ -175,8 +179,8 @@ def _named(names: Names) -> Iterator[None]:
         raise InvalidRequest(str(error), names.of(error.field)) from error
 
 
-def _check_tokens(order: Order, serving: Serving) -> None:
-    vocabulary = serving.spec.vocab_size
+def _check_tokens(order: Order, selection: Selection | None, serving: Serving) -> None:
+    vocabulary = (selection and selection.ref.vocabulary) or serving.spec.vocab_size
     for what, field, tokens in (
         ("stop token", order.names.stop_token_ids, order.sampling.stop_token_ids),
         ("token", order.names.logit_bias, [token for token, _ in order.sampling.logit_bias]),

@@ -26,7 +26,8 @@ from service.api.errors import Refused
 from service.errors import InvalidRequest
 
 BUFFER_BYTES = 1 << 20
-FORM_BYTES = 1 << 20  # what boundaries, part headers and small fields may add to the weights
+# What boundaries, part headers, small fields and a tokenizer may add to the weights.
+FORM_BYTES = 33 << 20
 PREFIX = "upload-"
 SMALL = ("name", "placement", "merged_dtype")
 SMALL_BYTES = 256
@@ -106,7 +107,7 @@ def _boundary(request: Request) -> bytes:
             415,
             "unsupported_media",
             "an upload is multipart/form-data with the parts name, config, weights and, if wanted, "
-            "template, placement, merged_dtype",
+            "template, tokenizer, placement, merged_dtype",
         )
     return boundary
 
@@ -143,6 +144,7 @@ class _Form:
             **dict.fromkeys(SMALL, SMALL_BYTES),
             "config": limits.max_config_bytes,
             "template": limits.max_template_bytes,
+            "tokenizer": limits.max_tokenizer_bytes,
             "weights": limits.max_weights_bytes,
         }
         self._seen: set[str] = set()

@@ -50,8 +50,10 @@ def saved(live: Live, base: Path, home: Path, kind: str, number: int) -> Subject
     make_adapter(directory, base, kind, seed=number)
     manifest = live.upload(kind.replace("_", "-"), directory)
     generator = torch.Generator().manual_seed(number)
-    vocabulary = live.serving.spec.vocab_size
+    vocabulary = manifest.vocabulary or live.serving.spec.vocab_size
     prompt = torch.randint(6, vocabulary, (3 + number * 5 % 17,), generator=generator)
+    if RECIPES[kind].new_tokens:
+        prompt[1] = vocabulary - 1
     return Subject(kind, directory, base, manifest, tuple(prompt.tolist()))
 
 
@@ -146,7 +148,12 @@ def begins_as_base(kind: str, live: Live, steps: Steps, base: Path, home: Path) 
 
 def round_trip(subject: Subject, live: Live, oracle: PeftOracle) -> Cell:
     """Over HTTP, from text to text."""
-    prompt, tokens, digest = live.generate(subject.manifest.name, _TEXT + subject.kind, TOKENS)
+    text = _TEXT + subject.kind
+    if RECIPES[subject.kind].new_tokens:
+        text += " <new1> of"
+    prompt, tokens, digest = live.generate(subject.manifest.name, text, TOKENS)
+    if RECIPES[subject.kind].new_tokens and max(prompt) < live.serving.spec.vocab_size:
+        return Cell("fail", None, "no new token in the prompt")
     if digest != subject.manifest.digest:
         return Cell("fail", None, f"the reply names {digest[:12]}")
     return against(oracle, prompt, tokens)

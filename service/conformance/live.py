@@ -37,9 +37,10 @@ class Live:
         """What `save_pretrained` wrote, as anybody uploads it. Raises RuntimeError when refused."""
         config = (adapter / "adapter_config.json").read_bytes()
         weights = (adapter / "adapter_model.safetensors").read_bytes()
-        reply = self.client.post(
-            "/adapters", data={"name": name}, files={"config": config, "weights": weights}
-        )
+        files = {"config": config, "weights": weights}
+        if (adapter / "tokenizer.json").exists():
+            files["tokenizer"] = (adapter / "tokenizer.json").read_bytes()
+        reply = self.client.post("/adapters", data={"name": name}, files=files)
         if reply.status_code != 201:
             raise RuntimeError(f"the upload of {name} got {reply.status_code}: {reply.text[:400]}")
         return self.serving.store.resolve(f"sha256:{reply.json()['digest']}")

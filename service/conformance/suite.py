@@ -38,7 +38,7 @@ class Options:
 
 def served_kinds() -> tuple[str, ...]:
     """Every kind that lowering takes, in the order of the recipes."""
-    return tuple(kind for kind in RECIPES if kind in FAMILIES)
+    return tuple(kind for kind, made in RECIPES.items() if kind in FAMILIES or made.new_tokens)
 
 
 def run(options: Options, home: Path, tell: Tell = lambda line: None) -> list[Row]:

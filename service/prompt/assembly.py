@@ -9,7 +9,11 @@ from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
 from adapters.template import render_chat
+from adapters.vocabulary import Tokens
+from service.engine.vocabulary import Vocabulary
 from service.errors import InvalidRequest
+from service.prompt.own_tokenizer import OwnTokenizers
+from service.selection import Selection
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,11 +34,38 @@ class Piece:
 class Assembly:
     """Turns texts and chats into token ids with the base's tokenizer. Thread-safe."""
 
-    def __init__(self, tokenizer: Any, max_model_len: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_model_len: int,
+        own: OwnTokenizers | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        """`own` reads the tokenizers of adapters; `vocabulary` is that of the one whose this is,
+        None for the base's."""
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self.vocabulary = vocabulary
+        self._own = own
         # The first call may change the tokenizer's truncation; all later ones only read it.
         tokenizer("x")
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """What the checks of an upload compare its tokenizer with."""
+        return Tokens.of(self.tokenizer)
+
+    async def of(self, selection: Selection | None) -> Assembly:
+        """With the tokenizer of the adapter that was selected, if it has its own."""
+        if selection is None or self._own is None or not selection.single:
+            return self  # what has a tokenizer of its own is never part of a sum
+        manifest = selection.parts[0].manifest
+        if manifest.tokenizer_sha256 is None:
+            return self
+        vocabulary = await asyncio.to_thread(self._own.of, manifest)
+        if vocabulary is None:
+            return self
+        return Assembly(vocabulary.tokenizer, self.max_model_len, vocabulary=vocabulary)
 
     async def text(self, text: str, truncate: int | None = None) -> tuple[int, ...]:
         """Token ids of a plain prompt, the base's special tokens around it."""

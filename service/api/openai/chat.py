@@ -135,7 +135,7 @@ class _Reply:
         self._body = body
         self.started = started
         self._reading = reading
-        self._decode = serving.assembly.decode
+        self._decode = started.assembly.decode
         self._head: Json = {
             "id": f"chatcmpl-{started.request.id}",
             "created": int(time.time()),

@@ -187,7 +187,7 @@ class _Reply:
     def __init__(self, body: CompletionBody, started: Sequence[Started], serving: Serving) -> None:
         self._body = body
         self._started = started
-        self._assembly = serving.assembly
+        self._assembly = started[0].assembly if started else serving.assembly
         self._usage = Usage()
         self._head: Json = {
             "id": f"cmpl-{started[0].request.id}",
