@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,10 @@ from rich.table import Table
 
 from base.mini import MINI
 
-app = typer.Typer(help="The embedded base model.", no_args_is_help=True)
+GROUP = "nibble.base_builds"  # what an installed package brings: a Typer app of one command each
+app = typer.Typer(help="Make bases, and measure the embedded one.", no_args_is_help=True)
+builds = typer.Typer(help="Make a base: the embedded one, or another from one.")
+app.add_typer(builds, name="build", no_args_is_help=True)
 
 
 class Name(StrEnum):
@@ -30,13 +34,16 @@ class Precision(StrEnum):
     fast = "fast"
 
 
+KNOWN = {
+    "full": "A new base from one in floating point, by training every weight.",
+    "dapt": "The same from raw text of a domain: .txt, .md, .jsonl, or a folder of them.",
+}
 Which = Annotated[Name, typer.Argument(help="The embedded base.")]
 Where = Annotated[Path, typer.Option(help="The directory of the model.")]
 
 
-@app.command()
-def build(
-    name: Which,
+@builds.command(name="mini")
+def build_mini(
     out: Annotated[Path, typer.Option(help="Where the model goes.")] = Path("mini"),
     seed: int = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the schedule.")] = None,
@@ -45,7 +52,7 @@ def build(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
 ) -> None:
-    """Train the base from a seed, on a GPU where there is one."""
+    """The embedded base: train it from a seed, on a GPU where there is one."""
     # Before torch loads: a thread that spins at a barrier starves the other one on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from base.mini.build import STEPS, Budget
@@ -57,7 +64,29 @@ def build(
     except ValueError as error:
         console.print(f"[red]{error}")
         raise typer.Exit(2) from error
-    console.print(f"{name.value} is in {out}")
+    console.print(f"mini is in {out}")
+
+
+def _register(point: EntryPoint) -> None:
+    """A build that the training wing brings; nothing of it is imported until it is asked for."""
+
+    def run(ctx: typer.Context) -> None:
+        point.load()(args=ctx.args, prog_name=f"nibble base build {point.name}")
+
+    builds.command(
+        point.name,
+        help=KNOWN.get(point.name, f"A build of {point.value}."),
+        add_help_option=False,
+        context_settings={
+            "allow_extra_args": True,
+            "ignore_unknown_options": True,
+            "allow_interspersed_args": False,
+        },
+    )(run)
+
+
+for _point in entry_points(group=GROUP):
+    _register(_point)
 
 
 @app.command()

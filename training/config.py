@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -229,6 +229,9 @@ AnyMethod = Annotated[
 class OptimConfig(_Frozen):
     """AdamW; the rate rises linearly, then falls along a cosine to a tenth."""
 
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        default="adamw", description="8bit: moments of a byte; paged: on a GPU, out of its memory"
+    )
     learning_rate: float = Field(default=2e-3, gt=0.0)
     b_rate_ratio: float = Field(
         default=1.0, gt=0.0, description="LoRA+, arXiv:2402.12354: the rate of B over that of A"
@@ -238,6 +241,9 @@ class OptimConfig(_Frozen):
     warmup: float = Field(default=0.05, ge=0.0, lt=1.0, description="part of the steps")
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
+    checkpointing: bool = Field(
+        default=False, description="compute each layer twice, for less memory: the same weights"
+    )
 
 
 class EvalConfig(_Frozen):
@@ -289,19 +295,61 @@ class TrainConfig(_Frozen):
     publish: PublishConfig | None = None
 
 
+class MeasureConfig(_Frozen):
+    """What a new base is measured on before and after, beside the held-out part of its data."""
+
+    general: Path | None = Field(
+        default=None,
+        description="what the base knew, as data: the loss on it shows what is forgotten. The "
+        "embedded base is asked what it was built for",
+    )
+    tasks: dict[str, Path] = Field(
+        default_factory=dict, description="name: questions with their right answers"
+    )
+    items: int = Field(default=200, ge=1, le=100_000, description="of each task, from the first on")
+    max_new_tokens: int = Field(default=64, ge=1, le=4096)
+
+
+class BuildConfig(TrainConfig):
+    """One run that makes a new base, and the table that it is described by."""
+
+    measure: MeasureConfig = MeasureConfig()
+
+
+Schema = TypeVar("Schema", bound=TrainConfig)
+
+
 def read_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
     """The YAML file at `path`, then `overrides` ("optim.steps" -> 300), which win; None is unset.
 
     Raises ConfigError naming each field that is wrong, its value and what would be right.
     """
-    values = _read_yaml(path) if path else {}
+    return read_schema(TrainConfig, path, overrides)
+
+
+def read_schema(
+    schema: type[Schema],
+    path: Path | None,
+    overrides: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> Schema:
+    """The same for any kind of run; `defaults` are what the file and `overrides` win over, and a
+    data.split among them gives way to a data.eval too."""
+    given = _read_yaml(path) if path else {}
     for dotted, value in overrides.items():
         if value is not None:
-            _put(values, dotted.split("."), value)
+            _put(given, dotted.split("."), value)
+    values: dict[str, Any] = {}
+    for dotted, value in (defaults or {}).items():
+        _put(values, dotted.split("."), value)
+    data = given.get("data")
+    if isinstance(data, dict) and data.get("eval") is not None:
+        values.get("data", {}).pop("split", None)
+    _merge(values, given)
     if isinstance(values.get("method"), dict):
         values["method"].setdefault("kind", "lora")
     try:
-        config = TrainConfig.model_validate(values)
+        config = schema.model_validate(values)
     except ValidationError as error:
         raise _wrong(error) from None
     wanted = [f for f in ("every", "patience") if getattr(config.eval, f) is not None]
@@ -362,6 +410,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}; a mapping is needed")
     return values
+
+
+def _merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        inner = values.get(key)
+        if isinstance(inner, dict) and isinstance(value, dict):
+            _merge(inner, value)
+        else:
+            values[key] = value
 
 
 def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -115,6 +115,11 @@ def world() -> World:
     return World(state.process_index, state.num_processes, sharded, state.device)
 
 
+def leads() -> bool:
+    """Is this the process that writes, or alone?"""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, of which this process may have a part. Every process has to ask."""
     full = getattr(tensor, "full_tensor", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,22 +25,31 @@ from training.terminal import bar, console, progress
 TEMPLATE_FILE = "chat_template.jinja"  # beside an adapter; `nibble adapters push` sends it along
 
 
-def run(config: TrainConfig, resume: bool = False, go_on: bool = False) -> Trained:
+def run(
+    config: TrainConfig,
+    resume: bool = False,
+    go_on: bool = False,
+    before: Callable[[Base, Prepared], None] = lambda base, found: None,
+) -> Trained:
     """Train as `config` says and save what came out in `config.out`.
 
     `resume` from its last checkpoint, which must be there; `go_on` from it where there is one.
+    `before` sees the base as it is loaded, in the process that writes.
     """
     here = world()
     console.quiet = not here.leads
     directory = RunDirectory(config.out, writes=here.leads)
     resume = resume or (go_on and directory.checkpoint.exists())
     state = directory.resume(config) if resume else None
-    base = load_for(config)
     if here.sharded:
         _check_sharding(config)
-        here.shard(base.model)
+    base = load_for(config)
     found = prepare(config.data, base.tokenizer)
     say_what_is_wrong(found)
+    if here.leads:
+        before(base, found)
+    if here.sharded:
+        here.shard(base.model)
     torch.manual_seed(config.seed)
     adapter = attach(base, config)
     if state is None:

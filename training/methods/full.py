@@ -17,7 +17,7 @@ from base.load import Base
 from base.mini import MINI
 from base.nf4 import NF4Linear
 from training.config import FullTuning, TrainConfig
-from training.distributed import part_of, whole
+from training.distributed import leads, part_of, whole
 from training.errors import MethodError
 from training.methods.method import Method
 
@@ -96,8 +96,12 @@ class FullWeights:
     def save(self, out: Path) -> None:
         """Write config, weights and the base's tokenizer, as transformers reads them.
 
-        A chat template that lies in `out` already stays: it is the run's own.
+        A chat template that lies in `out` already stays: it is the run's own. Of several processes
+        all have to ask, for each may have a part of the weights; the first one writes.
         """
+        tensors = self._tensors()
+        if not leads():
+            return
         out.mkdir(parents=True, exist_ok=True)
         for name in TAKEN_ALONG:
             given = self.source / name
@@ -109,7 +113,7 @@ class FullWeights:
         text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
         (out / "config.json").write_text(text, encoding="utf-8")
         written = out / f".{WEIGHTS}"
-        save_file(self._tensors(), written, metadata={"format": "pt"})
+        save_file(tensors, written, metadata={"format": "pt"})
         written.chmod(0o644)
         written.replace(out / WEIGHTS)
 
@@ -120,7 +124,9 @@ class FullWeights:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 stored = dtype if tensor.is_floating_point() else tensor.dtype
-                found[name] = whole(tensor.detach()).to("cpu", stored).contiguous()
+                full = whole(tensor.detach())
+                if leads():
+                    found[name] = full.to("cpu", stored).contiguous()
         return found
 
     def detach(self) -> None:

@@ -1,0 +1,126 @@
+"""`nibble base build full` and `nibble base build dapt`, which base/cli.py finds by entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from training.config import BuildConfig, assignments, read_schema
+from training.terminal import console, refusals
+
+full = typer.Typer(add_completion=False)
+dapt = typer.Typer(add_completion=False)
+
+FULL = {"method.kind": "full", "optim.learning_rate": 1e-4, "out": "new-base"}
+DAPT = {
+    **FULL,
+    "data.raw": True,
+    "data.packing": True,
+    "data.deduplicate": True,
+    "data.split": 0.05,
+}
+
+Config = Annotated[Path | None, typer.Argument(help="YAML; flags win over it.")]
+Base = Annotated[
+    str | None, typer.Option("--base", help="mini, a directory, or a hub id.", show_default="mini")
+]
+Held = Annotated[Path | None, typer.Option("--eval", help="The same, held out.")]
+Rate = Annotated[float | None, typer.Option("--lr", show_default="0.0001")]
+Out = Annotated[Path | None, typer.Option(help="Where the base goes.", show_default="new-base")]
+General = Annotated[
+    Path | None, typer.Option(help="Text that the base knew: the loss on it shows forgetting.")
+]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--task", help="name=file of questions and right answers.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any field of the schema: --set data.max_length=256."),
+]
+Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint.")]
+
+
+@full.command()
+def build_full(
+    config: Config = None,
+    base: Base = None,
+    data: Annotated[Path | None, typer.Option(help="As for nibble train run.")] = None,
+    eval_data: Held = None,
+    learning_rate: Rate = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    out: Out = None,
+    general: General = None,
+    task: Tasks = None,
+    settings: Settings = None,
+    resume: Resume = False,
+) -> None:
+    """Train every weight of a base in floating point: a new base, and a table before and after.
+
+    Ctrl-C ends after the running step and leaves a base that is served, and a checkpoint.
+    """
+    _build(locals(), FULL)
+
+
+@dapt.command()
+def build_dapt(
+    config: Config = None,
+    base: Base = None,
+    data: Annotated[
+        Path | None, typer.Option(help=".txt, .md, .jsonl, or a folder of them.")
+    ] = None,
+    eval_data: Held = None,
+    learning_rate: Rate = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    out: Out = None,
+    general: General = None,
+    task: Tasks = None,
+    settings: Settings = None,
+    resume: Resume = False,
+) -> None:
+    """Go on with the pretraining of a base on raw text of a domain; every token bears loss.
+
+    Documents share rows and do not see each other; 5 % of the text is held out unless --eval or
+    data.split says otherwise. Ctrl-C leaves a base that is served, and a checkpoint.
+    """
+    _build(locals(), DAPT)
+
+
+_FLAGS = {
+    "base": "base",
+    "data": "data.train",
+    "eval_data": "data.eval",
+    "learning_rate": "optim.learning_rate",
+    "steps": "optim.steps",
+    "batch_size": "optim.batch_size",
+    "seed": "seed",
+    "out": "out",
+    "general": "measure.general",
+}
+
+
+def _build(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    with refusals():
+        wanted = {field: given[flag] for flag, field in _FLAGS.items()}
+        files = assignments(given["task"] or [])
+        wanted |= {f"measure.tasks.{name}": file for name, file in files.items()}
+        wanted |= assignments(given["settings"] or [])
+        found = read_schema(BuildConfig, given["config"], wanted, defaults)
+        from training.base_build import build, lines
+
+        done, table = build(found, given["resume"])
+    if table:
+        shown = Table(found.out.name, "before", "after", "after, over NF4")
+        for line in lines(table):
+            shown.add_row(*line)
+        console.print(shown)
+        console.print(f"serve it: nibble serve --base {found.out}")
+    if done.ended == "asked":
+        raise typer.Exit(130)
