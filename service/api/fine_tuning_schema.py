@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from service.api.wire import MAX_SEED, Incoming, Outgoing
 from service.errors import InvalidRequest
@@ -13,7 +13,6 @@ from service.jobs.job import Job, Status
 from service.jobs.order import MAX_EPOCHS, MOST, FileStamp, Order, allowed, method_kind
 
 MAX_METADATA = 16
-Auto = Literal["auto"]
 Epochs = Annotated[int, Field(ge=1, le=MAX_EPOCHS)]
 BatchSize = Annotated[int, Field(ge=1, le=MOST["optim.batch_size"])]
 Multiplier = Annotated[float, Field(gt=0, le=1000)]
@@ -23,11 +22,18 @@ FileId = Annotated[str, Field(min_length=1, max_length=80)]
 
 
 class Hyperparameters(Incoming):
-    """OpenAI's; auto is the schema's own default."""
+    """OpenAI's; "auto" is the schema's own default, as if it were left out."""
 
-    n_epochs: Auto | Epochs = "auto"
-    batch_size: Auto | BatchSize = "auto"
-    learning_rate_multiplier: Auto | Multiplier = "auto"
+    n_epochs: Epochs | None = None
+    batch_size: BatchSize | None = None
+    learning_rate_multiplier: Multiplier | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_auto(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if value != "auto"}
+        return data
 
 
 class JobBody(Incoming):
@@ -230,15 +236,16 @@ def _method(given: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], dict[
     hyper = {key: value for key, value in fields.items() if key in known}
     try:
         checked = Hyperparameters.model_validate(hyper)
-    except ValueError as error:
-        detail = error.errors()[0] if hasattr(error, "errors") else {"loc": ("",), "msg": error}
+    except ValidationError as error:
+        detail = error.errors()[0]
         name = f"{where}.hyperparameters.{detail['loc'][0]}"
-        raise InvalidRequest(f"{name}: {detail['msg']}", name) from None
+        got = str(detail["input"])[:40]
+        raise InvalidRequest(f"{name}: {detail['msg']} (got {got!r})", name) from None
     return kind, _given(checked), {k: v for k, v in fields.items() if k not in known}
 
 
 def _given(hyper: Hyperparameters) -> dict[str, Any]:
-    return {key: value for key, value in hyper.model_dump().items() if value != "auto"}
+    return hyper.model_dump(exclude_none=True)
 
 
 def hyperparameters_of(job: Job) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def settings(
         served_names="dummy,tgi,mini",
         max_upload_bytes=4 << 20,
         max_body_bytes=256 << 10,
+        max_file_bytes=1 << 20,
     )
 
 
