@@ -21,6 +21,7 @@ OWN = {
     "serve": ("service.commands.serve:app", "Serve one base and its adapters over HTTP."),
     "generate": ("service.commands.generate:app", "Ask a running server for a text."),
     "adapters": ("service.commands.adapters:app", "Push, list, show and remove adapters."),
+    "jobs": ("service.commands.jobs:app", "Train on a running server, and follow it."),
     "config": ("service.commands.config:app", "Print the effective configuration."),
     "conformance": (
         "service.commands.conformance:app",

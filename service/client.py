@@ -16,6 +16,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER_HUB_NAME = "adapter.safetensors"  # what AdapterHub calls the same file
 TEMPLATE_NAME = "chat_template.jinja"
+JOBS = "/v1/fine_tuning/jobs"
 TOKENIZER_NAME = "tokenizer.json"
 
 
@@ -95,6 +96,53 @@ class Client:
                 if "error" in event:
                     raise ServerRefused(0, _message(event), event)
                 yield event
+
+    def upload_file(self, path: Path) -> dict[str, Any]:
+        """POST /v1/files: a file to train with, streamed from the disk."""
+        with path.open("rb") as file:
+            found: dict[str, Any] = self._call(
+                "POST",
+                "/v1/files",
+                data={"purpose": "fine-tune"},
+                files={"file": (path.name, file, "application/octet-stream")},
+            )
+        return found
+
+    def create_job(self, body: dict[str, Any]) -> dict[str, Any]:
+        """POST /v1/fine_tuning/jobs; with `dry_run` its plan."""
+        found: dict[str, Any] = self._call("POST", JOBS, json=body)
+        return found
+
+    def jobs(self, limit: int) -> list[dict[str, Any]]:
+        """The newest first."""
+        found: list[dict[str, Any]] = self._call("GET", JOBS, params={"limit": limit})["data"]
+        return found
+
+    def job(self, job_id: str, ask: str = "") -> dict[str, Any]:
+        """One job; `ask` cancel, pause or resume, what it then is."""
+        path = f"{JOBS}/{quote(job_id, safe='')}"
+        found: dict[str, Any] = (
+            self._call("POST", f"{path}/{ask}") if ask else self._call("GET", path)
+        )
+        return found
+
+    def job_events(self, job_id: str, limit: int) -> list[dict[str, Any]]:
+        """The last events of a job, oldest first."""
+        path = f"{JOBS}/{quote(job_id, safe='')}/events"
+        found: list[dict[str, Any]] = self._call("GET", path, params={"limit": limit})["data"]
+        return found[::-1]
+
+    def follow_job(self, job_id: str) -> Iterator[dict[str, Any]]:
+        """Every event of a job, as it happens, until it ends."""
+        path = f"{JOBS}/{quote(job_id, safe='')}/events"
+        with (
+            self._reaching(),
+            self._http.stream("GET", path, params={"stream": "true"}) as response,
+        ):
+            if response.is_error:
+                response.read()
+                raise _refusal(response)
+            yield from _events(response.iter_lines())
 
     def info(self) -> dict[str, Any]:
         found: dict[str, Any] = self._call("GET", "/info")
@@ -222,5 +270,6 @@ def _refusal(response: httpx.Response) -> ServerRefused:
 
 
 def _message(body: Any) -> str:
-    """The text of the envelope `{"error": text, "error_type": …}`."""
-    return str(body.get("error", "")) if isinstance(body, dict) else ""
+    """The text of the envelope `{"error": text, "error_type": …}`, or of OpenAI's."""
+    said = body.get("error", "") if isinstance(body, dict) else ""
+    return str(said.get("message", "")) if isinstance(said, dict) else str(said)
