@@ -15,6 +15,7 @@ ALL_LINEAR = "all-linear"
 Column = Literal[
     "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text"
 ]
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 
 
 class _Frozen(BaseModel):
@@ -289,6 +290,11 @@ class TrainConfig(_Frozen):
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     budget: BudgetConfig = BudgetConfig()
+    logs: tuple[TrackerName, ...] | None = Field(
+        default=None,
+        description="beside run/log.jsonl: tensorboard, mlflow, wandb; without it, tensorboard "
+        "where it is installed. Nothing is sent to another machine unless their variables say so",
+    )
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
     seed: int = Field(default=0, ge=0)
     out: Path = Path("adapter")

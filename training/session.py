@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from training.methods import METHODS, attach
 from training.recipe import Step, Trained, train
 from training.run_directory import RunDirectory
 from training.terminal import bar, console, progress
+from training.trackers import asked_for, tracked
 
 TEMPLATE_FILE = "chat_template.jinja"  # beside an adapter; `nibble adapters push` sends it along
 
@@ -39,6 +41,7 @@ def run(
     here = world()
     console.quiet = not here.leads
     directory = RunDirectory(config.out, writes=here.leads)
+    asked_for(config)
     resume = resume or (go_on and directory.checkpoint.exists())
     state = directory.resume(config) if resume else None
     if here.sharded:
@@ -54,19 +57,26 @@ def run(
     adapter = attach(base, config)
     if state is None:
         directory.begin(config)
+    started_at = 0 if state is None else state["progress"]["step"]
     directory.happened(
         "started",
-        step=0 if state is None else state["progress"]["step"],
+        step=started_at,
         steps=config.optim.steps,
         examples=len(found.train),
         held_out=len(found.held_out),
     )
-    with progress(here.leads) as shown, interrupts(once=here.size == 1) as asked:
+    with (
+        tracked(config, directory.path, started_at) if here.leads else nullcontext() as track,
+        progress(here.leads) as shown,
+        interrupts(once=here.size == 1) as asked,
+    ):
         show = bar(shown, "train", config)
 
         def report(step: Step) -> None:
             directory.note(step)
             show(step)
+            if track is not None:
+                track(step)
 
         def keep(state: dict[str, Any]) -> None:
             directory.keep(config, state)
