@@ -139,6 +139,8 @@ def why_not(manifest: AdapterManifest) -> str:
             "it has a vocabulary of its own, and a token that one part knows and another does not "
             "has no sum; name it alone"
         )
+    if manifest.invocation:
+        return "it is activated by tokens of the prompt, and a sum holds everywhere; name it alone"
     if config.get("use_dora"):
         return (
             "DoRA scales the rows of W + BA to a norm of its own, so a sum of two is not what "

@@ -34,6 +34,7 @@ from adapters.errors import InvalidAdapter
 from adapters.limits import Limits
 from adapters.safetensors_header import parse_json_object
 
+MAX_INVOCATION = 1024
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # How A and B begin does not matter once they are trained, as long as W itself was left alone.
@@ -54,8 +55,6 @@ HARMLESS = {
 REFUSED = {
     "layer_replication": "a stack of repeated layers is another base",
     "megatron_config": "Megatron's parallel layers are not served",
-    "alora_invocation_tokens": "an activated LoRA leaves the tokens before its invocation to the "
-    "base, and here a sequence has one adapter from its first token on",
     "target_parameters": "LoRA on bare parameters is not served; use target_modules",
     "use_qalora": "QALoRA is not served",
     "monteclora_config": "MonteCLoRA samples its weights and is not served",
@@ -85,9 +84,12 @@ class LoraFields:
     lora_bias: bool
     ensure_weight_tying: bool
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]]
+    invocation: tuple[int, ...] = ()  # an activated LoRA's
 
     @property
     def kind(self) -> str:
+        if self.invocation:
+            return "alora"
         return "dora" if self.use_dora else "rslora" if self.use_rslora else "lora"
 
 
@@ -136,10 +138,41 @@ def lora_fields(config: Mapping[str, Any], limits: Limits) -> LoraFields:
         lora_bias=bool(config.get("lora_bias")),
         ensure_weight_tying=chosen.ensure_weight_tying,
         trainable_token_indices=config.get("trainable_token_indices") or (),
+        invocation=tuple(config.get("alora_invocation_tokens") or ()),
     )
     if fields.lora_bias and fields.use_dora:
         raise InvalidAdapter("cannot be combined with use_dora", "lora_bias")
+    if fields.invocation:
+        _check_activated(fields)
     return fields
+
+
+def _check_activated(fields: LoraFields) -> None:
+    """An activated LoRA is nothing but factors: all else would hold before its invocation too."""
+    for name, other in (
+        ("use_dora", fields.use_dora),
+        ("modules_to_save", fields.modules_to_save),
+        ("trainable_token_indices", fields.trainable_token_indices),
+        ("bias", fields.bias != "none"),
+    ):
+        if other:
+            raise InvalidAdapter(
+                "beside alora_invocation_tokens: before its invocation the base's weights hold, "
+                "and this would change those",
+                name,
+            )
+
+
+def invocation(name: str, value: Any) -> None:
+    """The tokens from whose last place in the prompt on an activated LoRA adds something."""
+    if value is None:
+        return
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_INVOCATION:
+        found = f"{len(value)} tokens" if isinstance(value, list) else str(value)[:80]
+        raise InvalidAdapter(f"{found}, expected a list of 1 to {MAX_INVOCATION} token ids", name)
+    for token in value:
+        if type(token) is not int or token < 0:
+            raise InvalidAdapter(f"{str(token)[:80]}, expected token ids from 0", name)
 
 
 # One rule per field ---------------------------------------------------------------------------
@@ -179,5 +212,6 @@ RULES: Mapping[str, Rule] = {
     "lora_bias": flag,
     "ensure_weight_tying": flag,
     "trainable_token_indices": token_indices,
+    "alora_invocation_tokens": invocation,
     "init_lora_weights": init,
 }

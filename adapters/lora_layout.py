@@ -62,6 +62,8 @@ def match_lora(
     wrong = next((path for path in targets if path in spec.norms), None)
     if wrong:
         raise InvalidAdapter(f"{wrong} is a norm: LoRA wants linears", "target_modules")
+    if fields.invocation:
+        _check_activated(fields, targets, saved, spec)
     ranks = {path: (matching(fields.rank_pattern, path) or [fields.r])[0] for path in targets}
     alphas = {path: alpha_of(fields.alpha_pattern, fields.alpha, path) for path in targets}
     for path, rank in ranks.items():
@@ -75,6 +77,22 @@ def match_lora(
     }
     found = consume(tensors, promised, spec, targets, optional_rows(rows, spec, ROWS_LEAF))
     return LoraLayout(found, ranks, alphas, tuple(sorted(saved)), rows)
+
+
+def _check_activated(
+    fields: LoraFields, targets: list[str], saved: set[str], spec: BaseSpec
+) -> None:
+    where = "alora_invocation_tokens"
+    other = next((path for path in [*targets, *sorted(saved)] if path not in spec.linears), None)
+    if other or saved:
+        raise InvalidAdapter(
+            f"an activated LoRA adapts linears alone, and {other or min(saved)} would differ "
+            "before its invocation too",
+            where,
+        )
+    beyond = next((t for t in fields.invocation if t >= spec.vocab_size), None)
+    if beyond is not None:
+        raise InvalidAdapter(f"token {beyond}: this base knows {spec.vocab_size}", where)
 
 
 def _token_rows(fields: LoraFields, spec: BaseSpec, others: set[str]) -> TokenRows:
@@ -111,6 +129,7 @@ def canonical_config(fields: LoraFields, layout: LoraLayout) -> dict[str, Any]:
         "lora_bias": fields.lora_bias,
         # Only where there are some: the digests of all other adapters stay what they were.
         **({"trainable_token_indices": rows} if rows else {}),
+        **({"alora_invocation_tokens": list(fields.invocation)} if fields.invocation else {}),
     }
 
 

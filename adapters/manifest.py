@@ -45,6 +45,11 @@ class AdapterManifest:
         """Tokens that stand before every prompt and take room in the context."""
         return int(self.config.get("num_virtual_tokens") or 0)
 
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens that activate it; none: it holds from the first token on."""
+        return tuple(self.config.get("alora_invocation_tokens") or ())
+
     def to_json(self) -> str:
         return canonical_json(dataclasses.asdict(self))
 

@@ -60,6 +60,7 @@ Family = Callable[[Mapping[str, Any], AdapterCheckpoint, Base], dict[str, Any]]
 
 FAMILIES: Mapping[str, Family] = {
     "lora": lower_lora,
+    "alora": lower_lora,
     "rslora": lower_lora,
     "dora": lower_lora,
     "adalora": lower_adalora,
@@ -127,6 +128,9 @@ def lower(
     virtual = PREFIXES.get(manifest.kind)
     if virtual and placement == "merged":
         raise InvalidAdapter("a prefix has nothing to merge; expected 'unmerged'", "placement")
+    if manifest.invocation and placement == "merged":
+        reason = "an activated LoRA holds for a part of a sequence; expected 'unmerged'"
+        raise InvalidAdapter(reason, "placement")
     root = UNWRAPPED if virtual else WRAPPED
     with AdapterCheckpoint(weights, base.device, root) as checkpoint:
         own = resized_base(base, manifest.vocabulary, checkpoint) if manifest.vocabulary else base

@@ -54,13 +54,15 @@ def saved(live: Live, base: Path, home: Path, kind: str, number: int) -> Subject
     prompt = torch.randint(6, vocabulary, (3 + number * 5 % 17,), generator=generator)
     if RECIPES[kind].new_tokens:
         prompt[1] = vocabulary - 1
+    if manifest.invocation:
+        prompt = torch.cat([prompt[:3], torch.tensor(manifest.invocation), prompt[3:]])
     return Subject(kind, directory, base, manifest, tuple(prompt.tolist()))
 
 
 def run_mixed(subjects: Sequence[Subject], live: Live, steps: Steps) -> None:
     """Batches of 16 rows of different kinds, until each kind has been in one. One row is the
     base's; where there are fewer kinds than rows, some come again with another prompt."""
-    plain = Asked(subjects[0].prompt, None)
+    plain = of_base(subjects[0].prompt, live)
     for start in range(0, len(subjects), ROWS - 1):
         own = list(subjects[start : start + ROWS - 1])
         for subject in subjects:  # who is still on the way to memory would join too late
@@ -71,6 +73,12 @@ def run_mixed(subjects: Sequence[Subject], live: Live, steps: Steps) -> None:
         assert steps.widest == ROWS, f"{steps.widest} of {ROWS} rows ran together"
         for subject, answer in zip(own, answers, strict=False):
             subject.mixed = answer
+
+
+def of_base(prompt: Sequence[int], live: Live) -> Asked:
+    """The prompt without an adapter; new tokens of one are others there."""
+    vocabulary = live.serving.spec.vocab_size
+    return Asked(tuple(token % vocabulary for token in prompt), None)
 
 
 def isolation(subject: Subject, live: Live, steps: Steps) -> dict[str, Cell]:
@@ -122,6 +130,8 @@ def merged(subject: Subject, live: Live, steps: Steps) -> Cell:
     assert subject.mixed is not None
     if subject.manifest.virtual_tokens:
         return Cell.nothing("virtual tokens have no weights to merge")
+    if subject.manifest.invocation:
+        return Cell.nothing("it holds for a part of a sequence, which no merged weight does")
     own = replace(subject.ref, placement="merged", merged_dtype="float32")
     cell = _compared(steps.alone(Asked(subject.prompt, own), TOKENS), subject.mixed)
     half = replace(own, merged_dtype="bfloat16")

@@ -21,6 +21,8 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 ALL_LINEARS = ATTENTION + FEED_FORWARD
 
+INVOCATION = (7, 9)  # tokens that activate an aLoRA
+
 Targets = Sequence[str] | str
 
 
@@ -52,6 +54,7 @@ RECIPES: Mapping[str, Recipe] = {
     "lora": _lora(),
     "rslora": _lora(use_rslora=True),
     "dora": _lora(use_dora=True),
+    "alora": _lora(alora_invocation_tokens=list(INVOCATION)),
     "adalora": Recipe(lambda r, a, t: {"init_r": r, "lora_alpha": a, "total_step": 10}),
     "loha": Recipe(lambda r, a, t: {"r": r, "alpha": a}),
     "vera": Recipe(lambda r, a, t: {"r": r}),

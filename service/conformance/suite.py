@@ -15,7 +15,7 @@ from service.conformance.cost import flops_of, flops_of_base, method_of
 from service.conformance.live import Live, live
 from service.conformance.recipes import RECIPES
 from service.conformance.result import Cell, Cost, Row
-from service.conformance.steps import Asked, Steps
+from service.conformance.steps import Steps
 from service.conformance.tiny import make_base
 from service.errors import ServiceError
 
@@ -119,7 +119,7 @@ class _OnBase:
         """Base and adapter take turns, and the cheapest step of each counts: others use the CPU
         too."""
         own = [replace(subject.asked, prompt=(*subject.prompt, 7 + i)) for i in range(_TIMED_ROWS)]
-        plain = [Asked(one.prompt, None) for one in own]
+        plain = [checks.of_base(one.prompt, self.live) for one in own]
         best = [float("inf")] * 2
         for _ in range(3):
             for i, batch in enumerate((plain, own)):

@@ -517,7 +517,8 @@ class Engine:
         """What the prefix cache is keyed by beside the tokens, so that no block is ever shared
         between tenants, adapters or placements."""
         key = request.adapter.key if request.adapter else ()
-        parts = (request.tenant, self.base.spec.fingerprint, *key)
+        where = (str(request.active_from),) if request.active_from else ()
+        parts = (request.tenant, self.base.spec.fingerprint, *key, *where)
         return b"".join(len(p.encode()).to_bytes(4, "little") + p.encode() for p in parts)
 
     def _cancel(self, ids: Iterable[int]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 
 import torch
 
@@ -15,6 +16,7 @@ from service.engine.attention import KVCache
 from service.engine.batch import Batch
 from service.engine.prefix import Fill
 from service.engine.request import AdapterKey
+from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 
 Resident = Mapping[AdapterKey, LoweredAdapter]
@@ -59,9 +61,13 @@ class ModelRunner:
         """
         owners = [_owner(chunk.sequence, adapters) for chunk in batch.chunks]
         self._operator.segments = Segments.of(
-            (chunk.count, owner) for chunk, owner in zip(batch.chunks, owners, strict=True)
+            part
+            for chunk, owner in zip(batch.chunks, owners, strict=True)
+            for part in _parts(chunk, owner)
         )
-        self._operator.logit_segments = Segments.of((1, owners[i]) for i in batch.logit_chunks)
+        self._operator.logit_segments = Segments.of(
+            (1, owner) for owner in _logit_owners(batch, owners)
+        )
         with attention.step(batch, cache or self.cache) as step:
             logits = self._forward(batch)
         if len(step.layers) != self.base.spec.num_layers:
@@ -92,6 +98,28 @@ class ModelRunner:
     def forget(self, digest: str) -> None:
         """Nothing of this adapter is needed any more: drop the plans that hold its tensors."""
         self._operator.forget(digest)
+
+
+def _parts(
+    chunk: Chunk, owner: LoweredAdapter | None
+) -> Iterator[tuple[int, LoweredAdapter | None]]:
+    """Tokens of a chunk before the sequence's adapter is active, and those after."""
+    before = min(max(chunk.sequence.active_from - chunk.start, 0), chunk.count)
+    yield before, None
+    yield chunk.count - before, owner
+
+
+def _logit_owners(batch: Batch, owners: Seq[LoweredAdapter | None]) -> list[LoweredAdapter | None]:
+    """Whose each row of logits is."""
+    found = [owners[i] for i in batch.logit_chunks]
+    if not any(chunk.sequence.active_from for chunk in batch.chunks):
+        return found
+    starts, places = batch.query_start.tolist(), batch.logit_rows.tolist()
+    for row, (place, i) in enumerate(zip(places, batch.logit_chunks, strict=True)):
+        chunk = batch.chunks[i]
+        if chunk.start + place - starts[i] < chunk.sequence.active_from:
+            found[row] = None
+    return found
 
 
 def _owner(sequence: Sequence, adapters: Resident) -> LoweredAdapter | None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from service.engine.guide import Guide
     from service.engine.vocabulary import Vocabulary
 
+NEVER = 1 << 62  # a place that no sequence reaches
+
 FinishReason = Literal["eos_token", "length", "stop_sequence", "cancelled", "error"]
 
 
@@ -61,6 +63,7 @@ class AdapterRef:
     parts: tuple[tuple[str, float], ...] = ()  # of a sum: the digest and weight of each part
     virtual_tokens: int = 0  # that stand before every prompt
     vocabulary: int = 0  # tokens that it knows; 0: the base's
+    invocation: tuple[int, ...] = ()  # tokens that activate it; none: it is from the start
 
     @classmethod
     def of(cls, manifest: AdapterManifest) -> AdapterRef:
@@ -72,6 +75,7 @@ class AdapterRef:
             manifest.merged_dtype,
             virtual_tokens=manifest.virtual_tokens,
             vocabulary=manifest.vocabulary,
+            invocation=manifest.invocation,
         )
 
     @property
@@ -93,6 +97,18 @@ class Request:
     prompt_logprobs: bool = False  # with `sampling.top_logprobs` alternatives each
     pooled: bool = False  # reply the last token's hidden state
     vocabulary: Vocabulary | None = None  # of an adapter with a tokenizer of its own
+
+    @property
+    def active_from(self) -> int:
+        """The first token that its adapter sees: where its invocation stands last in the prompt
+        (aLoRA: Greenewald et al. 2025, arXiv 2504.12397). What comes before is the base's."""
+        wanted = self.adapter.invocation if self.adapter else ()
+        if not wanted:
+            return 0
+        for start in range(len(self.prompt) - len(wanted), -1, -1):
+            if self.prompt[start : start + len(wanted)] == wanted:
+                return start
+        return NEVER
 
 
 @dataclass(frozen=True, slots=True)

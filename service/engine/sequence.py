@@ -48,6 +48,10 @@ class Sequence:
     holds_adapter: bool = False
     walk: Walk | None = None  # through the grammar that its output must follow
     skipped: int = 0  # schedules that asked for its adapter in vain
+    active_from: int = field(init=False)  # tokens before this one are the base's
+
+    def __post_init__(self) -> None:
+        self.active_from = self.request.active_from
 
     @property
     def adapter(self) -> AdapterRef | None:
