@@ -62,11 +62,10 @@ def resampled_means(table: Floats, *, resamples: int, seed: int) -> Floats:
     """[resamples] means of scores [runs, items]; the same seed and shape draw the same items."""
     chance = np.random.default_rng(seed)
     runs, items = table.shape
-    means = np.empty(resamples)
-    for index in range(resamples):
-        rows = chance.integers(runs, size=runs)
-        columns = chance.integers(items, size=items)
-        means[index] = table[rows][:, columns].mean() if runs > 1 else table[0, columns].mean()
+    drawn = chance.multinomial(runs, np.full(runs, 1 / runs), size=resamples) / runs
+    each = drawn @ table  # [resamples, items]: the drawn runs' mean of each item
+    columns = chance.integers(items, size=(resamples, items))
+    means: Floats = np.take_along_axis(each, columns, axis=1).mean(axis=1)
     return means
 
 

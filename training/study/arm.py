@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import torch
 
-from base.load import Base, load_base
+from base.load import Base, load_base, load_float
 from base.mini import MINI
 from training import checkpoint
 from training.config import DataConfig, OptimConfig, TrainConfig
 from training.data import Example, examples, read_rows
 from training.errors import MethodError
 from training.evaluation.likelihood import Likelihood, choose, likelihoods
-from training.methods import Attached, attach
+from training.methods import Attached, attach, full
 from training.methods.files import WEIGHTS
 from training.recipe import Step, train
 from training.study.config import Reference, StudyConfig, TaskConfig
@@ -77,8 +77,8 @@ class Place:
 def run_arm(study: StudyConfig, place: Place, arm: Arm) -> dict[str, Any]:
     """Run the arm in this process. What it returns is JSON."""
     torch.set_num_threads(study.threads)
-    base = load_base(MINI if study.base == "mini" else study.base, dtype="auto", device="auto")
     task = study.task(arm.task)
+    base = _base(study, place, arm)
     work = _Work(study, place, arm, base, task, Material.read(place.material(arm.task)))
     started = time.perf_counter()
     found: dict[str, Any] = {
@@ -97,6 +97,21 @@ def run_arm(study: StudyConfig, place: Place, arm: Arm) -> dict[str, Any]:
         "started_bytes": work.started_bytes,
         "peak_bytes": found.get("peak_bytes", peak_bytes(base)),
     }
+
+
+def _base(study: StudyConfig, place: Place, arm: Arm) -> Base:
+    """NF4, as it is served; for full fine-tuning in floating point, and what a trial made of it."""
+    source = MINI if study.base == "mini" else study.base
+    if arm.kind == "reference" or not is_full(study, arm):
+        return load_base(source, dtype="auto", device="auto")
+    kept = place.adapter(arm.task, arm.name, arm.learning_rate, arm.seed)
+    trained = arm.kind == "final" and place.result(replace(arm, kind="trial").id).is_file()
+    return load_float(kept if trained else source, device="auto")
+
+
+def is_full(study: StudyConfig, arm: Arm) -> bool:
+    """Does the arm make a new base rather than an adapter?"""
+    return arm.kind != "reference" and study.arm(arm.name).method.kind == "full"
 
 
 class _Work:
@@ -131,8 +146,9 @@ class _Work:
     def final(self) -> dict[str, Any]:
         """The chosen rate on the test items; the trial of the same seed has trained it already."""
         trial = self.place.result(replace(self.arm, kind="trial").id)
+        adapter: Attached | None
         if trial.is_file():
-            adapter, trained = checkpoint.load(self._folder, self.base), of_training(trial)
+            adapter, trained = self._kept(), of_training(trial)
         else:
             adapter, trained = self._train(self._rows(self.material.train))
             trained["validation_nats"] = self._validation(adapter)
@@ -177,6 +193,11 @@ class _Work:
             found[other.name] = work.scores(work.material.test[:OTHERS], adapter)
         return {"others": found}
 
+    def _kept(self) -> Attached | None:
+        """The adapter that was trained; of full fine-tuning the base itself is (`_base`)."""
+        whole = is_full(self.study, self.arm)
+        return None if whole else checkpoint.load(self._folder, self.base)
+
     @property
     def _folder(self) -> Path:
         arm = self.arm
@@ -184,6 +205,10 @@ class _Work:
             arm.name if arm.kind in ("trial", "final", "other_task") else f"{arm.name}.{arm.kind}"
         )
         return self.place.adapter(arm.task, name, arm.learning_rate, arm.seed)
+
+    @property
+    def _weights(self) -> str:
+        return full.WEIGHTS if is_full(self.study, self.arm) else WEIGHTS
 
     @property
     def _config(self) -> TrainConfig:
@@ -196,7 +221,7 @@ class _Work:
             method=self.study.arm(self.arm.name).method,
             optim=OptimConfig(
                 learning_rate=self.arm.learning_rate or 1e-3,
-                batch_size=self.study.batch_size,
+                batch_size=self.task.batch_size or self.study.batch_size,
                 warmup=self.study.warmup,
             ),
             seed=self.arm.seed,
@@ -210,8 +235,8 @@ class _Work:
     def _train(self, data: Sequence[Example]) -> tuple[Attached, dict[str, Any]]:
         """As many steps as make the study's tokens on average: the same batches for each method."""
         mean = sum(len(example.tokens) for example in data) / len(data)
-        size = min(self.study.batch_size, len(data))
-        steps = max(1, round(self.study.tokens / (size * mean)))
+        size = min(self.task.batch_size or self.study.batch_size, len(data))
+        steps = max(1, round((self.task.tokens or self.study.tokens) / (size * mean)))
         config = self._config
         config = config.model_copy(
             update={"optim": config.optim.model_copy(update={"steps": steps})}
@@ -230,7 +255,7 @@ class _Work:
             "parameters": run.parameters,
             "loss": round(run.loss, 5),
             "curve": curve(seen),
-            "file_bytes": (config.out / WEIGHTS).stat().st_size,
+            "file_bytes": (config.out / self._weights).stat().st_size,
             "peak_bytes": peak,
         }
 

@@ -55,6 +55,8 @@ class TaskConfig(_Frozen):
     validation_items: int = Field(default=200, ge=1, le=10_000)
     test_items: int = Field(default=500, ge=1, le=100_000)
     max_length: int = Field(default=512, ge=2, le=1 << 20)
+    tokens: int | None = Field(default=None, ge=1, description="of this task, for every method")
+    batch_size: int | None = Field(default=None, ge=1, le=4096)
     shots: int = Field(default=6, ge=1, le=100, description="examples of the few-shot prompt")
     passages: int = Field(default=4, ge=1, le=100, description="that retrieval puts in a prompt")
 
@@ -84,11 +86,11 @@ class ArmConfig(_Frozen):
 
 
 class HypothesisConfig(_Frozen):
-    """Written down before: `method`'s lower bound is above `over` on at least `on` tasks."""
+    """Written down before: `method`'s lower bound is above `over` on `at_least` tasks."""
 
     method: str
     over: str
-    on: int = Field(ge=1)
+    at_least: int = Field(ge=1, description="tasks")
 
 
 class StudyConfig(_Frozen):
@@ -135,8 +137,10 @@ class StudyConfig(_Frozen):
             raise ValueError(f"hypothesis.method {said.method!r} is none of {sorted(methods)}")
         if said.over not in {*methods, *self.references}:
             raise ValueError(f"hypothesis.over {said.over!r} is no arm of this study")
-        if said.on > len(tasks):
-            raise ValueError(f"hypothesis.on is {said.on}, and there are {len(tasks)} tasks")
+        if said.at_least > len(tasks):
+            raise ValueError(
+                f"hypothesis.at_least is {said.at_least}, and there are {len(tasks)} tasks"
+            )
 
     def task(self, name: str) -> TaskConfig:
         return next(task for task in self.tasks if task.name == name)

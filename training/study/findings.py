@@ -370,4 +370,4 @@ def _verdict(study: StudyConfig, rows: Sequence[Row]) -> Verdict | None:
             won[task.name] = mine.quality.high < other.quality.value
         else:
             won[task.name] = mine.quality.low > other.quality.value
-    return Verdict(said.method, said.over, said.on, won)
+    return Verdict(said.method, said.over, said.at_least, won)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -100,7 +102,8 @@ def _check(place: Place, arm: Arm, exitcode: int | None) -> None:
 
 
 def _child(study_json: str, root: Path, arm: Arm) -> None:
-    """In the arm's own process."""
+    """In the arm's own process, which ends with the study's."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     place = Place(root)
     path = place.result(arm.id)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +119,13 @@ def _child(study_json: str, root: Path, arm: Arm) -> None:
     except Exception:
         broken.write_text(traceback.format_exc(), encoding="utf-8")
         raise
+
+
+def _end_with(parent: int) -> None:
+    """A study that was killed must not leave an arm behind, beside which it would start again."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def write_json(path: Path, value: Any) -> None:

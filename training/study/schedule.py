@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from training.study.arm import Arm
-from training.study.config import ArmConfig, StudyConfig, TaskConfig
+from training.study.config import ArmConfig, Reference, StudyConfig, TaskConfig
 
 Results = Mapping[str, Mapping[str, Any]]  # by the arm's id
 
@@ -19,16 +19,25 @@ def next_arm(study: StudyConfig, results: Results) -> Arm | None:
 def arms(study: StudyConfig, results: Results) -> Iterator[Arm]:
     """All arms that can be named now, in order.
 
-    The references, then each method in the study's order; a method's final arms are named once
-    its trials have chosen a rate. The controls follow the first method, which they are about.
+    What the hypothesis needs comes first, so that a study that is stopped early has still asked it:
+    its reference and the first method. Then the other references, the controls, which are about
+    the first method, and the methods in the study's order. A method's final arms are named once
+    its trials have chosen a rate.
     """
-    for task in study.tasks:
-        for reference in study.references:
-            yield Arm("reference", task.name, reference)
-    for index, method in enumerate(study.methods):
+    said = study.hypothesis
+    first = [name for name in study.references if said and name == said.over]
+    yield from _references(study, first)
+    yield from _of_method(study, study.methods[0], results)
+    yield from _references(study, [name for name in study.references if name not in first])
+    yield from _controls(study, study.methods[0], results)
+    for method in study.methods[1:]:
         yield from _of_method(study, method, results)
-        if index == 0:
-            yield from _controls(study, method, results)
+
+
+def _references(study: StudyConfig, names: Sequence[Reference]) -> Iterator[Arm]:
+    for name in names:
+        for task in study.tasks:
+            yield Arm("reference", task.name, name)
 
 
 def _of_method(study: StudyConfig, method: ArmConfig, results: Results) -> Iterator[Arm]:

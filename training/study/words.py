@@ -105,11 +105,16 @@ def verdict_line(findings: Findings) -> str:
 
 def budget_line(study: StudyConfig) -> str:
     rates = len(study.methods[0].learning_rates)
+    each = "; ".join(
+        f"{task.name} {task.tokens or study.tokens:,} tokens in batches of "
+        f"{task.batch_size or study.batch_size}"
+        for task in study.tasks
+    )
     return (
-        f"Each trained arm sees {study.tokens:,} tokens in batches of {study.batch_size}, the same "
-        f"batches for every method. Each method gets {rates} learning rates, tried with seed "
-        f"{study.seeds[0]} and chosen by the loss on validation items, never on test items; the "
-        f"chosen rate runs with the seeds {', '.join(map(str, study.seeds))}."
+        f"The budget of a trained arm: {each}; the same batches for every method. Each method gets "
+        f"{rates} learning rate{'s' if rates > 1 else ''}, tried with seed {study.seeds[0]} and "
+        "chosen by the loss on validation items, never on test items; the chosen rate runs with "
+        f"the seeds {', '.join(map(str, study.seeds))}."
     )
 
 

@@ -20,13 +20,20 @@ def closed(word: str) -> bool:
     return (ord(word[-1]) - 0xAC00) % 28 != 0
 
 
+ENDINGS = 60  # last syllables of each sort: every one is seen in training, in other words
+CLOSED = tuple(filter(closed, FREQUENT))[:ENDINGS]
+OPEN = tuple(syllable for syllable in FREQUENT if not closed(syllable))[:ENDINGS]
+
+
 def particle(word: str, pair: tuple[str, str]) -> str:
     """The form of the pair that follows the word."""
     return pair[0] if closed(word) else pair[1]
 
 
 def _make(chance: random.Random) -> Item:
-    word = "".join(chance.choices(FREQUENT, k=chance.randint(1, 3)))
+    """Both forms are as frequent, though two syllables in three end in a vowel."""
+    last = chance.choice(CLOSED if chance.random() < 0.5 else OPEN)
+    word = "".join(chance.choices(FREQUENT, k=chance.randint(0, 2))) + last
     pair = chance.choice(PAIRS)
     ending = "받침이 있습니다." if closed(word) else "받침이 없습니다."
     passage = f"{RULE.format(*pair)} {word}: {ending}"

@@ -107,8 +107,14 @@ def test_a_method_that_is_refused_does_not_stop_the_study() -> None:
             "as many learning rates",
         ),
         ({"tasks": [{"name": "chess", "metric": "accuracy"}]}, "task 'chess': one of cipher"),
-        ({"hypothesis": {"method": "dora", "over": "zero_shot", "on": 1}}, "'dora' is none of"),
-        ({"hypothesis": {"method": "lora", "over": "zero_shot", "on": 3}}, "there are 2 tasks"),
+        (
+            {"hypothesis": {"method": "dora", "over": "zero_shot", "at_least": 1}},
+            "'dora' is none of",
+        ),
+        (
+            {"hypothesis": {"method": "lora", "over": "zero_shot", "at_least": 3}},
+            "there are 2 tasks",
+        ),
         ({"seeds": [1, 1]}, "one is there twice"),
     ],
 )
