@@ -24,7 +24,7 @@ from training.data import Corpus, Example, Prepared, examples, prepare, read_row
 from training.evaluate import exact_match
 from training.recipe import Trained, mean_loss
 
-OF_MINI = mini.Size(context=20, tasks=40, texts=40)
+OF_MINI = mini.Size(context=10, tasks=20, texts=30)
 _LOSS, _EXACT = "loss, nats a token", "exact match"
 
 

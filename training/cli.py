@@ -98,9 +98,11 @@ def show_plan(
     from training import session
     from training.data import prepare
     from training.plan import described, figures, make_plan
+    from training.weights import refuse_too_large
 
     with refusals(as_json):
         found = read_config(config, {**_flags(locals()), **assignments(settings or [])})
+        refuse_too_large(found)
         model = session.load_for(found)
         prepared = prepare(found.data, model.tokenizer)
         torch.manual_seed(found.seed)
