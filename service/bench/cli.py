@@ -22,6 +22,8 @@ from base.kernels import bench as kernels
 from base.machine import Machine, inspect
 from base.mini import MINI
 from base.random_model import SHAPES, random_model
+from service.bench.beside import Setting, beside_table
+from service.bench.beside import measure as measure_beside
 from service.bench.compare import Figures, Options, compare
 from service.bench.performance import write_page
 from service.bench.report import memory_table, own_table, rates_table
@@ -161,6 +163,43 @@ def directory_of(model: str, cache: Path | None) -> Path:
     if not Path(model).is_dir():
         raise typer.BadParameter(f"--model {model}: a directory, mini or {', '.join(SHAPES)}")
     return Path(model)
+
+
+@app.command(name="beside-training")
+def beside_training(
+    model: Annotated[str, typer.Option(help="As above.")] = "mini",
+    rounds: Annotated[int, typer.Option(min=1, help="Of each sort, in turns.")] = 6,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Of each round.")] = 10.0,
+    clients: Annotated[int, typer.Option(min=1, help="That ask at once.")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA that is trained.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of its steps.")] = 8,
+    job_nice: Annotated[int | None, typer.Option(help="As of `nibble serve`.")] = None,
+    job_threads: Annotated[int | None, typer.Option(help="As of `nibble serve`.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where random models are kept.")] = None,
+) -> None:
+    """What a training job costs those who generate beside it: p50 and p95, with and without."""
+    given = {"--job-nice": job_nice, "--job-threads": job_threads}
+    setting = Setting(
+        model=directory_of(model, cache),
+        rounds=rounds,
+        seconds=seconds,
+        clients=clients,
+        new_tokens=new_tokens,
+        rank=rank,
+        batch_size=batch_size,
+        flags=[text for k, v in given.items() if v is not None for text in (k, str(v))],
+    )
+    with console.status("starting the server and the job") as status:
+        figures = measure_beside(
+            setting, lambda sort, number: status.update(f"round {number + 1}: {sort}")
+        )
+    console.print(beside_table(figures))
+    if json_path:
+        json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 @app.command()
