@@ -59,7 +59,7 @@ def test_kind(flags: dict[str, bool], kind: str) -> None:
         ("fan_in_fan_out", True),
         ("layer_replication", [[0, 4], [2, 5]]),
         ("megatron_config", {"a": 1}),
-        ("alora_invocation_tokens", [1, 2]),
+        ("alora_invocation_tokens", [1, -2]),
         ("target_parameters", ["experts.down_proj"]),
         ("use_qalora", True),
         ("monteclora_config", {"num_samples": 4}),

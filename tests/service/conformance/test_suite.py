@@ -57,14 +57,14 @@ def test_every_kind(base: str, tmp_path: Path) -> None:
 
 def test_a_refused_adapter_is_a_failed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others go on: the suite is for finding out what fails."""
-    broken = Recipe(lambda r, a, t: {"r": r, "alora_invocation_tokens": [1]}, peft_type="LORA")
+    broken = Recipe(lambda r, a, t: {"r": r, "init_lora_weights": "pissa"}, peft_type="LORA")
     monkeypatch.setattr(recipes, "RECIPES", {**RECIPES, "rslora": broken})
     options = Options(("qwen3",), ("ia3", "rslora"), timed=False, zero=False)
     one, two = run(options, tmp_path)
     assert (one.kind, one.failed) == ("ia3", [])
     assert (two.kind, two.failed) == ("rslora", ["round_trip"])
     assert "422" in two.cells["round_trip"].note
-    assert "alora_invocation_tokens" in two.cells["round_trip"].note
+    assert "init_lora_weights" in two.cells["round_trip"].note
 
 
 @pytest.fixture(scope="module")
