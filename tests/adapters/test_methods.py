@@ -28,7 +28,7 @@ def test_what_a_row_serves_is_checked() -> None:
 
 
 def test_what_is_checked_is_lowered() -> None:
-    assert {name.lower() for name in CHECKERS} | {"rslora", "dora"} == set(FAMILIES)
+    assert {name.lower() for name in CHECKERS} | {"rslora", "dora", "alora"} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("method", REFUSED_METHODS)
