@@ -96,7 +96,8 @@ def _whole(
         if rows <= own:
             return kept
         new = checkpoint.peek(f"{source}.{leaf}", own, rows)
-        return torch.cat([kept, new.to(kept.dtype)])
+        # Not in the dtype that the base is stored in: the new rows were never rounded to that.
+        return torch.cat([kept.to(base.dtype), new.to(base.dtype)])
     # In 8 bits: the file's own floats, where those are what the bits were made of.
     if leaf is not None:
         whole = checkpoint.peek(f"{source}.{leaf}", 0, rows)
