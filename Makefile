@@ -7,15 +7,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGES := base adapters service training
+CLIENTS := .venv-clients
 INSTALLED := $(VENV)/.stamp
 INSTALLED_DEV := $(VENV)/.stamp-dev
 ARGS ?=
 
-.PHONY: help serve install dev test test-all lint format bench samples clean
+.PHONY: help serve install dev test test-all clients lint format bench samples clean
 
 help:
 	@echo "make serve     install what is missing, then serve on http://127.0.0.1:8080"
 	@echo "make test      the tests but the slow ones      make test-all  all tests"
+	@echo "make clients   what others wrote, against our server (a part of test-all)"
 	@echo "make lint      ruff and mypy                    make format    let ruff rewrite"
 	@echo "make bench     measure on this machine          make samples   train the sample adapters"
 	@echo "make clean     remove the environment and everything that was built"
@@ -45,6 +47,21 @@ test: $(INSTALLED_DEV)
 
 test-all: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest $(ARGS)
+	$(MAKE) clients
+
+# An environment over the other one: some clients want older versions of what the project has.
+$(CLIENTS)/.stamp: $(INSTALLED_DEV) tests/clients/constraints.txt
+	$(BIN)/python -m venv --clear $(CLIENTS)
+	echo "$(abspath $(VENV))/lib/python$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')/site-packages" \
+	  > $$($(CLIENTS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/under.pth
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off \
+	  -c tests/clients/constraints.txt \
+	  $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['clients'])")
+	@touch $@
+
+clients: $(CLIENTS)/.stamp
+	$(CLIENTS)/bin/python -m pytest -o asyncio_default_fixture_loop_scope=function -W ignore \
+	  --timeout 1800 tests/clients $(ARGS)
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
@@ -62,6 +79,6 @@ samples: $(INSTALLED)
 	$(BIN)/nibble train samples $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f base/kernels/_native.*
 	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,12 +13,14 @@ from pydantic import Field
 
 from adapters.errors import AdapterNotFound, InvalidAdapter
 from adapters.manifest import AdapterManifest
+from service.api.adapters import delete_adapter
 from service.api.deps import DeskDep, Serving, ServingDep
 from service.api.openai.schema import MAX_MODEL
-from service.api.openai.served import base_names, not_found
+from service.api.openai.served import not_found
 from service.api.openai_errors import openai_refusals
 from service.api.wire import Outgoing
 from service.engine.request import AdapterRef
+from service.errors import InvalidRequest
 
 router = APIRouter(prefix="/v1/models", tags=["openai"])
 
@@ -42,6 +44,12 @@ class ModelList(Outgoing):
     data: list[ModelCard]
 
 
+class ModelDeleted(Outgoing):
+    id: str
+    object: Literal["model"]
+    deleted: bool
+
+
 @router.get("", responses={200: {"model": ModelList}, **openai_refusals(503)})
 async def listed(serving: ServingDep) -> JSONResponse:
     """The base first, then the newest version of each adapter by name."""
@@ -62,13 +70,31 @@ async def one(
     serving: ServingDep,
 ) -> JSONResponse:
     """One model: the base, or an adapter as `name`, `name@version` or `name@alias`."""
-    if model == serving.spec.id or model in base_names(desk):
+    if model == serving.spec.id or model in desk.settings.base_names:
         return JSONResponse(_base(serving, model))
     try:
         manifest = await asyncio.to_thread(serving.store.resolve, model)
     except (AdapterNotFound, InvalidAdapter) as error:
         raise not_found(model) from error
     return JSONResponse(_adapter(serving, model, manifest))
+
+
+@router.delete(
+    "/{model:path}", responses={200: {"model": ModelDeleted}, **openai_refusals(404, 422, 503)}
+)
+async def delete(
+    model: Annotated[str, Path(min_length=1, max_length=MAX_MODEL)],
+    desk: DeskDep,
+    serving: ServingDep,
+) -> JSONResponse:
+    """Delete an adapter, as DELETE /adapters/{name} does. The base stays."""
+    if model == serving.spec.id or model in desk.settings.base_names:
+        raise InvalidRequest("the base cannot be deleted; name an adapter", "model")
+    try:
+        await desk.slowly(delete_adapter, model, serving)
+    except (AdapterNotFound, InvalidAdapter) as error:
+        raise not_found(model) from error
+    return JSONResponse({"id": model, "object": "model", "deleted": True})
 
 
 def _base(serving: Serving, name: str) -> dict[str, Any]:

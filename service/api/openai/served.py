@@ -19,17 +19,12 @@ EMBEDDED = Names("input", "model")
 
 def terms_of(model: str, desk: Desk, serving: Serving) -> tuple[Term, ...]:
     """The adapters that `model` names; none for the base. Raises Refused 404."""
-    if model == serving.spec.id or model in base_names(desk):
+    if model == serving.spec.id or model in desk.settings.base_names:
         return ()
     try:
         return parse_terms(model)
     except InvalidAdapter as error:
         raise not_found(model) from error
-
-
-def base_names(desk: Desk) -> tuple[str, ...]:
-    """What else the base is called here: its setting, and the names that clients fill in."""
-    return desk.settings.base_names
 
 
 @contextmanager

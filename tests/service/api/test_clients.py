@@ -77,6 +77,18 @@ def test_stream_of_details(hub: InferenceClient) -> None:
     assert last.details.input_length > 0
 
 
+def test_chat_by_model(server: Running) -> None:
+    hub = InferenceClient(base_url=server.url)
+    asked = [{"role": "user", "content": PROMPT}]
+    base, other = (
+        hub.chat_completion(asked, model=model, max_tokens=6, temperature=0).choices[0].message
+        for model in (None, "lora")
+    )
+    assert base.content != other.content
+    pieces = hub.chat_completion(asked, model="lora", max_tokens=6, temperature=0, stream=True)
+    assert "".join(p.choices[0].delta.content or "" for p in pieces) == other.content
+
+
 def test_refusal_is_the_client_s_own_exception(hub: InferenceClient) -> None:
     with pytest.raises(ValidationError, match=r"temperature: should be .* 0.01.*got 0"):
         hub.text_generation(PROMPT, temperature=0.0)

@@ -69,6 +69,16 @@ def test_a_model_that_is_not_there(openai: OpenAI, model: str) -> None:
         openai.models.retrieve(model)
 
 
+def test_an_adapter_is_deleted_as_a_model(openai: OpenAI, client: httpx.Client) -> None:
+    body = {"parts": [{"adapter": "lora", "weight": 0.5}]}
+    assert client.post("/adapters/brief/compose", json=body).status_code == 201
+    assert openai.models.delete("brief").deleted
+    with pytest.raises(NotFoundError):
+        openai.models.delete("brief")
+    with pytest.raises(BadRequestError, match="the base cannot be deleted"):
+        openai.models.delete("tgi")
+
+
 def test_the_same_answer_as_the_other_skin(openai: OpenAI, client: httpx.Client) -> None:
     for model, adapter in (("tgi", None), ("lora", "lora"), ("lora@1", "lora@1")):
         given = {"adapter_id": adapter, "max_new_tokens": 8}
