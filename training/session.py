@@ -45,7 +45,7 @@ def run(
     resume = resume or (go_on and directory.checkpoint.exists())
     state = directory.resume(config) if resume else None
     if here.sharded:
-        _check_sharding(config)
+        check_sharding(config)
     base = load_for(config)
     found = prepare(config.data, base.tokenizer)
     say_what_is_wrong(found)
@@ -122,7 +122,7 @@ def load_for(config: TrainConfig) -> Base:
     return load(config.base)
 
 
-def _check_sharding(config: TrainConfig) -> None:
+def check_sharding(config: TrainConfig) -> None:
     """Raises ConfigError for a run whose weights cannot be cut among the processes."""
     if not METHODS[config.method.kind].makes_base:
         raise ConfigError(

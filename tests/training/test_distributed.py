@@ -22,8 +22,10 @@ from training.config import TrainConfig
 from training.data import Batches, Example
 from training.distributed import ALONE, World, world
 from training.errors import ConfigError
+from training.interrupts import interrupts
 from training.methods import attach
 from training.recipe import Run, Step, train
+from training.session import check_sharding
 from training.tree import read_tree, write_tree
 
 ROOT = Path(__file__).parents[2]
@@ -243,3 +245,29 @@ def test_fsdp_refuses_an_adapter(base_directory: Path, tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert "FSDP with method lora" in " ".join(done.stderr.split())
+
+
+def test_a_second_signal_of_the_launcher_is_no_second_wish() -> None:
+    """A terminal's Ctrl-C reaches every process, and the launcher hands it on once more."""
+    with interrupts(once=False) as asked:
+        assert not asked()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+    with interrupts() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "said"),
+    [
+        ("lora", {"rank": 2}, "FSDP with method lora: .*ddp.yaml is right"),
+        ("full", {"embeddings": False}, "method.embeddings must be true"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(kind: str, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_sharding(run_of(kind, **more))
