@@ -104,6 +104,19 @@ def render(
     return RenderedChat(marked.replace(mark, ""), ids)
 
 
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that is nobody's command: a control token that it spells is spelled out.
+
+    Raises InvalidChat where a tokenizer makes control tokens of other words, too.
+    """
+    control = _control_tokens(tokenizer)
+    mark = _unused_character([text])
+    ids = _encode(tokenizer, _break_apart(text, control.values(), mark).split(mark))
+    if _only(ids, control):
+        raise InvalidChat("the text would become control tokens of the base")
+    return ids
+
+
 def check_template(template: str, limits: Limits) -> None:
     """Compile an uploaded template and render sample chats with it.
 

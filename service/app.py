@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import uvicorn
@@ -29,6 +29,7 @@ from base.errors import UnservableBase
 from service.admission import Admission
 from service.api import (
     adapters,
+    collections,
     compose,
     errors,
     feedback,
@@ -49,6 +50,10 @@ from service.experiments import Experiments
 from service.grammars import Grammars
 from service.log import configure_logging
 from service.metrics import Metrics
+from service.retrieval.chunks import Chunker
+from service.retrieval.embedding import open_embedder
+from service.retrieval.library import Library
+from service.retrieval.rerank import RemoteReranker, Reranker
 
 if TYPE_CHECKING:
     from adapters.manifest import AdapterManifest
@@ -89,6 +94,7 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
     )
     bounds = Bounds(
         settings.max_body_bytes,
+        by_pattern=(("POST", collections.DOCUMENTS, settings.max_documents_bytes),),
         by_route={
             ("POST", "/adapters"): settings.max_upload_bytes + FORM_BYTES,
             ("POST", "/v1/files"): settings.max_file_bytes + FORM_BYTES,
@@ -96,7 +102,18 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
     )
     app.add_middleware(Door, bounds=bounds)
     errors.register(app)
-    routes = (generate, adapters, compose, feedback, vllm_admin, files, fine_tuning, meta, page)
+    routes = (
+        generate,
+        adapters,
+        compose,
+        collections,
+        feedback,
+        vllm_admin,
+        files,
+        fine_tuning,
+        meta,
+        page,
+    )
     openai = (models, chat, completions, embeddings)
     for router in (module.router for module in (*routes, *openai)):
         app.include_router(router)
@@ -241,7 +258,23 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         experiments=Experiments(store),
         jobs=jobs,
         grammars=Grammars(base.tokenizer, base.spec.vocab_size, base.eos_token_ids),
+        library=_library(settings, base.tokenizer),
+        reranker=_reranker(settings),
     )
+
+
+def _library(settings: Settings, tokenizer: Any) -> Library:
+    """The collections under `settings`. Nothing of them is opened or imported yet."""
+    key = settings.embedder_key.get_secret_value() if settings.embedder_key else None
+    embedder = open_embedder(settings.embedder, settings.embedder_model, key)
+    return Library(settings.collections, embedder, Chunker(tokenizer))
+
+
+def _reranker(settings: Settings) -> Reranker | None:
+    if settings.reranker is None:
+        return None
+    key = settings.reranker_key.get_secret_value() if settings.reranker_key else None
+    return RemoteReranker(settings.reranker, settings.reranker_model, key)
 
 
 def _engine_config(settings: Settings) -> EngineConfig:

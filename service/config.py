@@ -36,6 +36,7 @@ from base.mini import MINI
 
 PREFIX = "NIBBLE_"
 FILE = "nibble.toml"
+SECRETS = frozenset({"hf_token", "admin_key", "embedder_key", "reranker_key"})
 MASK = "**********"
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
@@ -193,6 +194,37 @@ class Settings(BaseSettings):
         le=525_600,
     )
 
+    collections: str = _setting(
+        "URL of the collections for retrieval, file:// or s3://; from home when unset.",
+        "Retrieval",
+        default_factory=lambda data: (data["home"] / "collections").as_uri(),
+        pattern=r"^(file:///|s3://[a-z0-9])",
+    )
+    embedder: str = _setting(
+        "What embeds documents: `minilm` (of the extra rag), a directory in the layout of "
+        "sentence-transformers, or the URL of a /v1/embeddings.",
+        "Retrieval",
+        "minilm",
+        min_length=1,
+    )
+    embedder_model: str | None = _setting(
+        "The model to ask an embedding server for.", "Retrieval", None
+    )
+    embedder_key: SecretStr | None = _setting("Key of an embedding server.", "Retrieval", None)
+    reranker: str | None = _setting(
+        "URL of a reranking server: takes query and documents, answers relevance scores.",
+        "Retrieval",
+        None,
+        pattern=r"^https?://",
+    )
+    reranker_model: str | None = _setting(
+        "The model to ask a reranking server for.", "Retrieval", None
+    )
+    reranker_key: SecretStr | None = _setting("Key of a reranking server.", "Retrieval", None)
+    max_documents_bytes: Bytes = _setting(
+        "Largest request that brings documents.", "Retrieval", 64 * MIB, ge=KIB, le=GIB
+    )
+
     max_model_len: int | None = _setting(
         "Longest prompt and output together; the base's own limit when unset.",
         "Engine",
@@ -263,6 +295,11 @@ class Settings(BaseSettings):
             "job_threads",
             "max_model_len",
             "revision",
+            "embedder_model",
+            "embedder_key",
+            "reranker",
+            "reranker_model",
+            "reranker_key",
         }
         return {k: None if k in optional and v == "none" else v for k, v in dict(data).items()}
 
@@ -401,5 +438,5 @@ def _explain_one(line: dict[str, Any], sources: Mapping[str, Source], path: Path
             f"; did you mean {near[0]}?" if near else ""
         )
     # A secret's value stays out of messages: they end up in logs.
-    value = "" if name in ("hf_token", "admin_key") else f" (got {line['input']!r})"
+    value = "" if name in SECRETS else f" (got {line['input']!r})"
     return f"{origin}: {message}{value}"

@@ -28,6 +28,8 @@ from service.grammars import Grammars
 from service.jobs.office import Office
 from service.metrics import Metrics
 from service.prompt.assembly import Assembly
+from service.retrieval.library import DEFAULT_TENANT, Library
+from service.retrieval.rerank import Reranker
 from service.selection import Sums
 
 if TYPE_CHECKING:  # it brings torch, which is not here yet when the first request comes
@@ -84,6 +86,8 @@ class Serving:
     experiments: Experiments
     jobs: Office
     grammars: Grammars
+    library: Library
+    reranker: Reranker | None
     sums: Sums = field(default_factory=Sums)
 
 
@@ -122,8 +126,14 @@ async def serving(request: Request) -> Serving:
     return here.serving
 
 
+async def tenant() -> str:
+    """Whose collections a request means: the one tenant, until requests bring credentials."""
+    return DEFAULT_TENANT
+
+
 DeskDep = Annotated[Desk, Depends(desk)]
 ServingDep = Annotated[Serving, Depends(serving)]
+TenantDep = Annotated[str, Depends(tenant)]
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

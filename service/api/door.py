@@ -11,7 +11,7 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,10 +35,14 @@ class Bounds:
 
     max_body_bytes: int
     by_route: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    by_pattern: Sequence[tuple[str, re.Pattern[str], int]] = ()  # method, whole path, bytes
     grace_seconds: float = 30.0
     bytes_per_second: float = 16384.0
 
     def of(self, scope: Scope) -> int:
+        for method, path, limit in self.by_pattern:
+            if method == scope["method"] and path.fullmatch(scope["path"]):
+                return limit
         return self.by_route.get((scope["method"], scope["path"]), self.max_body_bytes)
 
 

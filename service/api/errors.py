@@ -52,15 +52,27 @@ from service.errors import (
     ServiceError,
     WrongState,
 )
+from service.retrieval.errors import (
+    CollectionExists,
+    CollectionNotFound,
+    CollectionUnavailable,
+    DocumentNotFound,
+    DocumentRefused,
+    EmbedderDiffers,
+    EmbedderFailed,
+    NotInstalled,
+    RerankerFailed,
+)
 
 MAX_ECHO = 80  # characters of a bad value that an error repeats
 MAX_LISTED = 5  # errors of one body that a reply lists
-UNNAMED = frozenset(  # parts of a place that are no field: where it was, and tags of unions
-    {"body", "path", "query", "text", "chat", "list", "object", "parts"}
-    | {"one text", "texts", "ids", "several ids"}
+PARTS = frozenset({"body", "path", "query"})  # of a request, before the field's own place
+UNNAMED = frozenset(  # parts of a place that are no field: tags of unions
+    {"text", "chat", "list", "object", "parts"} | {"one text", "texts", "ids", "several ids"}
 )
 PRIVATE = frozenset(
-    {"inputs", "content", "template", "prompt", "input", "arguments"}
+    {"inputs", "content", "template", "prompt", "input", "arguments", "documents"}
+    | {"query", "filter", "metadata"}
 )  # never repeated, whatever is wrong
 
 logger = structlog.get_logger("nibble.http")
@@ -135,6 +147,15 @@ _STATUS: Sequence[tuple[type[Exception], int, str]] = (
     (StoreUnavailable, 503, "store_unavailable"),
     (AdapterError, 500, "adapter"),
     (InvalidRequest, 422, "validation"),
+    (CollectionNotFound, 404, "not_found"),
+    (DocumentNotFound, 404, "not_found"),
+    (CollectionExists, 409, "exists"),
+    (EmbedderDiffers, 409, "embedder_differs"),
+    (DocumentRefused, 422, "document_refused"),
+    (EmbedderFailed, 503, "embedder_failed"),
+    (RerankerFailed, 503, "reranker_failed"),
+    (CollectionUnavailable, 503, "collection_unavailable"),
+    (NotInstalled, 501, "not_installed"),
     (NotFound, 404, "not_found"),
     (WrongState, 400, "invalid_state"),
     (Overloaded, 429, "overloaded"),
@@ -255,7 +276,8 @@ def _invalid_body(error: RequestValidationError) -> Failure:
 
 def _where(loc: Sequence[Any]) -> str:
     """('body', 'inputs', 'messages', 0, 'role') -> 'inputs.0.role'; tags of unions left out."""
-    parts = [str(part) for part in loc if part not in UNNAMED]
+    own = loc[1:] if loc and loc[0] in PARTS else loc
+    parts = [str(part) for part in own if part not in UNNAMED]
     return ".".join(parts)[: 2 * MAX_ECHO]
 
 

@@ -15,11 +15,12 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
 from adapters.compose import MAX_PARTS, MAX_WEIGHT, Term, parse_terms
 from adapters.errors import InvalidAdapter
-from service.api.deps import Desk, DeskDep, Serving, ServingDep, unless_gone
+from service.api.deps import Desk, DeskDep, Serving, ServingDep, TenantDep, unless_gone
 from service.api.generation import Collector, Origin, completion, stream_events
 from service.api.generation_schema import Completion, StreamEvent
 from service.api.intake import DEFAULT_NEW_TOKENS, Chat, Order, Started, client_key, start
-from service.api.sse import EventReply
+from service.api.retrieval import Retrieval, Wanted
+from service.api.sse import EventReply, events_of
 from service.api.wire import (
     MAX_SEQUENCES,
     MAX_TOKENS,
@@ -106,6 +107,13 @@ class OutputGrammar(Incoming):
         return Grammar("regex", self.value, "parameters.grammar")
 
 
+class ResponseFormat(Incoming):
+    """LoRAX's form of a grammar."""
+
+    type: Literal["json_object"]
+    spec: dict[str, Any] = Field(alias="schema")
+
+
 class Parameters(Incoming):
     """How to generate. What is left out has the default of text-generation clients: greedy."""
 
@@ -172,6 +180,12 @@ class Parameters(Incoming):
     grammar: OutputGrammar | None = Field(
         default=None, description="A JSON schema or a regular expression that the output follows."
     )
+    response_format: ResponseFormat | None = Field(
+        default=None, description="A JSON schema, as LoRAX has it."
+    )
+    return_k_alternatives: int = Field(
+        default=0, ge=0, le=MAX_TOP_TOKENS, description="LoRAX's name of top_n_tokens."
+    )
     top_n_tokens: int = Field(
         default=0, ge=0, le=MAX_TOP_TOKENS, description="The most likely tokens at each place."
     )
@@ -210,6 +224,14 @@ class Parameters(Incoming):
     @property
     def sequences(self) -> int:
         return max(self.n, self.best_of)
+
+    @property
+    def asked_grammar(self) -> Grammar | None:
+        if self.grammar is not None and self.response_format is not None:
+            raise InvalidRequest("give grammar or response_format", "parameters.response_format")
+        if self.response_format is not None:
+            return Grammar.schema(self.response_format.spec, "parameters.response_format")
+        return self.grammar.asked if self.grammar else None
 
     @property
     def samples(self) -> bool:
@@ -262,31 +284,31 @@ class GenerateBody(Incoming):
 
     inputs: Inputs
     parameters: Parameters = Field(default_factory=Parameters)
+    retrieval: Retrieval | None = Field(
+        default=None, description="Passages of a collection before the prompt's question."
+    )
     stream: bool = False
 
 
 _ERRORS = refusals(404, 408, 413, 415, 422, 429, 500, 503)
-_EVENTS: dict[str, Any] = {
-    "text/event-stream": {"schema": {"$ref": "#/components/schemas/StreamEvent"}}
-}
 
 
 @router.post("/generate", responses={200: {"model": Completion}, **_ERRORS})
 async def generate(
-    body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep
+    body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> Response:
     """Generate, and reply when it is done. With `"stream": true` like /generate_stream."""
     if body.stream:
-        return await generate_stream(body, request, desk, serving)
-    return await unless_gone(request, _complete(body, request, desk, serving))
+        return await generate_stream(body, request, desk, serving, tenant)
+    return await unless_gone(request, _complete(body, request, desk, serving, tenant))
 
 
 @router.post(
     "/generate_stream",
-    responses={200: {"model": StreamEvent, "content": _EVENTS}, **_ERRORS},
+    responses={200: {"model": StreamEvent, "content": events_of("StreamEvent")}, **_ERRORS},
 )
 async def generate_stream(
-    body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep
+    body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> Response:
     """Generate, and send each token as a server-sent event the moment it is there."""
     if body.parameters.best_of > 1:
@@ -294,21 +316,31 @@ async def generate_stream(
             "a stream cannot take back what it sent: best_of must be 1, or take n",
             "parameters.best_of",
         )
-    started, origin = await unless_gone(request, _start(body, request, desk, serving))
+    started, origin = await unless_gone(request, _start(body, request, desk, serving, tenant))
     events = stream_events(started.stream, origin, request.scope["request_id"])
     return EventReply(events, started.close, started.headers)
 
 
-@router.post("/", responses={200: {"model": Completion}, **_ERRORS})
+@router.post("/", responses={200: {"model": list[Completion]}, **_ERRORS})
 async def compatible(
-    body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep
+    body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> Response:
-    """The same as /generate: clients that are given a plain address post here."""
-    return await generate(body, request, desk, serving)
+    """The same as /generate, in a list: clients that are given a plain address post here, and take
+    the first of it. A stream is in no list."""
+    reply = await generate(body, request, desk, serving, tenant)
+    return reply if body.stream else _listed(reply)
 
 
-async def _complete(body: GenerateBody, request: Request, desk: Desk, serving: Serving) -> Response:
-    started, origin = await _start(body, request, desk, serving)
+def _listed(reply: Response) -> Response:
+    """The reply as the only item of a list."""
+    headers = {name: reply.headers[name] for name in ("x-adapter-digest",) if name in reply.headers}
+    return Response(b"[" + bytes(reply.body) + b"]", headers=headers, media_type="application/json")
+
+
+async def _complete(
+    body: GenerateBody, request: Request, desk: Desk, serving: Serving, tenant: str
+) -> Response:
+    started, origin = await _start(body, request, desk, serving, tenant)
     try:
         collector = Collector(origin)
         async for event in started.stream:
@@ -321,10 +353,10 @@ async def _complete(body: GenerateBody, request: Request, desk: Desk, serving: S
 
 
 async def _start(
-    body: GenerateBody, request: Request, desk: Desk, serving: Serving
+    body: GenerateBody, request: Request, desk: Desk, serving: Serving, tenant: str
 ) -> tuple[Started, Origin]:
     _check_pairs(body)
-    order = _order(body, client_key(body.parameters.client_key, request))
+    order = _order(body, client_key(body.parameters.client_key, request), tenant)
     started = await start(order, request.scope["request_id"], desk, serving)
     origin = Origin(
         started.request,
@@ -333,11 +365,12 @@ async def _start(
         details=body.parameters.wants_details,
         prefix=body.inputs if body.parameters.return_full_text else "",  # type: ignore[arg-type]
         decode=started.assembly.decode,
+        retrieved=started.retrieved,
     )
     return started, origin
 
 
-def _order(body: GenerateBody, client: str | None) -> Order:
+def _order(body: GenerateBody, client: str | None, tenant: str) -> Order:
     """This skin's words for what the engine does."""
     given = body.parameters
     text = isinstance(body.inputs, str)
@@ -358,7 +391,7 @@ def _order(body: GenerateBody, client: str | None) -> Order:
             stop_token_ids=tuple(given.stop_token_ids),
             min_new_tokens=given.min_new_tokens,
             ignore_eos=given.ignore_eos or given.ignore_eos_token,
-            top_logprobs=given.top_n_tokens,
+            top_logprobs=max(given.top_n_tokens, given.return_k_alternatives),
         ),
         terms=given.terms,
         client=client,
@@ -366,7 +399,8 @@ def _order(body: GenerateBody, client: str | None) -> Order:
         n=given.sequences,
         truncate=given.truncate,
         prompt_logprobs=given.decoder_input_details,
-        grammar=given.grammar.asked if given.grammar else None,
+        grammar=given.asked_grammar,
+        retrieval=Wanted(body.retrieval, tenant) if body.retrieval else None,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.api.errors import failure
+from service.api.retrieval import Retrieved
 from service.engine.request import Event, Finished, Request, Token
 from service.engine.stream import EventStream
 from service.errors import Draining, ServiceError
@@ -25,6 +26,7 @@ class Origin:
     details: bool
     prefix: str  # put before every output
     decode: Callable[[Sequence[int]], list[str]]
+    retrieved: Retrieved | None = None
 
     @property
     def adapter(self) -> Json | None:
@@ -137,6 +139,8 @@ def completion(collector: Collector) -> Json:
             "cached_tokens": first.closed.cached_tokens,
             "timings": _timings(first.closed),
         }
+        if origin.retrieved is not None:
+            body["details"]["retrieval"] = origin.retrieved.told()
         if others:
             body["details"]["best_of_sequences"] = [
                 # The prompt is the same for all; its tokens are told once.
@@ -219,6 +223,8 @@ def _stream_details(origin: Origin, end: Finished) -> Json:
     }
     if origin.request.prompt_logprobs:
         details["prefill"] = origin.prefill(end)
+    if origin.retrieved is not None:
+        details["retrieval"] = origin.retrieved.told()
     return details
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from service.api.retrieval import RetrievalDetails
 from service.api.wire import AdapterDetails, Outgoing
 
 
@@ -58,6 +59,7 @@ class Details(Outgoing):
     prompt_tokens: int
     cached_tokens: int = Field(description="Prompt tokens that came from the prefix cache.")
     timings: Timings
+    retrieval: RetrievalDetails | None = Field(default=None, description="Where it was asked for.")
 
 
 class Output(Outgoing):
@@ -89,6 +91,7 @@ class StreamDetails(Outgoing):
     cached_tokens: int
     prefill: list[PromptToken] | None = None
     timings: Timings
+    retrieval: RetrievalDetails | None = None
 
 
 class StreamEvent(Outgoing):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from adapters.errors import InvalidChat
 from adapters.outcomes import Ending
 from service.admission import Ticket
 from service.api.deps import Desk, Serving
+from service.api.retrieval import Retrieved, Wanted, found
 from service.api.wire import MAX_CLIENT_KEY
 from service.engine.request import Finished, Sampling
 from service.engine.request import Request as Generation
@@ -27,6 +29,7 @@ from service.engine.stream import EventStream
 from service.errors import InvalidRequest
 from service.experiments import Watched, outcome_of
 from service.grammars import Grammar
+from service.prompt import passages
 from service.prompt.assembly import Assembly
 from service.selection import Selection, select
 
@@ -42,6 +45,8 @@ class Names:
     max_new_tokens: str = "parameters.max_new_tokens"
     stop_token_ids: str = "parameters.stop_token_ids"
     logit_bias: str = "logit_bias"
+    retrieval: str = "retrieval"
+    truncate: str = "parameters.truncate"
 
     def of(self, field: str | None) -> str | None:
         return {"inputs": self.prompt, FIELD: self.adapter}.get(field or "", field)
@@ -74,6 +79,7 @@ class Order:
     prompt_logprobs: bool = False
     pooled: bool = False
     grammar: Grammar | None = None
+    retrieval: Wanted | None = None
     names: Names = Names()
 
 
@@ -86,6 +92,7 @@ class Started:
     selection: Selection | None
     assembly: Assembly  # of the tokenizer that its tokens are of
     ticket: Ticket
+    retrieved: Retrieved | None = None
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -111,13 +118,14 @@ async def start(order: Order, request_id: str, desk: Desk, serving: Serving) -> 
             ticket.meanwhile(serving.engine.reserved(selection.ref if selection else None))
             serving = replace(serving, assembly=await serving.assembly.of(selection))
             guide = await serving.grammars.guide(order.grammar) if order.grammar else None
-            prompt = await _prompt(order, selection, serving)
             virtual = selection.ref.virtual_tokens if selection else 0
+            limit = serving.engine.max_model_len - virtual
+            prompt, retrieved = await _prompt(order, selection, serving, limit)
             sampling = replace(
                 order.sampling,
                 seed=_seed(order.sampling),
                 guide=guide,
-                max_new_tokens=_room(order, len(prompt), serving.engine.max_model_len - virtual),
+                max_new_tokens=_room(order, len(prompt), limit),
             )
             generation = Generation(
                 id=request_id,
@@ -130,7 +138,7 @@ async def start(order: Order, request_id: str, desk: Desk, serving: Serving) -> 
                 vocabulary=serving.assembly.vocabulary,
             )
             stream = _submitted(generation, selection, serving)
-            return Started(stream, generation, selection, serving.assembly, ticket)
+            return Started(stream, generation, selection, serving.assembly, ticket, retrieved)
         except BaseException:
             ticket.release()
             raise
@@ -192,7 +200,49 @@ def _check_tokens(order: Order, selection: Selection | None, serving: Serving) -
                 )
 
 
-async def _prompt(order: Order, selection: Selection | None, serving: Serving) -> tuple[int, ...]:
+async def _prompt(
+    order: Order, selection: Selection | None, serving: Serving, limit: int
+) -> tuple[tuple[int, ...], Retrieved | None]:
+    if order.retrieval is not None:
+        return await _with_passages(order, order.retrieval, selection, serving, limit)
+    return await _plain_prompt(order, selection, serving), None
+
+
+async def _with_passages(
+    order: Order, wanted: Wanted, selection: Selection | None, serving: Serving, limit: int
+) -> tuple[tuple[int, ...], Retrieved]:
+    """The prompt after the passages that were found for it, as many as leave room for both."""
+    given, names = order.prompt, order.names
+    if isinstance(given, tuple):
+        raise InvalidRequest("retrieval needs a text or a chat, not token ids", names.prompt)
+    if order.truncate is not None:
+        raise InvalidRequest(
+            "truncate cuts off the beginning, where the passages stand; leave one of them out",
+            names.truncate,
+        )
+    prompt: str | passages.Chat
+    if isinstance(given, str):
+        prompt = given
+    else:
+        template = selection.template if selection else None
+        prompt = passages.Chat(given.messages, template, [dict(t) for t in given.tools] or None)
+    body = wanted.body
+    text = body.query or passages.question_of(prompt)
+    where = f"{names.retrieval}."
+    answer = await found(body.collection, body, text, wanted.tenant, serving, where)
+    started = time.perf_counter()
+    new = order.max_new_tokens or max(DEFAULT_NEW_TOKENS, order.sampling.min_new_tokens)
+    quoted = await passages.quote(
+        prompt, answer.passages, serving.assembly, total=limit - new, most=body.max_tokens
+    )
+    timings = answer.timings | {"prompt": round(time.perf_counter() - started, 6)}
+    told = Retrieved(wanted, quoted.shown, quoted.dropped, quoted.tokens, timings)
+    return quoted.prompt, told
+
+
+async def _plain_prompt(
+    order: Order, selection: Selection | None, serving: Serving
+) -> tuple[int, ...]:
     given = order.prompt
     if isinstance(given, str):
         return await serving.assembly.text(given, order.truncate)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
-from adapters.template import render_chat
+from adapters.template import render_chat, text_ids
 from adapters.vocabulary import Tokens
 from service.engine.vocabulary import Vocabulary
 from service.errors import InvalidRequest
@@ -67,11 +67,16 @@ class Assembly:
             return self
         return Assembly(vocabulary.tokenizer, self.max_model_len, vocabulary=vocabulary)
 
-    async def text(self, text: str, truncate: int | None = None) -> tuple[int, ...]:
-        """Token ids of a plain prompt, the base's special tokens around it."""
+    async def text(
+        self, text: str, truncate: int | None = None, before: str = ""
+    ) -> tuple[int, ...]:
+        """Token ids of a plain prompt, the base's special tokens around it.
+
+        `before` is a text of others in front of it: no control token comes of that.
+        """
         if truncate is None:
             self._refuse_hopeless(len(text))
-        ids = await _aside(len(text), self.tokenizer.encode, text)
+        ids = await _aside(len(text) + len(before), self._text, text, before)
         return _last(ids, truncate)
 
     async def chat(
@@ -104,6 +109,15 @@ class Assembly:
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of some tokens together."""
         return str(self.tokenizer.decode(list(ids)))
+
+    def _text(self, text: str, before: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text)
+        if not before:
+            return ids
+        bare = self.tokenizer.encode(text, add_special_tokens=False)
+        starts = range(len(ids) - len(bare) + 1)
+        at = next((i for i in starts if ids[i : i + len(bare)] == bare), 0)
+        return [*ids[:at], *text_ids(self.tokenizer, before), *ids[at:]]
 
     def _pieces(self, text: str) -> list[Piece]:
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from service.retrieval.errors import DocumentRefused, installed
+from service.retrieval.errors import CollectionUnavailable, DocumentRefused, installed
 from service.retrieval.passage import Chunk, Document
 
 MIN_TOKENS = 16
 MAX_TOKENS = 4096
 DEFAULT_TOKENS = 192
-MAX_CHUNKS = 100_000  # of one document
+MAX_CHARACTERS = 4 << 20  # of one document
+SEGMENT = 8192  # characters that the splitter sees at once
+_BREAKS = (("\n#", 1), ("\n\n", 2), ("\n", 1), (" ", 1))  # and how much of each stays before it
 MAX_HEADING = 160  # characters of one heading that are kept
 
 _HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)[ \t]*#*[ \t]*")
@@ -37,11 +41,19 @@ class Chunker:
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer`: the base's, of transformers, backed by the tokenizers library."""
         self._tokenizer = tokenizer
-        # A copy: the splitter reads truncation settings, and ours must not change under it.
-        backend = tokenizer.backend_tokenizer
-        self._backend = type(backend).from_str(backend.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
+
+    @cached_property
+    def _backend(self) -> Any:
+        """A copy, made when it is needed: truncation that is set on the base's changes no chunk."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise CollectionUnavailable(
+                "the base's tokenizer is written in Python; documents are cut with fast ones only"
+            )
+        copy = type(backend).from_str(backend.to_str())
+        copy.no_truncation()
+        copy.no_padding()
+        return copy
 
     def tokens(self, text: str) -> int:
         return len(self._backend.encode(text, add_special_tokens=False).ids)
@@ -51,6 +63,11 @@ class Chunker:
 
         Raises DocumentRefused when there is no text in it, or far too much.
         """
+        if len(document.text) > MAX_CHARACTERS:
+            raise DocumentRefused(
+                document.id,
+                f"{len(document.text)} characters; at most {MAX_CHARACTERS}: split it",
+            )
         splitters = installed("semantic_text_splitter")
         splitter = splitters.MarkdownSplitter.from_huggingface_tokenizer(
             self._backend, size, overlap=overlap
@@ -58,12 +75,15 @@ class Chunker:
         text = document.text
         headings = _headings(text)
         chunks: list[Chunk] = []
-        for start, piece in splitter.chunk_indices(text):
+        pieces = (
+            (first + start, piece)
+            for first, last in _segments(text)
+            for start, piece in splitter.chunk_indices(text[first:last])
+        )
+        for start, piece in pieces:
             stop = start + len(piece)
             if not piece.strip() or _only_headings(headings, start, stop, text):
                 continue  # its words stand above the chunks that follow
-            if len(chunks) == MAX_CHUNKS:
-                raise DocumentRefused(document.id, f"more than {MAX_CHUNKS} passages; split it")
             above = _above(headings, start, stop)
             chunks.append(Chunk(piece, start, stop, above, self.tokens(piece)))
         if not chunks and text.strip():  # a document of nothing but headings
@@ -74,6 +94,22 @@ class Chunker:
         if not chunks:
             raise DocumentRefused(document.id, "there is no text in it")
         return chunks
+
+
+def _segments(text: str) -> Iterator[tuple[int, int]]:
+    """Parts of at most SEGMENT characters, cut before a heading, or after a paragraph, line, word.
+
+    The splitter's time grows with the square of what it finds no break in, and it lets no other
+    thread work meanwhile.
+    """
+    start = 0
+    while len(text) - start > SEGMENT:
+        low, high = start + SEGMENT // 2, start + SEGMENT
+        found = ((text.rfind(mark, low, high), kept) for mark, kept in _BREAKS)
+        stop = next((at + kept for at, kept in found if at > 0), high)
+        yield start, stop
+        start = stop
+    yield start, len(text)
 
 
 def _headings(text: str) -> list[_Heading]:

@@ -6,6 +6,7 @@ RetrievalError (a ServiceError)
 ├── EmbedderDiffers      the collection was made with another embedding model (409)
 ├── DocumentRefused      one document cannot be read (422)
 ├── EmbedderFailed       the embedding model or its server did not answer as it should (503)
+├── RerankerFailed       nor did the reranker's (503)
 ├── CollectionUnavailable  the disk or the object store failed (503)
 └── NotInstalled         the extra `rag` is missing (501)
 """
@@ -49,6 +50,10 @@ class DocumentRefused(RetrievalError):
 
 class EmbedderFailed(RetrievalError):
     """The embedding model could not be loaded, or its server did not answer as it should."""
+
+
+class RerankerFailed(RetrievalError):
+    """The reranker did not answer as it should."""
 
 
 class CollectionUnavailable(RetrievalError):

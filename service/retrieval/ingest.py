@@ -7,7 +7,7 @@ again: documents that are there already are `Unchanged`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +63,7 @@ def ingest(
     documents: Iterable[Document | DocumentRefused],
     chunker: Chunker,
     embedder: Embedder,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Take documents one after the other; a later one of the same id replaces an earlier one.
 
     Runs as it is iterated; whoever stops iterating keeps what was `Added`, and has to `close` it.

@@ -6,13 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from service.retrieval.errors import RetrievalError
+from service.retrieval.errors import RerankerFailed
 
 SECONDS = 60.0
-
-
-class RerankerFailed(RetrievalError):
-    """The reranker did not answer as it should (503)."""
 
 
 class Reranker(Protocol):

@@ -68,6 +68,7 @@ def test_every_list_is_bounded_and_no_field_is_unknown(api: dict[str, Any]) -> N
     # A JSON schema is a client's own object; whoever compiles it bounds it.
     free = [where for where, one in found if one.get("additionalProperties") is True]
     schemas = {"value", "schema", "json", "guided_json", "parameters"}
+    schemas |= {"metadata"}  # of a document: held against the fields of its collection
     schemas |= {"method", "config"}  # of a training job: held against the schema of training
     assert {where.rpartition(".")[2] for where in free} <= schemas, free
     # OpenAI's clients send fields of all ages: those are ignored, and everywhere else refused.
@@ -114,6 +115,7 @@ def test_every_example_runs(api: dict[str, Any], client: httpx.Client) -> None:
         if path.endswith("load_lora_adapter"):
             continue  # off without an admin key; test_vllm_admin has it on
         name = "example" if path.endswith("/compose") else "lora"  # it would be a version of it
+        name = "handbook" if path.startswith("/collections") else name
         filled = path.replace("{name}", name).replace("{alias}", "example")
         if path == "/v1/fine_tuning/jobs":
             example = {**example, "training_file": upload(client), "model": "tiny"}
@@ -129,6 +131,7 @@ def test_every_example_runs(api: dict[str, Any], client: httpx.Client) -> None:
             assert client.post(f"{path}/{reply.json()['id']}/cancel").status_code == 200
     assert client.delete("/adapters/lora/aliases/example").status_code == 200
     client.delete("/adapters/example")
+    client.delete("/collections/handbook")
 
 
 def upload(client: httpx.Client) -> str:
@@ -148,11 +151,16 @@ def test_every_operation_without_a_body_runs(api: dict[str, Any], client: httpx.
     body = {"model": "tiny", "training_file": upload(client)}
     job = client.post("/v1/fine_tuning/jobs", json=body).json()
     assert client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel").status_code == 200
+    client.post("/collections", json={"name": "dora"})
+    document = {"id": "a document", "text": "x"}
+    client.post("/collections/dora/documents", json={"documents": [document]})
     for path in gets:
-        filled = path.replace("{name}", "dora").replace("{alias}", "example")
+        filled = path.replace("{document}", "a document")
+        filled = filled.replace("{name}", "dora").replace("{alias}", "example")
         filled = filled.replace("{model}", "dora@example").replace("{job_id}", job["id"])
         filled = filled.replace("{file_id}", body["training_file"])
         assert client.get(filled).status_code == 200, path
+    assert client.delete("/collections/dora").status_code == 200
     assert client.delete("/adapters/dora/aliases/example").status_code == 200
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 
 import pytest
@@ -74,6 +75,29 @@ def test_a_document_without_text_is_refused(chunker: Chunker, text: str) -> None
 def test_a_document_of_headings_is_one_chunk(chunker: Chunker) -> None:
     (chunk,) = chunker.cut(Document("d", "# One\n\n## Two\n"), 32, 0)
     assert chunk.text == "# One\n\n## Two"
+
+
+@pytest.mark.parametrize("text", ["x" * 40_000, "> " * 10_000, "- a\n  " * 6_000])
+def test_a_hostile_text_takes_time_by_its_length(chunker: Chunker, text: str) -> None:
+    """Without segments each of these takes minutes."""
+    started = time.process_time()
+    chunks = chunker.cut(Document("d", text), 192, 0)
+    assert time.process_time() - started < 20
+    assert sum(len(chunk.text.split()) for chunk in chunks) >= len(text.split())
+
+
+def test_a_long_document_is_cut_as_a_short_one_is(chunker: Chunker) -> None:
+    """A cut between segments is one between paragraphs."""
+    paragraph = "Every sentence here is of this kind. " * 6
+    text = "\n\n".join(f"## Part {i}\n\n{paragraph}" for i in range(120))
+    chunks = chunker.cut(Document("d", text), 192, 0)
+    assert all(chunk.text.startswith("## Part") for chunk in chunks)
+    assert all(chunk.text.endswith("kind.") for chunk in chunks)
+
+
+def test_too_long_a_document_is_refused(chunker: Chunker) -> None:
+    with pytest.raises(DocumentRefused, match="at most 4194304: split it"):
+        chunker.cut(Document("d", "word " * 900_000), 192, 0)
 
 
 @settings(max_examples=40, deadline=None)

@@ -85,7 +85,7 @@ def test_who_stops_listening_keeps_what_was_added(library: Library) -> None:
     for event in events:
         if isinstance(event, Added):
             break
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     assert set(collection.stored()) == set(event.documents)
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from service.retrieval.collection import Collection, Found
+from service.retrieval.errors import RerankerFailed
 from service.retrieval.library import Library
 from service.retrieval.passage import Document, Passage
-from service.retrieval.rerank import RemoteReranker, RerankerFailed
+from service.retrieval.rerank import RemoteReranker
 from service.retrieval.search import Question, fused, search, spread
 from tests.service.retrieval.conftest import add, make_library
 

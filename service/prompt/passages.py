@@ -1,0 +1,158 @@
+"""Passages of documents into a prompt, as quotations and nothing else.
+
+    Passages:
+    [1] the first passage, whose further lines
+        stand further in
+    [2] the second
+
+    Question: what the user asked
+
+What was retrieved has no authority, and what it says cannot look as if it had: no line of a
+passage begins where `[2]` or `Question:` could stand, so it cannot close its block; it is inserted
+after templates are rendered, so it is no template; and where it spells a control token, the ids
+spell it too, in ordinary tokens.
+
+Passages come first and the question last, in the order of documents and places, whatever their
+ranks. Two questions that find the same passages have the same beginning, and the prefix cache
+computes it once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adapters.template import text_ids
+from service.errors import InvalidRequest
+from service.prompt.assembly import Assembly
+from service.retrieval.passage import Passage
+
+HEAD = "Passages:\n"
+LEAD = "\n\nQuestion: "
+INDENT = "\n    "
+# For a chat that has no system message of its own.
+SYSTEM = "Use only the given passages. If they do not contain the answer, say that you do not know."
+# Characters that turn around what others look like: they have no place in a quotation.
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+@dataclass(frozen=True, slots=True)
+class Quoted:
+    """A prompt with passages in it. `shown[0]` is `[1]`; what was dropped is the best first."""
+
+    prompt: tuple[int, ...]
+    shown: tuple[Passage, ...]
+    dropped: tuple[Passage, ...]
+    tokens: int  # that the passages added to the prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A chat, the adapter's own template and the functions that a template may show."""
+
+    messages: Sequence[Mapping[str, Any]]
+    template: str | None = None
+    tools: Sequence[dict[str, Any]] | None = None
+
+
+def block(passages: Sequence[Passage]) -> str:
+    """The text that quotes passages, without a line break at its end; nothing for none."""
+    if not passages:
+        return ""
+    return HEAD + "\n".join(f"[{i}] {quoted(p.text)}" for i, p in enumerate(passages, 1))
+
+
+def quoted(text: str) -> str:
+    """A passage's text with every further line set in: none begins at the margin."""
+    lines = (_plain(line).strip() for line in text.splitlines())
+    return INDENT.join(line for line in lines if line)
+
+
+def _plain(line: str) -> str:
+    return "".join(
+        " " if c == "\t" else c
+        for c in line
+        if c == "\t" or (unicodedata.category(c) != "Cc" and c not in _BIDI and not _is_tag(c))
+    )
+
+
+def _is_tag(character: str) -> bool:
+    """Invisible twins of ASCII, which tokenizers read and people do not."""
+    return 0xE0000 <= ord(character) <= 0xE007F
+
+
+def question_of(prompt: str | Chat) -> str:
+    """What a prompt asks: the text, or the last message of the user. Raises InvalidRequest."""
+    return (
+        prompt if isinstance(prompt, str) else str(prompt.messages[_last_user(prompt)]["content"])
+    )
+
+
+async def quote(
+    prompt: str | Chat,
+    passages: Sequence[Passage],
+    assembly: Assembly,
+    *,
+    total: int,
+    most: int | None = None,
+) -> Quoted:
+    """The token ids of a prompt with as many of the passages, best first, as have room.
+
+    `total`: tokens that prompt and passages may have together; `most`: that passages may have.
+    The prompt itself is never cut. Raises InvalidRequest, InvalidChat.
+    """
+    if isinstance(prompt, Chat):
+        prompt = _instructed(prompt)
+    bare = await _ids(prompt, "", assembly)
+    room = max(total - len(bare), 0)
+    budget = room if most is None else min(room, most)
+    kept = await asyncio.to_thread(_fitting, passages, assembly, budget)
+    while True:
+        shown = tuple(sorted(kept, key=lambda passage: passage.place))
+        ids = await _ids(prompt, block(shown), assembly) if shown else bare
+        tokens = len(ids) - len(bare)
+        if tokens <= budget or not kept:
+            dropped = tuple(passage for passage in passages if passage not in kept)
+            return Quoted(ids, shown, dropped, tokens)
+        kept.pop()  # the sum of the parts was a little less than the whole
+
+
+def _fitting(passages: Sequence[Passage], assembly: Assembly, budget: int) -> list[Passage]:
+    """In their order, each passage that still fits, by its own tokens."""
+    kept: list[Passage] = []
+    left = budget - len(text_ids(assembly.tokenizer, HEAD + LEAD))
+    for passage in passages:
+        size = len(text_ids(assembly.tokenizer, f"[{len(kept) + 1}] {quoted(passage.text)}\n"))
+        if size <= left:
+            kept.append(passage)
+            left -= size
+    return kept
+
+
+async def _ids(prompt: str | Chat, shown: str, assembly: Assembly) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        return await assembly.text(prompt, before=f"{shown}\n\n" if shown else "")
+    messages = [dict(message) for message in prompt.messages]
+    if shown:
+        last = messages[_last_user(prompt)]
+        last["content"] = f"{shown}{LEAD}{last['content']}"
+    return await assembly.chat(messages, prompt.template, tools=prompt.tools)
+
+
+def _instructed(chat: Chat) -> Chat:
+    if any(message["role"] == "system" for message in chat.messages):
+        return chat
+    system = {"role": "system", "content": SYSTEM}
+    return Chat([system, *chat.messages], chat.template, chat.tools)
+
+
+def _last_user(chat: Chat) -> int:
+    for place in range(len(chat.messages) - 1, -1, -1):
+        if chat.messages[place]["role"] == "user":
+            return place
+    raise InvalidRequest(
+        "retrieval needs a message of the user: it is what is looked for", "inputs"
+    )
