@@ -23,6 +23,7 @@ from training.config import BuildConfig, DataConfig
 from training.data import Corpus, Example, Prepared, examples, prepare, read_rows
 from training.evaluate import exact_match
 from training.recipe import Trained, mean_loss
+from training.terminal import console
 
 OF_MINI = mini.Size(context=10, tasks=20, texts=30)
 _LOSS, _EXACT = "loss, nats a token", "exact match"
@@ -60,7 +61,7 @@ def build(config: BuildConfig, resume: bool = False) -> tuple[Trained, list[Comp
         if resume and note.is_file():
             started.extend(Measured(**row) for row in json.loads(note.read_text("utf-8")))
         else:
-            session.console.print("measuring the base as it is")
+            console.print("measuring the base as it is")
             started.extend(measure(base, found.held_out, config))
             note.parent.mkdir(parents=True, exist_ok=True)
             _write_json(note, [asdict(row) for row in started])
@@ -68,7 +69,7 @@ def build(config: BuildConfig, resume: bool = False) -> tuple[Trained, list[Comp
     done = session.run(config, resume, before=before)
     if done.ended == "asked" or not seen:  # without `seen`, another process writes
         return done, []
-    session.console.print("measuring what came out")
+    console.print("measuring what came out")
     after = measure(load_float(config.out), seen[0].held_out, config)
     served = measure(load_base(config.out, keep=False), seen[0].held_out, config)
     table = [Comparison(*row) for row in zip(started, after, served, strict=True)]

@@ -77,7 +77,7 @@ class World:
         message = torch.cat([has, *parts])
         torch.distributed.all_reduce(message)
         counts = message[: len(parameters)].tolist()
-        found = message[len(parameters) :].split([p.numel() for p in parameters])
+        found = torch.split(message[len(parameters) :], [p.numel() for p in parameters])
         for parameter, gradient, count in zip(parameters, found, counts, strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if count else None
 

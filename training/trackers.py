@@ -67,16 +67,16 @@ def _tensorboard(config: TrainConfig, directory: Path, started_at: int) -> Itera
 
     # Steps after a checkpoint are run again: what was drawn of them is taken off.
     purge = started_at + 1 if started_at else None
-    writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
 
     def note(step: Step) -> None:
         for name, value in figures(step).items():
-            writer.add_scalar(name, value, step.number)  # type: ignore[no-untyped-call]
+            writer.add_scalar(name, value, step.number)
 
     try:
         yield note
     finally:
-        writer.close()  # type: ignore[no-untyped-call]
+        writer.close()
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def _wandb(config: TrainConfig, directory: Path, started_at: int) -> Iterator[No
         project=PROJECT,
         dir=str(directory),
         config=config.model_dump(mode="json"),
-        mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+        mode=os.environ.get("WANDB_MODE", "offline"),
         id=_kept(directory / "wandb.run", started_at),
         resume="allow",
     )

@@ -62,7 +62,7 @@ def test_dapt_learns_the_domain_and_says_what_it_forgot(
 def test_a_build_that_is_interrupted_leaves_a_base_and_goes_on_to_the_same_bits(
     base_directory: Path, domain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--base", str(base_directory), "--data", str(domain), "--steps", "6"]
+    flags = ["--base", str(base_directory), "--data", str(domain), "--steps", "4"]
     flags += ["--batch-size", "4", "--set", "data.max_length=32", "--set", "data.raw=true"]
     whole = runner.invoke(full, [*flags, "--out", str(tmp_path / "whole")])
     assert whole.exit_code == 0, whole.output

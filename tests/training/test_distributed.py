@@ -73,7 +73,7 @@ def _run(
 
 def _config(kind: str, out: Path, **method: Any) -> TrainConfig:
     rate = 1e-3 if kind == "full" else 1e-2
-    optim = {"steps": 6, "batch_size": 3, "learning_rate": rate}
+    optim = {"steps": 5, "batch_size": 3, "learning_rate": rate}
     config = run_of(kind, optim=optim, **method)
     return config.model_copy(update={"out": out})
 
@@ -84,7 +84,7 @@ def _keep(path: Path, weights: list[torch.Tensor], steps: list[Step]) -> None:
     path.with_suffix(".json").write_text(json.dumps(lines))
 
 
-@pytest.mark.parametrize("kind", ["dora", "adalora"])
+@pytest.mark.parametrize("kind", ["dora", pytest.param("adalora", marks=pytest.mark.slow)])
 def test_two_processes_make_the_adapter_that_one_makes(
     base: Base, tmp_path: Path, kind: str
 ) -> None:
@@ -113,7 +113,10 @@ def test_two_processes_make_the_adapter_that_one_makes(
         )
 
 
-@pytest.mark.parametrize(("kind", "sharded"), [("lora", False), ("full", True)])
+@pytest.mark.parametrize(
+    ("kind", "sharded"),
+    [("lora", False), pytest.param("full", True, marks=pytest.mark.slow)],
+)
 def test_two_processes_resume_with_the_same_bits(
     base: Base, base_directory: Path, tmp_path: Path, kind: str, sharded: bool
 ) -> None:
