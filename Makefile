@@ -60,7 +60,8 @@ $(CLIENTS)/.stamp: $(INSTALLED_DEV) tests/clients/constraints.txt
 	@touch $@
 
 clients: $(CLIENTS)/.stamp
-	$(CLIENTS)/bin/python -m pytest -o asyncio_default_fixture_loop_scope=function -W ignore \
+	$(CLIENTS)/bin/python -m pytest -o asyncio_mode=auto \
+	  -o asyncio_default_fixture_loop_scope=function -W ignore \
 	  --timeout 1800 tests/clients $(ARGS)
 
 lint: $(INSTALLED_DEV)

@@ -72,6 +72,17 @@ class EventReply(StreamingResponse):
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
+def events_of(model: str) -> dict[str, Any]:
+    """OpenAPI's entry for a stream of events whose data is this model as JSON."""
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": f"#/components/schemas/{model}"},
+    }
+    schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {"text/event-stream": {"schema": schema}}
+
+
 def encoded(event: Mapping[str, Any]) -> bytes:
     """One event on the wire. JSON escapes every line break, so one line is enough."""
     return b"data: " + json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"

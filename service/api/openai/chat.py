@@ -23,7 +23,7 @@ from service.api.openai.running import DONE, Usage, outcomes, reason_of, said_as
 from service.api.openai.served import CHAT, model_errors, terms_of
 from service.api.openai.tools import CallReader, Form, described, form_of, required
 from service.api.openai_errors import openai_refusals
-from service.api.sse import EventReply
+from service.api.sse import EventReply, events_of
 from service.engine.request import Finished, Token
 from service.errors import InvalidRequest, ServiceError
 from service.grammars import Grammar
@@ -49,9 +49,7 @@ class Reading:
     responses={
         200: {
             "model": ChatCompletion | ChatChunk,
-            "content": {
-                "text/event-stream": {"schema": {"$ref": "#/components/schemas/ChatChunk"}}
-            },
+            "content": events_of("ChatChunk"),
         },
         **openai_refusals(404, 408, 413, 415, 422, 429, 500, 503),
     },

@@ -22,7 +22,7 @@ from service.api.openai.running import DONE, Usage, interleaved, outcomes, reaso
 from service.api.openai.schema import MAX_TOP, Generating
 from service.api.openai.served import TEXT, model_errors, terms_of
 from service.api.openai_errors import openai_refusals
-from service.api.sse import EventReply
+from service.api.sse import EventReply, events_of
 from service.api.wire import MAX_SEQUENCES, MAX_TOKENS, TokenId
 from service.engine.request import Finished, Token
 from service.errors import InvalidRequest, ServiceError
@@ -111,9 +111,7 @@ class CompletionBody(Generating):
     responses={
         200: {
             "model": TextCompletion,
-            "content": {
-                "text/event-stream": {"schema": {"$ref": "#/components/schemas/TextCompletion"}}
-            },
+            "content": events_of("TextCompletion"),
         },
         **openai_refusals(404, 408, 413, 415, 422, 429, 500, 503),
     },

@@ -105,7 +105,7 @@ def required(tools: Sequence[Mapping[str, Any]], form: Form) -> Grammar:
 
 def _closed(schema: Json) -> Json:
     """No other arguments than those that are named, unless it says that there may be."""
-    return {"additionalProperties": False, **schema} if schema.get("properties") else schema
+    return {"additionalProperties": False, **schema} if "properties" in schema else schema
 
 
 def _lifted(schema: Json) -> Json:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+import httpx
 import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import ValidationError
 
-from tests.service.api.conftest import Running
+from tests.service.api.conftest import PATIENCE, Running
 
 PROMPT = "two boats left the harbour"
 
@@ -80,13 +81,13 @@ def test_stream_of_details(hub: InferenceClient) -> None:
 def test_chat_by_model(server: Running) -> None:
     hub = InferenceClient(base_url=server.url)
     asked = [{"role": "user", "content": PROMPT}]
-    base, other = (
-        hub.chat_completion(asked, model=model, max_tokens=6, temperature=0).choices[0].message
-        for model in (None, "lora")
-    )
-    assert base.content != other.content
+    given = {"inputs": asked, "parameters": {"adapter_id": "lora", "max_new_tokens": 6}}
+    plain = httpx.post(f"{server.url}/generate", json=given, timeout=PATIENCE).json()
+    said = hub.chat_completion(asked, model="lora", max_tokens=6, temperature=0)
+    assert said.choices[0].message.content == plain["generated_text"]
     pieces = hub.chat_completion(asked, model="lora", max_tokens=6, temperature=0, stream=True)
-    assert "".join(p.choices[0].delta.content or "" for p in pieces) == other.content
+    assert "".join(p.choices[0].delta.content or "" for p in pieces) == plain["generated_text"]
+    assert hub.chat_completion(asked, max_tokens=1).model == "dummy"
 
 
 def test_refusal_is_the_client_s_own_exception(hub: InferenceClient) -> None:

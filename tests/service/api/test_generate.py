@@ -104,12 +104,32 @@ def test_details(client: httpx.Client) -> None:
 
 def test_every_path_is_the_same_road(client: httpx.Client) -> None:
     body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 5, "adapter_id": "lora"}}
-    texts = {client.post(path, json=body).json()["generated_text"] for path in ("/", "/generate")}
+    texts = {client.post("/generate", json=body).json()["generated_text"]}
+    listed = client.post("/", json=body)
+    assert len(listed.headers["x-adapter-digest"]) == 64
+    (first,) = listed.json()
+    texts.add(first["generated_text"])
     for path in ("/", "/generate"):
         lines = client.post(path, json={**body, "stream": True}).text.split("\n\n")
         texts.add(json.loads(lines[-2].removeprefix("data:"))["generated_text"])
     texts.add(stream(client, **body["parameters"])[-1]["generated_text"])  # type: ignore[arg-type]
     assert len(texts) == 1
+
+
+def test_a_schema_and_alternatives_as_lorax_asks(client: httpx.Client) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    schema["additionalProperties"] = False
+    given = {
+        "response_format": {"type": "json_object", "schema": schema},
+        "return_k_alternatives": 2,
+        "details": True,
+    }
+    reply = client.post("/generate", json={"inputs": PROMPT, "parameters": given}).json()
+    assert reply["generated_text"] in ('{"n": 1}', '{"n": 2}')
+    assert len(reply["details"]["top_tokens"][0]) == 2
+    both = {**given, "grammar": {"type": "regex", "value": "a"}}
+    refused = client.post("/generate", json={"inputs": PROMPT, "parameters": both})
+    assert refused.json()["field"] == "parameters.response_format"
 
 
 def test_stream_joins_to_the_reply(client: httpx.Client) -> None:
