@@ -155,7 +155,7 @@ def _stamp(serving: Serving, file_id: str, param: str) -> FileStamp:
 
 
 def _listed(office: Office, after: str | None, limit: int) -> dict[str, Any]:
-    found, more = office.queue.list(after, limit)
+    found, more = office.queue.newest(after, limit)
     return listed([_view(job, office) for job in found], more)
 
 

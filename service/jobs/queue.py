@@ -69,8 +69,8 @@ class Queue:
             raise NotFound(f"job {job_id[:80]!r} does not exist", "fine_tuning_job_id")
         return _job(row)
 
-    def list(self, after: str | None, limit: int) -> tuple[list[Job], bool]:
-        """The newest first, after the one with id `after`; and whether there are more."""
+    def newest(self, after: str | None, limit: int) -> tuple[list[Job], bool]:
+        """Jobs, the newest first, after the one with id `after`; and whether there are more."""
         with self._catalog.reading() as connection:
             rows = connection.execute(page(self._mine(), jobs, after, limit, "desc")).all()
         return [_job(row) for row in rows[:limit]], len(rows) > limit

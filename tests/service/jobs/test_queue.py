@@ -40,7 +40,7 @@ def test_another_home_sees_nothing_of_it(catalog: Catalog, job_id: str) -> None:
     other = Queue(catalog, "1" * 32)
     with pytest.raises(NotFound):
         other.get(job_id)
-    assert other.list(None, 10) == ([], False)
+    assert other.newest(None, 10) == ([], False)
     assert other.first("validating_files") is None
 
 
@@ -86,9 +86,9 @@ def test_a_failed_job_is_resumed_where_its_data_was_right(queue: Queue, job_id: 
 
 def test_pages(queue: Queue, files: TrainingFiles, tmp_path: Path) -> None:
     ids = [queue.add(order_of(keep(files, tmp_path))).id for _ in range(5)]
-    first, more = queue.list(None, 2)
+    first, more = queue.newest(None, 2)
     assert ([job.id for job in first], more) == ([ids[4], ids[3]], True)
-    rest, more = queue.list(first[-1].id, 10)
+    rest, more = queue.newest(first[-1].id, 10)
     assert ([job.id for job in rest], more) == ([ids[2], ids[1], ids[0]], False)
     assert queue.counts()["validating_files"] == 5
     assert queue.waiting() == 5
