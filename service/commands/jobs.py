@@ -180,7 +180,7 @@ def _print_one(found: Mapping[str, Any], as_json: bool) -> None:
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict | list):
-        return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip()
+        return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True)).strip()
     return str(value)
 
 
