@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from base.kernels import Weight, nf4_backward, nf4_training_product
 from base.nf4 import NF4Linear
 from training.errors import MethodError
+from training.swiglu import parts_of, product
 
 Init = Literal["zero", "pissa", "olora"]
 
@@ -23,8 +24,9 @@ Init = Literal["zero", "pissa", "olora"]
 class _Product(torch.autograd.Function):
     """u = W x + s B (A x), then y = u, or y = g ⊙ u with g = m / n and a constant n.
 
-    One node instead of a dozen: beside the factors only x is kept, and u where there is a g. A x
-    is computed again, which costs r columns. x [T, in], A [r, in], B [out, r], m and n [out].
+    One node instead of a dozen: beside the factors only x is kept, or the `parts` that it is made
+    of (training/swiglu.py), and u where there is a g. A x is computed again, which costs r
+    columns. x [T, in], A [r, in], B [out, r], m and n [out].
     """
 
     @staticmethod
@@ -37,6 +39,7 @@ class _Product(torch.autograd.Function):
         n: Tensor | None,
         weight: Weight,
         scale: float,
+        parts: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         u = nf4_training_product(x, weight)
         if u.dtype is B.dtype:
@@ -44,15 +47,17 @@ class _Product(torch.autograd.Function):
         else:
             u = u + ((x.to(A.dtype) @ A.t()) @ B.t()) * scale
         ctx.weight, ctx.scale, ctx.gained = weight, scale, m is not None
+        read = (x, None) if parts is None else parts
         if m is None or n is None:
-            ctx.save_for_backward(x, A, B)
+            ctx.save_for_backward(*read, A, B)
             return u.to(x.dtype)
-        ctx.save_for_backward(x, A, B, u, m, n)
+        ctx.save_for_backward(*read, A, B, u, m, n)
         return (u * (m / n)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, *gain = ctx.saved_tensors
+        x, other, A, B, *gain = ctx.saved_tensors
+        x = x if other is None else product(x, other)
         grad, grad_m = grads[0], None
         if ctx.gained:
             u, m, n = gain
@@ -70,7 +75,7 @@ class _Product(torch.autograd.Function):
                 grad_x.addmm_(inner, A)
             else:
                 grad_x = (grad_x + inner @ A).to(x.dtype)
-        return grad_x, grad_A, grad_B, grad_m, None, None, None
+        return grad_x, grad_A, grad_B, grad_m, None, None, None, None
 
 
 class LoraLinear(nn.Module):
@@ -126,8 +131,12 @@ class LoraLinear(nn.Module):
         return self.training and self.dropout.p > 0
 
     def _whole(self, x: Tensor, m: Tensor | None = None, n: Tensor | None = None) -> Tensor:
-        (A, B), rows = self.factors(), x.reshape(-1, x.shape[-1])
-        y: Tensor = _Product.apply(rows, A, B, m, n, self.base.weight, self.scale)  # type: ignore[no-untyped-call]
+        A, B = self.factors()
+        rows = x.reshape(-1, x.shape[-1])
+        parts = parts_of(x)
+        if parts is not None:
+            parts = (parts[0].view_as(rows), parts[1].view_as(rows))
+        y: Tensor = _Product.apply(rows, A, B, m, n, self.base.weight, self.scale, parts)  # type: ignore[no-untyped-call]
         y = y if self.base.bias is None else y + self.base.bias
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,7 +25,10 @@ from training.data import (
 from training.distributed import ALONE, World, part_of, whole
 from training.errors import ConfigError
 from training.loss import batch_loss, head_of
-from training.methods import Attached
+from training.methods import METHODS, Attached
+from training.optimizers import optimizer
+from training.recompute import recomputed, refuse_if_not_recomputable
+from training.swiglu import lean
 
 FLOOR = 0.1  # of the rate, where the cosine ends
 
@@ -82,7 +86,7 @@ class Run:
         self.base, self.adapter, self.config, self.world = base, adapter, config, world
         self.parameters = adapter.parameters()
         world.start_alike(self.parameters)
-        self.optimizer = adamw(adapter, config.optim)
+        self.optimizer = optimizer(adapter, config.optim, base.device)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: rate(step, config.optim)
         )
@@ -92,7 +96,11 @@ class Run:
             refuse_if_mixed(base.model, base.device, adapter.virtual_tokens)
         share = (world.rank, world.size)
         self.batches = Batches(data, config.optim.batch_size, pad, config.seed, pack, share)
-        head_of(base)  # tried now: in a step dropout would be on, and its trial would draw from it
+        if config.optim.checkpointing:
+            kind = config.method.kind
+            refuse_if_not_recomputable(base.model, kind, METHODS[kind].through_cache)
+        adapter.train(False)  # a fresh one drops, and a trial must not
+        head_of(base)
         self.progress = Progress()
         self.best: dict[str, Any] | None = None  # the adapter's state at the best evaluation
 
@@ -103,10 +111,11 @@ class Run:
         self.adapter.train(True)
         (loss_tokens,) = world.sums(batch.loss_tokens)
         # The mean over the tokens of all processes is the sum of their parts of it.
-        loss = batch_loss(self.base, batch, self.adapter) * (batch.loss_tokens / loss_tokens)
-        penalty = self.adapter.penalty()
-        total = loss if penalty is None else loss + penalty / world.size
-        (total * world.gain).backward()  # type: ignore[no-untyped-call]
+        with lean(self.base.model), self._twice():  # on the way back too
+            loss = batch_loss(self.base, batch, self.adapter) * (batch.loss_tokens / loss_tokens)
+            penalty = self.adapter.penalty()
+            total = loss if penalty is None else loss + penalty / world.size
+            (total * world.gain).backward()  # type: ignore[no-untyped-call]
         world.add_up(self.parameters)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm)
         self.optimizer.step()
@@ -124,6 +133,10 @@ class Run:
         return Step(
             progress.step, progress.losses[-1], learning_rate, progress.tokens, progress.seconds
         )
+
+    def _twice(self) -> AbstractContextManager[None]:
+        again = self.config.optim.checkpointing
+        return recomputed(self.base.model) if again else nullcontext()
 
     def evaluate(self, held_out: Sequence[Example]) -> float:
         """The loss on `held_out`; the best weights so far are kept."""
@@ -178,8 +191,8 @@ class Run:
         self.best = state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():
-            for name, value in moments.items():
-                if value.shape == parameter.shape:
+            for name, value in moments.items():  # bitsandbytes counts steps by a plain int
+                if getattr(value, "shape", None) == parameter.shape:
                     moments[name] = part_of(value, parameter)
         self.schedule.load_state_dict(state["schedule"])
         self.batches.cursor = state["cursor"]
@@ -258,15 +271,6 @@ def _finished(run: Run, held_out: Sequence[Example], ended: str) -> Trained:
         ended=ended,
         best_step=progress.best_step,
     )
-
-
-def adamw(adapter: Attached, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the adapter, with a rate of its own for each group."""
-    groups = [
-        {"params": group["params"], "lr": optim.learning_rate * group["ratio"]}
-        for group in adapter.groups(optim.b_rate_ratio)
-    ]
-    return torch.optim.AdamW(groups, weight_decay=optim.weight_decay)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from tests.training.runs import run_of
 from training import loss
 from training.data import Example, TrainBatch, collate, collate_packed
 from training.methods import attach
+from training.recipe import Run
 
 DATA = [Example((10, 50, 91, 7, 2), 2), Example((11, 51, 2), 1), Example((12, 52, 92, 2), 3)]
 
@@ -75,3 +76,17 @@ def test_no_more_logits_than_the_bound_are_ever_there(
     with torch.no_grad():
         loss.batch_loss(base, batch)
     assert (max(rows), sum(rows)) == (3, batch.loss_tokens)
+
+
+def test_a_fresh_adapters_dropout_has_no_part_in_the_trial(base: Base) -> None:
+    loss._HEADS.pop(base.model, None)
+    config = run_of(rank=2, dropout=0.5, optim={"steps": 1})
+    adapter = attach(base, config)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.5)
+    state = torch.get_rng_state()
+    Run(base, adapter, DATA, config)
+    assert loss.head_of(base) is not None
+    assert torch.equal(torch.get_rng_state(), state)
+    adapter.detach()

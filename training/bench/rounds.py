@@ -129,7 +129,11 @@ class _Child:
 
     def said(self) -> str:
         turn = self.turns[-1]
-        return f"{self.name} {turn.seconds:.1f} s, loss {turn.loss:.4f}"
+        peak = self.peak_bytes / 2**30
+        return (
+            f"{self.name} {turn.seconds:.1f} s ({turn.cpu_seconds:.1f} of the CPU), "
+            f"loss {turn.loss:.4f}, peak {peak:.2f} GiB"
+        )
 
     def _hear(self) -> dict[str, Any]:
         assert self.process is not None

@@ -61,3 +61,4 @@ class Method:
     name: str
     attach: Callable[[Base, TrainConfig], Attached]
     makes_base: bool = False  # from a float base (`base.load.load_float`), and saves another one
+    through_cache: bool = False  # its keys and values come in a cache: no layer can run twice

@@ -363,7 +363,11 @@ _CONFIGS: Mapping[str, Callable[[Base, TrainConfig], peft.PeftConfig]] = {
 
 
 def _row(name: str, make: Callable[[Base, TrainConfig], peft.PeftConfig]) -> Method:
-    return Method(name, lambda base, run: PeftAdapter(base, make(base, run)))
+    return Method(
+        name,
+        lambda base, run: PeftAdapter(base, make(base, run)),
+        through_cache=name == "prefix_tuning",
+    )
 
 
 PEFT_METHODS = (
