@@ -72,9 +72,8 @@ class Runner:
         self._news = threading.Condition()
         self._stopping = False
         self._stop_at = float("inf")
-        self._processes: set[TrainProcess] = set()
-        self._checking: dict[str, TrainProcess] = {}
         self._lock: int | None = None
+        self._began = time.time()
 
     # The server's side
 
@@ -187,12 +186,14 @@ class Runner:
                 self._news.wait(seconds)
 
     def _sweep(self) -> None:
-        """Directories of jobs that have no row: a crash came between the two."""
+        """Directories of jobs that have no row: a crash came between the two. Those that were made
+        since this server began may get theirs yet."""
         for path in self._workshop.home.glob("ftjob-*"):
-            try:
-                self._queue.get(path.name)
-            except Exception:
-                shutil.rmtree(path, ignore_errors=True)
+            if path.stat().st_mtime < self._began:
+                try:
+                    self._queue.get(path.name)
+                except NotFound:
+                    shutil.rmtree(path, ignore_errors=True)
 
     # One job
 

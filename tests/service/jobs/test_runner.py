@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from adapters.errors import InvalidAdapter, StoreFull
+from adapters.errors import InvalidAdapter, StoreFull, StoreUnavailable
 from service.errors import EngineFailed, WrongState
 from service.jobs import progress
 from service.jobs.job import Job
@@ -229,5 +231,28 @@ def test_a_directory_without_a_row_is_swept(bench: Bench) -> None:
     left = bench.home / "jobs" / f"ftjob-{'0' * 24}"
     left.mkdir(parents=True)
     (left / "job.json").write_text(json.dumps({}))
+    os.utime(left, (0, 0))
+    fresh = bench.home / "jobs" / f"ftjob-{'1' * 24}"
+    fresh.mkdir()
+    os.utime(fresh, (time.time() + 60, time.time() + 60))
     bench.start()
     bench.when(lambda: not left.exists())
+    assert fresh.exists(), "its row may be on its way"
+
+
+def test_a_catalog_that_fails_costs_no_job_its_directory(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = bench.until(begin(bench, tmp_path), "succeeded")
+    directory = bench.home / "jobs" / job.id
+    os.utime(directory, (0, 0))
+    bench.stop()
+
+    def away(job_id: str) -> Job:
+        raise StoreUnavailable("the catalog is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.queue, "get", away)
+        runner = bench.start()
+        bench.when(lambda: len(runner._threads) > 1)
+    assert directory.exists()
