@@ -40,7 +40,8 @@ def lower_whole(path: str, checkpoint: AdapterCheckpoint, base: Base) -> Delta:
     linear = spec.linears[path]
     weight = take(name, linear.out_features, linear.in_features).to(base.dtype)
     bias = take(f"{path}.bias", linear.out_features) if linear.bias else None
-    head, own = base.linear(path), base.linear(path).weight
+    head = base.linear(path)
+    own: Any = head.weight
     in_float = isinstance(own, torch.Tensor) or isinstance(head, RoundedLinear)
     if bias is None and in_float and holds(own, weight):
         return LinearDelta()

@@ -30,7 +30,7 @@ def pack(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.to(dtype)
     groups = -(-x.shape[-1] // GROUP)
     full = functional.pad(x.float(), (0, groups * GROUP - x.shape[-1]))
-    full = full.unflatten(-1, (groups, GROUP))
+    full = full.view(*x.shape[:-1], groups, GROUP)
     largest = full.abs().amax(dim=-1, keepdim=True)
     finite = largest.isfinite()
     # 127 / largest would be 127 * (1 / largest), rounded twice, and decide a tie otherwise.

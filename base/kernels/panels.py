@@ -147,10 +147,12 @@ class PanelWeight:
         assert self.bits == 8, "rows are looked up in 8 bits alone"
         flat = ids.reshape(-1)
         panel, row = flat // PANEL_ROWS, flat % PANEL_ROWS
-        lines = self.panels[..., :-_SCALE_BYTES].unflatten(-1, (BLOCK // 4, 2, 16, 4))
+        lines = self.panels[..., :-_SCALE_BYTES]
+        lines = lines.view(*lines.shape[:2], BLOCK // 4, 2, 16, 4)
         own = lines[panel, :, :, row // 16, row % 16].flatten(2)  # [n, blocks, 64]
         scales = self.panels[..., -_SCALE_BYTES:].view(torch.float32)[panel, :, row]
-        return ((own.float() - 128) * scales[..., None]).view(*ids.shape, self.shape[1])
+        values: Tensor = (own.float() - 128) * scales[..., None]
+        return values.view(*ids.shape, self.shape[1])
 
     def codes_and_scales(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows [start, stop): codes, or bytes 128 too many, [rows, in]; scales [rows, blocks]."""
