@@ -20,6 +20,7 @@ from tempfile import TemporaryFile
 from time import time
 from typing import Any
 
+from adapters import evaluation
 from adapters.blobs import BlobStore, StagedBlob, Step, disk_errors, open_blobs
 from adapters.catalog import DIGEST, Catalog, check_alias, check_name
 from adapters.errors import (
@@ -360,7 +361,15 @@ class AdapterStore:
         own = tokens.own if tokens else None
         known = self._unchanged(name, config, weights, template, spec, own)
         return known or self.add(
-            name, config, weights, template, spec, limits, probe=probe, tokens=tokens
+            name,
+            config,
+            weights,
+            template,
+            spec,
+            limits,
+            provenance=read_evaluation(directory),
+            probe=probe,
+            tokens=tokens,
         )
 
     def _unchanged(
@@ -404,6 +413,18 @@ def read_small(path: Path, limit: int, where: str) -> bytes:
     if len(raw) > limit:
         raise TooLarge(f"more than {limit} bytes", where)
     return raw
+
+
+def read_evaluation(directory: Path) -> dict[str, Any]:
+    """The part of a provenance that evaluation.json gives; empty where there is none.
+
+    Raises InvalidAdapter, TooLarge.
+    """
+    path = directory / evaluation.FILE
+    if not path.exists():
+        return {}
+    raw = read_small(path, evaluation.MAX_BYTES, evaluation.KEY)
+    return {evaluation.KEY: evaluation.checked(raw)}
 
 
 @contextmanager

@@ -22,6 +22,7 @@ OWN = {
     "generate": ("service.commands.generate:app", "Ask a running server for a text."),
     "adapters": ("service.commands.adapters:app", "Push, list, show and remove adapters."),
     "jobs": ("service.commands.jobs:app", "Train on a running server, and follow it."),
+    "rag": ("service.commands.rag:app", "Collections of documents, and questions to them."),
     "config": ("service.commands.config:app", "Print the effective configuration."),
     "conformance": (
         "service.commands.conformance:app",
@@ -33,6 +34,8 @@ OWN = {
 KNOWN = {
     "base": "Build and inspect base models.",
     "train": "Train adapters on the same base that serves them.",
+    "eval": "Measure adapters and prompts side by side, with intervals and tests.",
+    "compare": "Compare methods, rates and seeds with one budget: a study and its report.",
     "bench": "Measure throughput and latency on this machine.",
 }
 

@@ -12,6 +12,8 @@ from urllib.parse import quote
 
 import httpx
 
+from adapters import evaluation
+
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER_HUB_NAME = "adapter.safetensors"  # what AdapterHub calls the same file
@@ -157,7 +159,7 @@ class Client:
         merged_dtype: str | None = None,
     ) -> dict[str, Any]:
         """Upload what PEFT's `save_pretrained` or AdapterHub's `save_adapter` wrote as safetensors,
-        and `chat_template.jinja` and `tokenizer.json` if they are there.
+        and `chat_template.jinja`, `tokenizer.json` and `evaluation.json` if they are there.
 
         The weights are streamed from disk. Returns the server's description of the new version.
         """
@@ -180,6 +182,9 @@ class Client:
             if (directory / TOKENIZER_NAME).is_file():
                 tokenizer = stack.enter_context((directory / TOKENIZER_NAME).open("rb"))
                 files["tokenizer"] = (TOKENIZER_NAME, tokenizer, "application/json")
+            if (directory / evaluation.FILE).is_file():
+                measured = stack.enter_context((directory / evaluation.FILE).open("rb"))
+                files[evaluation.KEY] = (evaluation.FILE, measured, "application/json")
             found: dict[str, Any] = self._call(
                 "POST",
                 "/adapters",

@@ -14,6 +14,8 @@ from base.load import Base
 from training.data import pad_id
 from training.methods import Attached
 
+WORTH_CUTTING = 0.75  # a batch goes on without its ended rows once so few are left
+
 
 @dataclass(frozen=True, slots=True)
 class ExactMatch:
@@ -115,28 +117,35 @@ def _greedy(
     tokens, mask = tokens.to(base.device), mask.to(base.device)
     stop = base.tokenizer.eos_token_id
     said: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
     first: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
     if not virtual:
         first["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
     run = adapter.forward if adapter else base.model
     out = run(**first, use_cache=True, logits_to_keep=1)
     mask = torch.cat([mask.new_ones(len(prompts), virtual), mask], dim=1)
+    rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
+    ended: set[int] = set()
     for _ in range(max_new_tokens):
         tokens = out.logits[:, -1].argmax(dim=-1, keepdim=True)
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-        for row, token in enumerate(tokens.flatten().tolist()):
+        for row, token in zip(rows, tokens.flatten().tolist(), strict=True):
             if token == stop:
-                open_rows.discard(row)
-            if row in open_rows:
+                ended.add(row)
+            if row not in ended:
                 said[row].append(token)
-        if not open_rows:
+        if len(ended) == len(prompts):
             break
+        cache = out.past_key_values
+        going = [at for at, row in enumerate(rows) if row not in ended]
+        if len(going) <= WORTH_CUTTING * len(rows):
+            kept = torch.tensor(going, device=base.device)
+            cache.batch_select_indices(kept)
+            tokens, mask, rows = tokens[kept], mask[kept], [rows[at] for at in going]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         out = base.model(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=mask.cumsum(dim=1)[:, -1:] - 1,
-            past_key_values=out.past_key_values,
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )

@@ -9,11 +9,12 @@ from typing import Any
 
 import httpx
 
+from adapters import evaluation
 from adapters.errors import AdapterError
 from adapters.limits import Limits
 from adapters.lowering import lower
 from adapters.manifest import AdapterManifest
-from adapters.store import TEMPLATE_FILE, AdapterStore, read_small
+from adapters.store import TEMPLATE_FILE, AdapterStore, read_evaluation, read_small
 from base.load import Base
 from training.config import PublishConfig, TrainConfig
 from training.errors import PublishError
@@ -53,6 +54,8 @@ def _upload(wanted: PublishConfig, out: Path) -> str:
             "config": stack.enter_context((out / CONFIG).open("rb")),
             "weights": stack.enter_context((out / WEIGHTS).open("rb")),
         }
+        if (out / evaluation.FILE).is_file():
+            files[evaluation.KEY] = stack.enter_context((out / evaluation.FILE).open("rb"))
         url = f"{str(wanted.url).rstrip('/')}/adapters"
         reply = httpx.post(url, data=fields, files=files, timeout=SECONDS)
     if reply.is_error:
@@ -86,7 +89,7 @@ def _put(wanted: PublishConfig, home: Path, config: TrainConfig, base: Base) -> 
             template.read_text(encoding="utf-8") if template.is_file() else None,
             base.spec,
             limits,
-            provenance=provenance(config),
+            provenance={**provenance(config), **read_evaluation(out)},
             probe=trial,
         )
     finally:

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
+from adapters import evaluation
 from adapters.errors import AdapterNotFound
 from adapters.manifest import AdapterManifest, MergedDtype, Placement
 from adapters.store import AdapterDescription
@@ -57,6 +58,11 @@ _FORM: dict[str, Any] = {
                             "type": "string",
                             "format": "binary",
                             "description": "tokenizer.json, of an adapter with new tokens",
+                        },
+                        "evaluation": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "evaluation.json, kept with the version's provenance",
                         },
                         "placement": {"type": "string", "enum": list(get_args(Placement))},
                         "merged_dtype": {"type": "string", "enum": list(get_args(MergedDtype))},
@@ -330,6 +336,7 @@ def created(manifest: AdapterManifest) -> JSONResponse:
 
 
 def _add(arrived: Upload, serving: Serving) -> AdapterManifest:
+    measured = arrived.fields.get("evaluation")
     return serving.store.add(
         arrived.text("name") or "",
         arrived.fields["config"],
@@ -339,6 +346,7 @@ def _add(arrived: Upload, serving: Serving) -> AdapterManifest:
         serving.limits,
         placement=_one_of(arrived, "placement", get_args(Placement), "unmerged"),
         merged_dtype=_one_of(arrived, "merged_dtype", get_args(MergedDtype), "bfloat16"),
+        provenance={evaluation.KEY: evaluation.checked(measured)} if measured else None,
         probe=serving.probe,
         tokens=replace(serving.assembly.tokens, own=arrived.fields.get("tokenizer")),
     )

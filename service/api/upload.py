@@ -21,6 +21,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
+from adapters import evaluation
 from adapters.limits import Limits
 from service.api.errors import Refused
 from service.errors import InvalidRequest
@@ -107,7 +108,7 @@ def _boundary(request: Request) -> bytes:
             415,
             "unsupported_media",
             "an upload is multipart/form-data with the parts name, config, weights and, if wanted, "
-            "template, tokenizer, placement, merged_dtype",
+            "template, tokenizer, evaluation, placement, merged_dtype",
         )
     return boundary
 
@@ -145,6 +146,7 @@ class _Form:
             "config": limits.max_config_bytes,
             "template": limits.max_template_bytes,
             "tokenizer": limits.max_tokenizer_bytes,
+            "evaluation": evaluation.MAX_BYTES,
             "weights": limits.max_weights_bytes,
         }
         self._seen: set[str] = set()

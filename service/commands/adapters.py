@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from adapters import evaluation
 from adapters.compose import parse_terms
 from adapters.errors import InvalidAdapter
 from service.commands.output import print_json, print_table
@@ -79,10 +80,19 @@ def list_(
 
 @app.command()
 def show(name: Name, url: Url = None, as_json: Json = False) -> None:
-    """Show one adapter: its versions, aliases, targets and costs."""
+    """Show one adapter: its versions, aliases, targets and costs, and what was measured of it."""
     with connect(url, as_json) as client:
         found = client.adapter(name)
-    _print_one(found, as_json)
+    if as_json:
+        _print_one(found, as_json)
+        return
+    provenance = dict(found.get("provenance") or {})
+    measured = provenance.pop(evaluation.KEY, {})
+    _print_one({**found, "provenance": provenance}, as_json)
+    rows = [row for one in measured.get(evaluation.LIST, ()) for row in _measured(one)]
+    if rows:
+        typer.echo("")
+        print_table(("measured on", "figure", "value", "95 % interval", "against", "p"), rows)
 
 
 @app.command()
@@ -230,6 +240,31 @@ def _print_one(adapter: Mapping[str, Any], as_json: bool) -> None:
         print_json(adapter)
     else:
         print_table(("field", "value"), [(key, _cell(value)) for key, value in adapter.items()])
+
+
+def _measured(one: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each figure of one evaluation, as `nibble eval` wrote it. An upload may hold
+    anything, so what is not as expected is left out."""
+    figures = one.get("figures")
+    if not isinstance(figures, dict):
+        return []
+    where = f"{_cell(one.get('data'))}, {_cell(one.get('questions'))} questions"
+    prompt = one.get("system")
+    where += f", prompt {_cell(prompt)[:40]!r}" if prompt else ""
+    rows = []
+    for name, figure in figures.items():
+        if not isinstance(figure, dict) or {"value", "low", "high"} - figure.keys():
+            continue
+        tests = [
+            (other, found[name])
+            for other, found in (one.get("against") or {}).items()
+            if isinstance(found, dict) and isinstance(found.get(name), dict)
+        ]
+        interval = f"{_cell(figure['low'])} to {_cell(figure['high'])}"
+        other, p = (tests[0][0], _cell(tests[0][1].get("p"))) if tests else ("-", "-")
+        rows.append([where, name, _cell(figure["value"]), interval, other, p])
+        where = ""
+    return rows
 
 
 def _use(adapter: Mapping[str, Any]) -> list[str]:

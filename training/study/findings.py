@@ -47,7 +47,6 @@ class Row:
     tokens_per_second: float | None = None
     retention: Estimate | None = None
     serving_ms: float | None = None  # for each token
-    macro_f1: float | None = None
     curves: tuple[tuple[tuple[float, float], ...], ...] = ()
 
 
@@ -159,16 +158,6 @@ def rate_of(runs: Sequence[Sequence[int]]) -> Estimate:
     assert found.low is not None
     assert found.high is not None
     return Estimate(found.estimate, found.low, found.high)
-
-
-def macro_f1(said: Sequence[str], wanted: Sequence[str]) -> float:
-    """The mean of each label's F1, whatever its share."""
-    scores = []
-    for label in sorted(set(wanted)):
-        both = sum(s == label == w for s, w in zip(said, wanted, strict=True))
-        some = sum(s == label for s in said) + sum(w == label for w in wanted)
-        scores.append(2 * both / some)
-    return sum(scores) / len(scores)
 
 
 def _references(study: StudyConfig, task: TaskConfig, results: Results) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 Split = Literal["train", "test"]
 TEST_PART = 5  # one question in five belongs to the test split
-DRAWS = 400  # for each item that is wanted, before the task is said to have no more
+STALE = 20  # draws without a new item, for each that was found, before a task has no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +65,16 @@ class Task:
     def _draw(self, split: Split, count: int, seed: int) -> Iterator[Item]:
         chance = random.Random(f"{self.name} {split} {seed}")
         seen: set[str] = set()
-        for _ in range(DRAWS * count):
-            if len(seen) == count:
-                return
+        stale = 0
+        while len(seen) < count:
             item = self.make(chance)
             key = item.question or item.answer
+            stale += 1
             if item.split == split and key not in seen:
                 seen.add(key)
+                stale = 0
                 yield item
-        if len(seen) < count:
-            raise ValueError(f"{self.name}: {len(seen)} items of {split} were found, not {count}")
+            if stale > STALE * (len(seen) + 50):
+                raise ValueError(
+                    f"{self.name}: {len(seen)} items of {split} were found, not {count}"
+                )

@@ -75,6 +75,19 @@ def test_upload_is_there_at_once(
     assert place.bytes > 0
 
 
+def test_an_evaluation_comes_along_and_is_shown(
+    client: httpx.Client, uploads: Path, fresh: str
+) -> None:
+    figures = {"exact_match": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    measured = {"evaluations": [{"data": "t.jsonl", "questions": 9, "figures": figures}]}
+    reply = push(client, fresh, uploads / "first", evaluation=json.dumps(measured))
+    assert reply.status_code == 201, reply.text
+    assert client.get(f"/adapters/{fresh}").json()["provenance"]["evaluation"] == measured
+    refused = push(client, fresh, uploads / "second", evaluation="[1]")
+    assert refused.status_code == 422
+    assert "evaluation" in refused.text
+
+
 def test_list_names_the_newest_version(client: httpx.Client, uploads: Path, fresh: str) -> None:
     push(client, fresh, uploads / "first")
     push(client, fresh, uploads / "second")

@@ -7,7 +7,7 @@ import pytest
 
 from training.study.cli import as_json
 from training.study.config import StudyConfig
-from training.study.findings import Findings, find, macro_f1
+from training.study.findings import Findings, find
 from training.study.markdown import markdown
 from training.study.page import page
 from training.study.words import verdict_line
@@ -139,12 +139,6 @@ def test_shuffled_labels_that_teach_something_fail_the_control(right: int, passe
     (control,) = find(study(), some).controls
     assert control.passed is passed
     assert ("**failed**" in markdown(find(study(), some), "")) is not passed
-
-
-def test_macro_f1_counts_rare_labels_as_much_as_frequent_ones() -> None:
-    wanted = ["a"] * 9 + ["b"]
-    assert macro_f1(wanted, wanted) == 1.0
-    assert macro_f1(["a"] * 10, wanted) == pytest.approx((2 * 9 / 19 + 0) / 2)
 
 
 def test_reports_say_the_same_and_what_is_missing() -> None:

@@ -1,0 +1,49 @@
+"""evaluation.json: what was measured of an adapter, kept with the version in its provenance.
+
+It says nothing about how the adapter is served; whoever uploads it vouches for it, as for the
+weights. So it is bounded and has to be JSON, and its figures are shown as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from adapters.errors import InvalidAdapter, TooLarge
+from adapters.limits import KIB
+
+FILE = "evaluation.json"
+KEY = "evaluation"  # in the provenance
+LIST = "evaluations"  # in the file: one entry for each set of questions, newest last
+MAX_BYTES = 128 * KIB
+DEPTH = 12
+
+
+def checked(raw: bytes) -> dict[str, Any]:
+    """The file as an object. Raises InvalidAdapter, TooLarge."""
+    if len(raw) > MAX_BYTES:
+        raise TooLarge(f"more than {MAX_BYTES} bytes", KEY)
+    try:
+        found = json.loads(raw.decode(), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapter(f"is not JSON: {str(error)[:200]}", KEY) from None
+    if not isinstance(found, dict):
+        raise InvalidAdapter(f"is a {type(found).__name__}; an object is expected", KEY)
+    _check(found, DEPTH)
+    return found
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _check(value: Any, depth: int) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InvalidAdapter(f"holds {value}, which is no number", KEY)
+    inner = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | list):
+        if depth == 0:
+            raise InvalidAdapter(f"is nested deeper than {DEPTH}", KEY)
+        for each in inner:
+            _check(each, depth - 1)

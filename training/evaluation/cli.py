@@ -1,0 +1,260 @@
+"""`nibble eval`: adapters and prompts side by side on the same questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from base.errors import UnservableBase
+from base.load import Base, load_base
+from base.mini import MINI
+from training import checkpoint
+from training.errors import TrainingError
+from training.evaluation.card import entry, store
+from training.evaluation.questions import read_questions
+from training.evaluation.scorecard import Metric, Question, Scores, compare, fitting, score
+from training.evaluation.significance import Estimate, Paired
+
+TEMPLATE_FILE = "chat_template.jinja"
+BASE = "base"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What is measured: the base or an adapter, with a system prompt or without."""
+
+    name: str
+    adapter: Path | None
+    prompt: str | None
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="The right answers, in any shape of training data.")],
+    adapter: Annotated[
+        list[Path] | None, typer.Option(help="A directory; may be repeated. Side by side.")
+    ] = None,
+    system: Annotated[
+        list[str] | None, typer.Option(help="A system prompt; may be repeated. Side by side.")
+    ] = None,
+    base: Annotated[str, typer.Option(help="mini, a directory, or a hub id.")] = "mini",
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(get_args(Metric))}; default: those that fit the answers."),
+    ] = None,
+    choices: Annotated[
+        str | None, typer.Option(help="Labels, with commas; default: the answers that occur.")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="prompt=question: take this column; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
+    with_base: Annotated[bool, typer.Option(help="Measure the base beside adapters.")] = True,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=1 << 20, help="Default: 1.5 times the longest right answer."),
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, max=1 << 20)] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096)] = 64,
+    keep: Annotated[
+        bool, typer.Option(help="Add the figures to evaluation.json beside each adapter.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all answers.")] = False,
+) -> None:
+    """Measure adapters and prompts on the same questions, with 95 % intervals and paired tests.
+
+    The first system is what the others are tested against: the base, unless --no-with-base.
+    """
+    try:
+        metrics = _metrics(metric)
+        model = load_base(MINI if base == "mini" else base, dtype=_dtype())
+        if model.tokenizer is None:
+            raise TrainingError(f"base {base} has no tokenizer, so nothing can be asked")
+        labels = [label.strip() for label in choices.split(",")] if choices else None
+        found: dict[str, Scores] = {}
+        numbers: dict[str, int] = {}
+        systems = _systems(adapter or [], system or [], with_base)
+        for one in systems:
+            questions = read_questions(
+                data,
+                model.tokenizer,
+                max_length=max_length,
+                template=_template(one.adapter),
+                columns=_columns(column or []),
+                system=one.prompt,
+                limit=limit,
+            )
+            asked = metrics or fitting(questions)
+            numbers[one.name] = len(questions)
+            found[one.name] = _score(
+                model, one, questions, asked, labels, max_new_tokens, batch_size
+            )
+        first = systems[0].name
+        against = {name: compare(s, found[first]) for name, s in found.items() if name != first}
+        if keep:
+            _keep(model, data, systems, found, numbers, first, against)
+    except (TrainingError, UnservableBase, ValueError) as error:
+        Console(stderr=True).print(f"[bold red]refused:[/] {escape(str(error))}", highlight=False)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(_as_json(found, first, against), ensure_ascii=False))
+    else:
+        console.print(_table(found, data, numbers[first]))
+        if against:
+            console.print(_tests(against, first))
+
+
+def _dtype() -> str:
+    """In fp32 on a CPU, in what the device computes best elsewhere: as adapters are trained."""
+    return "auto" if torch.cuda.is_available() else "float32"
+
+
+def _metrics(given: list[str] | None) -> tuple[Metric, ...]:
+    known: tuple[Metric, ...] = get_args(Metric)
+    for name in given or ():
+        if name not in known:
+            raise TrainingError(f"metric {name!r}: one of {', '.join(known)} is needed")
+    return tuple(name for name in known if name in (given or ()))
+
+
+def _systems(adapters: Sequence[Path], prompts: Sequence[str], with_base: bool) -> list[System]:
+    """The base and the adapters, each without and with each prompt. Raises TrainingError where
+    there is nothing to measure, or two would have one name."""
+    if not adapters and not with_base:
+        raise TrainingError("nothing to measure: name an --adapter, or leave out --no-with-base")
+    models: list[tuple[str, Path | None]] = [(BASE, None)] if with_base or not adapters else []
+    names = [path.resolve().name for path in adapters]
+    for path, name in zip(adapters, names, strict=True):
+        models.append((name if names.count(name) == 1 and name != BASE else str(path), path))
+    asked: list[tuple[str, str | None]] = [("", None)]
+    asked += [(f" + prompt {number}", text) for number, text in enumerate(prompts, start=1)]
+    found = [System(a + b, path, text) for (a, path), (b, text) in product(models, asked)]
+    if len({one.name for one in found}) < len(found):
+        raise TrainingError(f"an adapter is named twice: {', '.join(map(str, adapters))}")
+    return found
+
+
+def _columns(given: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for one in given:
+        field, equals, column = one.partition("=")
+        if not equals or not field or not column:
+            raise TrainingError(f"--column {one!r}: field=column is needed, prompt=question")
+        found[field] = column
+    return found
+
+
+def _template(adapter: Path | None) -> str | None:
+    """The adapter's own chat template, if it has one."""
+    path = adapter / TEMPLATE_FILE if adapter else None
+    return path.read_text(encoding="utf-8") if path and path.is_file() else None
+
+
+def _score(
+    model: Base,
+    system: System,
+    questions: Sequence[Question],
+    metrics: Sequence[Metric],
+    labels: Sequence[str] | None,
+    max_new_tokens: int | None,
+    batch_size: int,
+) -> Scores:
+    attached = checkpoint.load(system.adapter, model) if system.adapter else None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    try:
+        shown = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
+        with shown as progress:
+            bar = progress.add_task(escape(system.name), total=len(questions))
+            return score(
+                model,
+                questions,
+                metrics,
+                adapter=attached,
+                choices=labels,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                report=lambda done: progress.update(bar, completed=done),
+            )
+    finally:
+        if attached is not None:
+            attached.detach()
+
+
+def _keep(
+    model: Base,
+    data: Path,
+    systems: Sequence[System],
+    found: dict[str, Scores],
+    numbers: dict[str, int],
+    first: str,
+    against: dict[str, dict[str, Paired]],
+) -> None:
+    for one in systems:
+        if one.adapter is not None:
+            tests = {first: against[one.name]} if one.name in against else {}
+            made = entry(model, data, numbers[one.name], found[one.name], tests, one.prompt)
+            store(one.adapter, made)
+
+
+def _shown(name: str, figure: Estimate) -> str:
+    if name == "perplexity":
+        return f"{figure.value:.3f}\n{figure.low:.3f} to {figure.high:.3f}"
+    return f"{figure.value:.1%}\n{figure.low:.1%} to {figure.high:.1%}"
+
+
+def _table(found: dict[str, Scores], data: Path, questions: int) -> Table:
+    names = list(dict.fromkeys(name for scores in found.values() for name in scores.figures))
+    table = Table(title=f"{escape(str(data))}: {questions:,} questions", title_justify="left")
+    for name in ("", *names):
+        table.add_column(name.replace("_", " "))
+    for system, scores in found.items():
+        figures = scores.figures
+        cells = [_shown(name, figures[name]) if name in figures else "–" for name in names]
+        table.add_row(escape(system), *cells)
+    return table
+
+
+def _tests(against: dict[str, dict[str, Paired]], first: str) -> Table:
+    table = Table(title=f"less {escape(first)}, on the same questions", title_justify="left")
+    for head in ("", "figure", "difference", "95 % interval", "p", "test"):
+        table.add_column(head)
+    for system, tests in against.items():
+        for name, paired in sorted(tests.items()):
+            d = paired.difference
+            if name == "perplexity":
+                name, shown = "nats per token", [f"{v:+.3f}" for v in (d.value, d.low, d.high)]
+            else:
+                shown = [f"{100 * v:+.1f}" for v in (d.value, d.low, d.high)]
+            p = "< 0.001" if paired.p < 0.001 else f"{paired.p:.3f}"
+            between = f"{shown[1]} to {shown[2]}"
+            table.add_row(escape(system), name.replace("_", " "), shown[0], between, p, paired.test)
+    return table
+
+
+def _as_json(
+    found: dict[str, Scores], first: str, against: dict[str, dict[str, Paired]]
+) -> dict[str, Any]:
+    return {
+        "against": first,
+        "systems": {
+            name: {
+                "figures": {key: asdict(figure) for key, figure in scores.figures.items()},
+                "tests": {key: asdict(paired) for key, paired in against.get(name, {}).items()},
+                "said": list(scores.said),
+            }
+            for name, scores in found.items()
+        },
+    }

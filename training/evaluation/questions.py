@@ -1,0 +1,62 @@
+"""The rows of a file as questions, with or without a system prompt in front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.data import Encoding, Example, read_rows
+from training.data.shape import Turn, chosen, turns
+from training.errors import DataError
+from training.evaluation.scorecard import Question
+
+
+def read_questions(
+    path: Path,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    template: str | None = None,
+    columns: Mapping[Any, str] | None = None,
+    system: str | None = None,
+    limit: int | None = None,
+) -> list[Question]:
+    """Every answer in the file, at most `limit`. Raises DataError, with place and field."""
+    encoding = Encoding(tokenizer, max_length, template=template)
+    found: list[Question] = []
+    for place, given in read_rows(path):
+        row = _with_system(chosen(given, columns or {}), system)
+        answers = turns(place, row)
+        made = encoding.examples(place, row).examples
+        found += _questions(answers, made)
+        if limit is not None and len(found) >= limit:
+            return found[:limit]
+    if not found:
+        raise DataError(f"{path}: no rows: at least one question is needed")
+    return found
+
+
+def _questions(answers: Sequence[Turn], made: Sequence[Example]) -> list[Question]:
+    if answers[0].asked is None:  # a document, in as many pieces as its length needs
+        return [Question(piece, "") for piece in made]
+    pairs = zip(answers, made, strict=True)
+    return [Question(example, turn.answer.strip()) for turn, example in pairs]
+
+
+def _with_system(row: Mapping[str, Any], system: str | None) -> Mapping[str, Any]:
+    """As the first message of a chat, or before a plain prompt; a document has no place for it."""
+    if system is None or "text" in row:
+        return row
+    said = {"role": "system", "content": system}
+    if isinstance(row.get("messages"), list):
+        rest = [message for message in row["messages"] if message.get("role") != "system"]
+        return {**row, "messages": [said, *rest]}
+    if isinstance(row.get("instruction"), str):
+        asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+        turn = {"role": "user", "content": asked}
+        answer = {"role": "assistant", "content": row.get("output", "")}
+        return {"messages": [said, turn, answer]}
+    if isinstance(row.get("prompt"), str):
+        return {**row, "prompt": f"{system}\n\n{row['prompt']}"}
+    return row
