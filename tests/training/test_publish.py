@@ -71,7 +71,7 @@ def test_what_a_server_says_is_told(
 
 def test_a_server_that_is_not_there(base: Base, tmp_path: Path) -> None:
     config = made(base, tmp_path, url="http://127.0.0.1:1")
-    with pytest.raises(PublishError, match="the adapter is in .*refused"):
+    with pytest.raises(PublishError, match=r"the adapter is in .*refused"):
         publish(config, base)
 
 
@@ -91,6 +91,6 @@ def test_where_it_cannot_go_is_said_first(given: dict[str, Any], field: str) -> 
 
 
 def test_a_wrong_field_is_named_without_the_tag_of_its_method() -> None:
-    with pytest.raises(ConfigError, match="method.rank: .*got '0'") as refused:
+    with pytest.raises(ConfigError, match=r"method.rank: .*got '0'") as refused:
         read_config(None, {"data.train": "x", "method.rank": 0})
     assert refused.value.field == "method.rank"

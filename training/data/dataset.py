@@ -2,8 +2,9 @@
 
 Which rows are held out is decided by the hash of what they ask, so it depends neither on their
 order nor on the seed: a file that grows keeps its test rows, and two answers to one question
-stand on the same side. Raw text asks nothing: there it is pieces of data.max_length. While a file is read, a number for each of its rows is kept in memory, to
-know a duplicate by: some 70 bytes a row.
+stand on the same side. Raw text asks nothing: there it is pieces of data.max_length. While a file
+is read, a number for each of its rows is kept in memory, to know a duplicate by: some 70 bytes a
+row.
 """
 
 from __future__ import annotations

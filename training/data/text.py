@@ -1,7 +1,8 @@
 """Raw text as rows: files of .txt and .md, and folders of these and of JSON Lines, to any depth.
 
-A long file is many rows, each of some pages, so that it is never read whole. They are cut at blank lines where there are any, nothing is lost between them, and all
-but the last say that they go on, so that no stop token is learnt in the middle of a text.
+A long file is many rows, each of some pages, so that it is never read whole. They are cut at blank
+lines where there are any, nothing is lost between them, and all but the last say that they go on,
+so that no stop token is learnt in the middle of a text.
 """
 
 from __future__ import annotations
