@@ -74,7 +74,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, wanted: bool) -> Tensor:
         grads, losses = [], []
         rows = max(1, LOGITS_BYTES // (4 * len(head.weight)))
-        for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        pieces = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+        for h, target in pieces:
             logits = head.logits(h)
             at = torch.arange(len(h), device=h.device), target
             picked, largest = logits[at], logits.amax(dim=1)

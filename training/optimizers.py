@@ -17,7 +17,7 @@ def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
     def make(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
         import bitsandbytes  # dear to import, and few ask for it
 
-        kind: type[torch.optim.Optimizer] = getattr(bitsandbytes.optim, name)
+        kind: Callable[..., torch.optim.Optimizer] = getattr(bitsandbytes.optim, name)
         return kind(groups, weight_decay=weight_decay)
 
     return make

@@ -105,16 +105,16 @@ def _trainer(order: ArmOrder, packed: bool) -> None:
     ]
     optim = config_of(order).optim
 
-    class Paced(transformers.Trainer):
+    class Paced(transformers.Trainer):  # type: ignore[misc]
         def get_train_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(inputs, batch_size=None, shuffle=False)  # type: ignore[arg-type]
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            loss = super().training_step(*args, **kwargs)
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
             pace.loss = float(loss)
             return loss
 
-    class Pace(transformers.TrainerCallback):
+    class Pace(transformers.TrainerCallback):  # type: ignore[misc]
         """Hands the turn over before each step and takes it back after the optimiser's."""
 
         def __init__(self) -> None:

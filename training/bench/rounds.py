@@ -177,7 +177,7 @@ def table(arms: Sequence[Arm]) -> Table:
 def ratio(arm: Arm, first: Arm, field: str) -> float:
     """The median over the rounds of this arm's time as a multiple of the first's."""
     pairs = zip(arm.turns, first.turns, strict=True)
-    return statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs)
+    return float(statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs))
 
 
 def as_json(arms: Sequence[Arm], shape: Shape) -> dict[str, Any]:

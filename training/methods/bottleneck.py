@@ -55,11 +55,11 @@ class BottleneckAfter(nn.Module):
     the layer's own.
     """
 
-    def __init__(self, layer: nn.Module, norm: nn.Module | None, width: int, phi: str) -> None:
+    def __init__(self, layer: Any, norm: nn.Module | None, width: int, phi: str) -> None:
         super().__init__()
         self.layer = layer
         self.phi: Callable[[Tensor], Tensor] = ACTIVATIONS[phi]
-        hidden, device = int(layer.out_features), layer.weight.device  # type: ignore[call-overload]
+        hidden, device = int(layer.out_features), layer.weight.device
         self.down = nn.Linear(hidden, width, device=device)
         self.up = nn.Linear(width, hidden, device=device)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
@@ -78,7 +78,8 @@ class BottleneckAfter(nn.Module):
         z = y.to(self.down.weight.dtype)
         if self._stream is not None:
             z, self._stream = z + self._stream, None
-        return y + self.up(self.phi(self.down(z))).to(y.dtype)
+        own: Tensor = self.up(self.phi(self.down(z)))
+        return y + own.to(y.dtype)
 
 
 class BottleneckAdapter:
@@ -189,8 +190,8 @@ class BottleneckAdapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """Name in the file -> parameter."""
-        ends = ("adapter_down.0.weight", "adapter_down.0.bias")
-        ends += ("adapter_up.weight", "adapter_up.bias")
+        down, up = "adapter_down.0", "adapter_up"
+        ends = (f"{down}.weight", f"{down}.bias", f"{up}.weight", f"{up}.bias")
         return {
             start + end: layer.get_parameter(part)
             for start, (_, layer) in self.places.items()
