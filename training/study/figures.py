@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-SERIES = 12  # colours of the style sheet
+SERIES = 11  # colours of the style sheet
+PLAIN = SERIES  # and a grey one, for what was not trained
 WIDTH, HEIGHT = 360, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 26, 40
 
@@ -105,7 +106,7 @@ def dots(title: str, rows: Sequence[Dot], label: Callable[[float], str]) -> str:
         y = TOP + 24 * index + 14
         tip = f"{row.name}: {label(row.value)} ({label(row.low)} to {label(row.high)})"
         parts.append(
-            f'<g class="s{row.series % SERIES}"><title>{escape(tip)}</title>'
+            f'<g class="s{row.series}"><title>{escape(tip)}</title>'
             f'<text class="name" x="{left - 10}" y="{y + 4}" text-anchor="end">'
             f"{escape(row.name)}</text>"
             f'<line x1="{x(row.low):.1f}" y1="{y}" x2="{x(row.high):.1f}" y2="{y}"/>'
@@ -139,7 +140,7 @@ def scatter(
         at, above = x(point.x), y(point.y) + (-9 if index % 2 else 16)
         anchor = "end" if at > WIDTH - 90 else "start" if at < LEFT + 40 else "middle"
         parts.append(
-            f'<g class="s{point.series % SERIES}"><title>{escape(tip)}</title>'
+            f'<g class="s{point.series}"><title>{escape(tip)}</title>'
             f'<circle cx="{at:.1f}" cy="{y(point.y):.1f}" r="5"/>'
             f'<text class="point" x="{at:.1f}" y="{above:.1f}" text-anchor="{anchor}">'
             f"{escape(point.name)}</text></g>"
@@ -160,7 +161,7 @@ def curves(
         for line in group:
             path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line)
             parts.append(
-                f'<g class="s{number % SERIES}"><title>{escape(name)}</title>'
+                f'<g class="s{number}"><title>{escape(name)}</title>'
                 f'<polyline class="curve" points="{path}"/></g>'
             )
     parts.append(_below("tokens seen"))

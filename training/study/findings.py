@@ -79,6 +79,7 @@ class Verdict:
     over: str
     needed: int
     won: Mapping[str, bool | None]  # None: not run
+    at_chance: tuple[str, ...] = ()  # where the method's lower bound is not above chance
 
     @property
     def holds(self) -> bool | None:
@@ -127,7 +128,7 @@ def find(
         comparisons=tuple(_comparisons(study, results)),
         controls=tuple(_controls(study, results)),
         transfer=_transfer(study, results),
-        verdict=_verdict(study, rows),
+        verdict=_verdict(study, rows, results),
         refused={name: r["refused"] for name, r in results.items() if "refused" in r},
         missing=tuple(arm.id for arm in arms(study, results) if arm.id not in results),
         serving=served,
@@ -345,12 +346,13 @@ def _transfer(study: StudyConfig, results: Results) -> dict[tuple[str, str], flo
     return found
 
 
-def _verdict(study: StudyConfig, rows: Sequence[Row]) -> Verdict | None:
+def _verdict(study: StudyConfig, rows: Sequence[Row], results: Results) -> Verdict | None:
     said = study.hypothesis
     if said is None:
         return None
     by = {(row.task, row.name): row for row in rows}
     won: dict[str, bool | None] = {}
+    at_chance = []
     for task in study.tasks:
         mine, other = by.get((task.name, said.method)), by.get((task.name, said.over))
         if mine is None or other is None or mine.seeds < len(study.seeds):
@@ -359,4 +361,8 @@ def _verdict(study: StudyConfig, rows: Sequence[Row]) -> Verdict | None:
             won[task.name] = mine.quality.high < other.quality.value
         else:
             won[task.name] = mine.quality.low > other.quality.value
-    return Verdict(said.method, said.over, said.at_least, won)
+            control = f"{task.name}.{study.methods[0].label}.shuffled_labels.s{study.seeds[0]}"
+            luck = results.get(control, {}).get("chance")
+            if luck is not None and mine.quality.low <= luck:
+                at_chance.append(task.name)
+    return Verdict(said.method, said.over, said.at_least, won, tuple(at_chance))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from training.study.config import Metric, TaskConfig
-from training.study.figures import Dot, Point, curves, dots, percent, scatter, short
+from training.study.figures import PLAIN, SERIES, Dot, Point, curves, dots, percent, scatter, short
 from training.study.findings import Findings, Row
 from training.study.markdown import markdown
 from training.study.words import METRICS, arm_name, verdict_line
@@ -21,11 +21,11 @@ COSTS: Sequence[tuple[str, Callable[[Row], float | None], bool]] = (
 STYLE = """
 :root { --paper: #fff; --ink: #1c2127; --soft: #6a737d; --line: #dfe3e8; --mark: #b3261e;
   --s0: #2563eb; --s1: #c2410c; --s2: #15803d; --s3: #7c3aed; --s4: #be185d; --s5: #0e7490;
-  --s6: #a16207; --s7: #4338ca; --s8: #65a30d; --s9: #9f1239; --s10: #0f766e; --s11: #57534e; }
+  --s6: #a16207; --s7: #4338ca; --s8: #65a30d; --s9: #9f1239; --s10: #0f766e; --s11: #6b7280; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e6e8eb; --soft: #98a1ab;
   --line: #2e343b; --mark: #ff8a80; --s0: #7aa7ff; --s1: #fb923c; --s2: #4ade80; --s3: #b794f6;
   --s4: #f472b6; --s5: #22d3ee; --s6: #facc15; --s7: #a5b4fc; --s8: #bef264; --s9: #fda4af;
-  --s10: #5eead4; --s11: #d6d3d1; } }
+  --s10: #5eead4; --s11: #9ca3af; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
@@ -44,7 +44,7 @@ svg .name { fill: var(--ink); }
 """ + "\n".join(
     f"svg .s{i} circle {{ fill: var(--s{i}); }} svg .s{i} line, svg .s{i} polyline "
     f"{{ stroke: var(--s{i}); stroke-width: 2; }} svg .s{i} .point {{ fill: var(--s{i}); }}"
-    for i in range(12)
+    for i in range(SERIES + 1)
 )
 
 
@@ -108,8 +108,8 @@ def _plots(findings: Findings, task: TaskConfig, rows: Sequence[Row]) -> str:
 
 def _series(findings: Findings) -> dict[str, int]:
     """Each arm's colour, the same in all plots."""
-    names = [*(m.label for m in findings.study.methods), *findings.study.references]
-    return {name: index for index, name in enumerate(names)}
+    methods = {m.label: i % SERIES for i, m in enumerate(findings.study.methods)}
+    return {**dict.fromkeys(findings.study.references, PLAIN), **methods}
 
 
 def _label(metric: Metric) -> Callable[[float], str]:

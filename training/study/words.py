@@ -95,11 +95,17 @@ def verdict_line(findings: Findings) -> str:
     wins = sum(bool(won) for won in said.won.values())
     open_tasks = [task for task, won in said.won.items() if won is None]
     came = {True: "It holds", False: "It does not hold", None: "It is not decided"}[said.holds]
+    luck = ""
+    if said.at_chance:
+        luck = (
+            f" On {', '.join(said.at_chance)} the bound is not above chance, the share of the most "
+            "frequent answer: whatever few-shot got there, nothing was learnt."
+        )
     rest = f"; not run to the end: {', '.join(open_tasks)}" if open_tasks else ""
     return (
         f"Written down beforehand: {said.method}'s lower 95 % bound is above "
         f"{arm_name(said.over)} on at least {said.needed} of {len(said.won)} tasks. "
-        f"{came}: {wins} of {len(said.won)}{rest}."
+        f"{came}: {wins} of {len(said.won)}{rest}.{luck}"
     )
 
 

@@ -138,6 +138,12 @@ def test_shuffled_labels_that_teach_something_fail_the_control(right: int, passe
     some["facts.lora.shuffled_labels.s0"]["arm"]["id"] = "facts.lora.shuffled_labels.s0"
     (control,) = find(study(), some).controls
     assert control.passed is passed
+    some["facts.lora.shuffled_labels.s0"]["chance"] = 0.95  # over what lora itself reaches
+    verdict = find(study(), some).verdict
+    assert verdict is not None
+    assert verdict.at_chance == ("facts",)
+    assert "On facts the bound is not above chance" in verdict_line(find(study(), some))
+    some["facts.lora.shuffled_labels.s0"]["chance"] = 0.05
     assert ("**failed**" in markdown(find(study(), some), "")) is not passed
 
 
