@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 
 from adapters.errors import InvalidChat
 from adapters.template import own_template
-from service.api.deps import Desk, DeskDep, Serving, ServingDep, unless_gone
+from service.api.deps import Desk, DeskDep, Serving, ServingDep, TenantDep, unless_gone
 from service.api.generation import Outcome, check_end, paired
 from service.api.intake import Chat, Order, Started, client_key, selected, start
 from service.api.openai.chat_schema import ChatBody
@@ -23,6 +23,7 @@ from service.api.openai.running import DONE, Usage, outcomes, reason_of, said_as
 from service.api.openai.served import CHAT, model_errors, terms_of
 from service.api.openai.tools import CallReader, Form, described, form_of, required
 from service.api.openai_errors import openai_refusals
+from service.api.retrieval import Wanted
 from service.api.sse import EventReply, events_of
 from service.engine.request import Finished, Token
 from service.errors import InvalidRequest, ServiceError
@@ -55,20 +56,24 @@ class Reading:
     },
 )
 async def chat_completion(
-    body: ChatBody, request: Request, desk: DeskDep, serving: ServingDep
+    body: ChatBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> Response:
     """Continue a chat; with `"stream": true` in chunks as server-sent events."""
     if not body.stream:
-        return await unless_gone(request, _complete(body, request, desk, serving))
-    reply = await unless_gone(request, _start(body, request, desk, serving))
+        return await unless_gone(request, _complete(body, request, desk, serving, tenant))
+    reply = await unless_gone(request, _start(body, request, desk, serving, tenant))
     return EventReply(reply.chunks(), reply.started.close, reply.started.headers, ending=DONE)
 
 
-async def _complete(body: ChatBody, request: Request, desk: Desk, serving: Serving) -> Response:
-    return await (await _start(body, request, desk, serving)).whole()
+async def _complete(
+    body: ChatBody, request: Request, desk: Desk, serving: Serving, tenant: str
+) -> Response:
+    return await (await _start(body, request, desk, serving, tenant)).whole()
 
 
-async def _start(body: ChatBody, request: Request, desk: Desk, serving: Serving) -> _Reply:
+async def _start(
+    body: ChatBody, request: Request, desk: Desk, serving: Serving, tenant: str
+) -> _Reply:
     terms = terms_of(body.model, desk, serving)
     client = client_key(body.client_key or body.user, request)
     with model_errors(body.model):
@@ -81,6 +86,7 @@ async def _start(body: ChatBody, request: Request, desk: Desk, serving: Serving)
             fill=True,
             n=body.n,
             grammar=body.grammar,
+            retrieval=Wanted(body.retrieval, tenant) if body.retrieval else None,
             names=replace(CHAT, max_new_tokens="max_tokens") if body.max_tokens else CHAT,
         )
         reading = Reading()
@@ -149,9 +155,15 @@ class _Reply:
                 usage.add(outcome.closed)
             choices = await asyncio.to_thread(lambda: [self._choice(o) for o in found])
             reply = {"object": "chat.completion", "choices": choices, "usage": usage.shown()}
+            reply |= self._retrieved()
             return JSONResponse(self._head | reply, headers=dict(self.started.headers))
         finally:
             self.started.close()
+
+    def _retrieved(self) -> Json:
+        """What stands in the prompt beside the chat, if passages were asked for."""
+        found = self.started.retrieved
+        return {"retrieval": found.told()} if found else {}
 
     def _choice(self, outcome: Outcome) -> Json:
         end = outcome.closed
@@ -176,7 +188,8 @@ class _Reply:
         usage = Usage()
         readers = [self._reading.reader() for _ in range(self._body.n)]
         for index in range(self._body.n):
-            yield self._chunk(index, {"role": "assistant", "content": ""})
+            told = {} if index else self._retrieved()
+            yield self._chunk(index, {"role": "assistant", "content": ""}) | told
         try:
             async for token, end in paired(self.started.stream):
                 if end is not None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from service.api.openai.schema import MAX_TOP, Count, Generating, Lenient
+from service.api.retrieval import Retrieval
 from service.errors import InvalidRequest
 
 Json = dict[str, Any]
@@ -167,6 +168,9 @@ class ChatBody(Generating):
     top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP)
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
+    retrieval: Retrieval | None = Field(
+        default=None, description="Passages of a collection, before the question (extra_body)."
+    )
 
     @property
     def offered(self) -> list[Json]:

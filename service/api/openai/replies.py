@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from service.api.retrieval import RetrievalDetails
 from service.api.wire import Outgoing
 
 
@@ -66,6 +67,7 @@ class ChatCompletion(Outgoing):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: UsageView
+    retrieval: RetrievalDetails | None = None
 
 
 class DeltaView(Outgoing):
@@ -91,6 +93,7 @@ class ChatChunk(Outgoing):
     system_fingerprint: str
     choices: list[ChunkChoice]
     usage: UsageView | None = None
+    retrieval: RetrievalDetails | None = Field(default=None, description="With the first chunk.")
 
 
 class TextLogprobsView(Outgoing):

@@ -295,6 +295,29 @@ def test_embeddings(openai: OpenAI, client: httpx.Client) -> None:
     assert ids.usage.prompt_tokens == 3
 
 
+def test_passages_ride_in_extra_body(openai: OpenAI, client: httpx.Client) -> None:
+    pytest.importorskip("lancedb", reason="needs the extra rag")
+    assert client.post("/collections", json={"name": "towns"}).status_code == 201
+    documents = [{"id": "merla", "text": "Merla lives in Tovan and bakes bread."}]
+    added = client.post("/collections/towns/documents", json={"documents": documents})
+    assert added.status_code == 200, added.text
+    asked: list[Any] = [{"role": "user", "content": "Where does Merla live?"}]
+    extra = {"retrieval": {"collection": "towns"}}
+    given: dict[str, Any] = {"model": "tgi", "messages": asked, "max_tokens": 2}
+    plain = openai.chat.completions.create(**given)
+    said = openai.chat.completions.create(**given, extra_body=extra)
+    ChatCompletion.model_validate(said.model_dump(exclude_unset=True))
+    assert said.model_extra is not None
+    assert said.model_extra["retrieval"]["citations"][0]["document"] == "merla"
+    assert said.usage is not None
+    assert plain.usage is not None
+    assert said.usage.prompt_tokens > plain.usage.prompt_tokens
+    first, *_ = openai.chat.completions.create(**given, extra_body=extra, stream=True)
+    assert first.model_extra is not None
+    assert first.model_extra["retrieval"]["citations"]
+    client.delete("/collections/towns")
+
+
 def test_unknown_fields_are_ignored_and_known_ones_are_read(openai: OpenAI) -> None:
     openai.chat.completions.create(
         model="tgi",
