@@ -77,11 +77,14 @@ class Client:
     ) -> None:
         self._http.close()
 
-    def generate(self, inputs: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+    def generate(
+        self, inputs: Any, parameters: dict[str, Any], retrieval: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """POST /generate: `inputs` is a text or a list of chat messages."""
-        found: dict[str, Any] = self._call(
-            "POST", "/generate", json={"inputs": inputs, "parameters": parameters}
-        )
+        body = {"inputs": inputs, "parameters": parameters}
+        if retrieval is not None:
+            body["retrieval"] = retrieval
+        found: dict[str, Any] = self._call("POST", "/generate", json=body)
         return found
 
     def stream(self, inputs: Any, parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -234,6 +237,62 @@ class Client:
     def drop_alias(self, name: str, alias: str) -> Any:
         path = f"/adapters/{quote(name, safe='')}/aliases/{quote(alias, safe='')}"
         return self._call("DELETE", path)
+
+    def create_collection(self, body: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = self._call("POST", "/collections", json=body)
+        return found
+
+    def collections(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._call("GET", "/collections")
+        return found
+
+    def add_documents(self, name: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
+        """POST /collections/{name}/documents: `{"id", "text", "metadata"}` each."""
+        path = f"/collections/{quote(name, safe='')}/documents"
+        found: dict[str, Any] = self._call("POST", path, json={"documents": documents})
+        return found
+
+    def add_files(
+        self, name: str, files: list[tuple[str, Path]], metadata: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """POST /collections/{name}/files: one event for each step, the result with the last."""
+        path = f"/collections/{quote(name, safe='')}/files"
+        with ExitStack() as stack:
+            parts = [
+                ("file", (name, stack.enter_context(place.open("rb")))) for name, place in files
+            ]
+            response = stack.enter_context(
+                self._reaching_stream(path, files=parts, data={"metadata": json.dumps(metadata)})
+            )
+            for event in _events(response.iter_lines()):
+                if "error_type" in event:
+                    raise ServerRefused(0, _message(event), event)
+                yield event
+
+    @contextmanager
+    def _reaching_stream(self, path: str, **rest: Any) -> Iterator[httpx.Response]:
+        accept = {"accept": "text/event-stream"}
+        with (
+            self._reaching(),
+            self._http.stream("POST", path, headers=accept, **rest) as response,
+        ):
+            if response.is_error:
+                response.read()
+                raise _refusal(response)
+            yield response
+
+    def search(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        path = f"/collections/{quote(name, safe='')}/search"
+        found: dict[str, Any] = self._call("POST", path, json=body)
+        return found
+
+    def remove_documents(self, name: str, document: str | None = None) -> dict[str, Any]:
+        """One document of a collection, or (None) the collection."""
+        path = f"/collections/{quote(name, safe='')}"
+        if document is not None:
+            path += f"/documents/{quote(document, safe='/')}"
+        found: dict[str, Any] = self._call("DELETE", path)
+        return found
 
     def _call(self, method: str, path: str, **rest: Any) -> Any:
         with self._reaching():

@@ -13,28 +13,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import numpy as np
-import pyarrow as pa
-
-from service.retrieval.embedding import Vectors
 from service.retrieval.errors import CollectionUnavailable, DocumentNotFound, installed
 from service.retrieval.fields import PREFIX, FieldType, Group, expression
 from service.retrieval.latch import Latch
 from service.retrieval.passage import Chunk, Document, Passage, Value, key_of
 
+if TYPE_CHECKING:  # a server that retrieves nothing starts without it
+    import pyarrow as pa
+
+    from service.retrieval.embedding import Vectors
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 METADATA = b"nibble"  # of the table's schema: what the collection remembers
-ARROW: Mapping[FieldType, pa.DataType] = {
-    "string": pa.string(),
-    "integer": pa.int64(),
-    "number": pa.float64(),
-    "boolean": pa.bool_(),
-    "date": pa.date32(),
-}
 OWN = ("key", "document", "number", "sought", "skip", "start", "stop", "heading", "tokens")
 AGE = timedelta(milliseconds=1)  # of old versions; zero would drop the same, with a warning
 AT_ONCE = 500  # keys in one expression
@@ -80,6 +74,15 @@ class Stored:
 
 def schema(character: Character, told: bytes) -> pa.Schema:
     """The table's columns; `told` is what the schema remembers."""
+    import pyarrow as pa
+
+    arrow: Mapping[FieldType, pa.DataType] = {
+        "string": pa.string(),
+        "integer": pa.int64(),
+        "number": pa.float64(),
+        "boolean": pa.bool_(),
+        "date": pa.date32(),
+    }
     columns = [
         pa.field("key", pa.string()),
         pa.field("document", pa.string()),
@@ -95,7 +98,7 @@ def schema(character: Character, told: bytes) -> pa.Schema:
         pa.field("tokens", pa.int32()),
         pa.field("vector", pa.list_(pa.float32(), character.dimensions)),
     ]
-    columns += [pa.field(PREFIX + name, ARROW[kind]) for name, kind in character.fields.items()]
+    columns += [pa.field(PREFIX + name, arrow[kind]) for name, kind in character.fields.items()]
     return pa.schema(columns, metadata={METADATA: told})
 
 
@@ -171,6 +174,8 @@ class Collection:
 
     def known(self, hashes: Iterable[str]) -> dict[str, Vectors]:
         """The vectors of texts that are here already, by the texts' hashes."""
+        import numpy as np
+
         expr = installed("lancedb.expr")
         found: dict[str, Vectors] = {}
         wanted = sorted(set(hashes))
@@ -184,6 +189,8 @@ class Collection:
 
     def put(self, prepared: Sequence[Prepared]) -> None:
         """Add documents, or replace those of the same ids: one commit, durable when it returns."""
+        import pyarrow as pa
+
         keys = [one.document.key for one in prepared]
         assert len(set(keys)) == len(keys), "one document twice in one commit"
         rows = pa.concat_tables([self._arrow(one) for one in prepared])
@@ -233,6 +240,9 @@ class Collection:
     # Rows ---------------------------------------------------------------------------------------
 
     def _arrow(self, one: Prepared) -> pa.Table:
+        import numpy as np
+        import pyarrow as pa
+
         document, chunks = one.document, one.chunks
         size = len(chunks)
         sought = [chunk.sought for chunk in chunks]
@@ -257,6 +267,8 @@ class Collection:
         return pa.table(columns, schema=schema(self.character, b""))
 
     def _found(self, table: pa.Table, score: Callable[[dict[str, Any]], float]) -> list[Found]:
+        import numpy as np
+
         rows = table.to_pylist()
         found = [
             Found(_passage(row, float(score(row))), np.array(row["vector"], dtype=np.float32))

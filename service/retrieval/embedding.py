@@ -14,14 +14,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Protocol
 
 from service.retrieval.errors import EmbedderFailed, installed
 
-Vectors = npt.NDArray[np.float32]  # [texts, dimensions]
+if TYPE_CHECKING:  # a server that retrieves nothing starts without it
+    import numpy as np
+    import numpy.typing as npt
+
+    Vectors = npt.NDArray[np.float32]  # [texts, dimensions]
 
 MINILM = "minilm"
 BATCH_TOKENS = 2048  # of one forward pass, padding included: questions never wait for long
@@ -65,6 +66,8 @@ class LocalEmbedder:
         return self._name
 
     def embed(self, texts: Sequence[str]) -> Vectors:
+        import numpy as np
+
         model = self._model()
         rows = np.empty((len(texts), model.dimensions), dtype=np.float32)
         for batch, ids in model.batches(texts):
@@ -123,6 +126,8 @@ class _Model:
         return found
 
     def run(self, ids: list[list[int]]) -> Vectors:
+        import numpy as np
+
         torch = self._torch
         width = max(map(len, ids))
         tokens = torch.zeros((len(ids), width), dtype=torch.long)
@@ -208,6 +213,8 @@ class RemoteEmbedder:
         return f"{self._model or 'default'}@{self._url}"
 
     def embed(self, texts: Sequence[str]) -> Vectors:
+        import numpy as np
+
         rows: list[Vectors] = []
         for start in range(0, len(texts), BATCH_TEXTS):
             rows.append(self._ask(list(texts[start : start + BATCH_TEXTS])))
@@ -215,6 +222,7 @@ class RemoteEmbedder:
 
     def _ask(self, texts: list[str]) -> Vectors:
         import httpx
+        import numpy as np
 
         body = {"input": texts, "encoding_format": "float"}
         if self._model:

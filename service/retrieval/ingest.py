@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from service.retrieval.chunks import Chunker
 from service.retrieval.collection import Collection, Prepared
-from service.retrieval.embedding import Embedder, Vectors
+from service.retrieval.embedding import Embedder
 from service.retrieval.errors import DocumentRefused
 from service.retrieval.passage import Chunk, Document, key_of
+
+if TYPE_CHECKING:
+    from service.retrieval.embedding import Vectors
 
 COMMIT_DOCUMENTS = 64
 COMMIT_CHUNKS = 512
@@ -143,4 +145,6 @@ class _Ingest:
 
 
 def _stacked(vectors: dict[str, Vectors], chunks: Sequence[Chunk]) -> Vectors:
+    import numpy as np
+
     return np.stack([vectors[key_of(chunk.sought)] for chunk in chunks])

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-
 from service.retrieval.collection import Collection, Found
 from service.retrieval.embedding import Embedder
 from service.retrieval.fields import Group
@@ -112,6 +110,8 @@ def fused(dense: Sequence[Found], lexical: Sequence[Found]) -> list[Found]:
 
 def spread(found: Sequence[Found], k: int, diversity: float) -> list[Found]:
     """The first k by maximal marginal relevance."""
+    import numpy as np
+
     left = list(found)
     scores = [one.passage.score for one in left]
     low, width = min(scores, default=0.0), (max(scores, default=0.0) - min(scores, default=0.0))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from tokenizers import Tokenizer
 
 from base.mini import MINI
 from service.retrieval.chunks import Chunker
-from service.retrieval.embedding import Vectors
 from service.retrieval.ingest import Event, ingest
 from service.retrieval.library import Library
 from service.retrieval.passage import Document
+
+if TYPE_CHECKING:
+    from service.retrieval.embedding import Vectors
 
 pytest.importorskip("lancedb", reason="needs the extra rag")
 pytest.importorskip("semantic_text_splitter", reason="needs the extra rag")
