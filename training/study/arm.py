@@ -132,7 +132,7 @@ class _Work:
 
     def reference(self) -> dict[str, Any]:
         style: Reference = self.arm.name  # type: ignore[assignment]
-        found = {"test": self.scores(self.material.test, style=style)}
+        found: dict[str, Any] = {"test": self.scores(self.material.test, style=style)}
         if style == "zero_shot":
             found["retention"] = self.retention()
         return found

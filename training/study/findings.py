@@ -7,8 +7,9 @@ of a study that has not ended.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,7 @@ def find(
     """`serving` is what `training.study.serving` measured."""
     served = dict(serving or {})
     times: Mapping[str, float] = served.get("ms_per_token", {})
+    transfer = _transfer(study, results)
     rows = [
         row
         for task in study.tasks
@@ -126,13 +128,18 @@ def find(
         rows=tuple(rows),
         trials=_trials(study, results),
         comparisons=tuple(_comparisons(study, results)),
-        controls=tuple(_controls(study, results)),
-        transfer=_transfer(study, results),
+        controls=(*_controls(study, results), *_foreign(study, transfer)),
+        transfer=transfer,
         verdict=_verdict(study, rows, results),
         refused={name: r["refused"] for name, r in results.items() if "refused" in r},
         missing=tuple(arm.id for arm in arms(study, results) if arm.id not in results),
         serving=served,
     )
+
+
+def figure(metric: Metric, value: float) -> str:
+    """As a report writes it."""
+    return f"{value:.3f}" if metric == "nats" else f"{value:.1%}"
 
 
 def better(metric: Metric, a: float, b: float) -> bool:
@@ -223,9 +230,8 @@ def _methods(
     return rows
 
 
-def _mean(values: Any) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+def _mean(values: Iterable[float]) -> float:
+    return fmean(values)
 
 
 def _trials(
@@ -249,7 +255,7 @@ def _comparisons(study: StudyConfig, results: Results) -> list[Comparison]:
     for task in study.tasks:
         for method in study.methods:
             mine = finals(study, task, method.label, results)
-            others = {
+            others: dict[str, Sequence[Result]] = {
                 name: [results[f"{task.name}.{name}"]]
                 for name in study.references
                 if "test" in results.get(f"{task.name}.{name}", {})
@@ -343,6 +349,28 @@ def _transfer(study: StudyConfig, results: Results) -> dict[tuple[str, str], flo
             continue
         for name, scores in {task.name: own, **others}.items():
             found[task.name, name] = quality(study.task(name).metric, [scores]).value
+    return found
+
+
+def _foreign(study: StudyConfig, transfer: Mapping[tuple[str, str], float]) -> list[Control]:
+    """The best of the other tasks' adapters must be worse than the task's own."""
+    found = []
+    for task in study.tasks:
+        own = transfer.get((task.name, task.name))
+        others = {a: v for (a, asked), v in transfer.items() if asked == task.name != a}
+        if own is None or not others:
+            continue
+        sign = -1 if task.metric == "nats" else 1
+        best = max(others, key=lambda name: sign * others[name])
+        found.append(
+            Control(
+                "another task's adapter",
+                task.name,
+                f"worse than its own ({figure(task.metric, own)})",
+                f"{figure(task.metric, others[best])} at best, with that of {best}",
+                better(task.metric, own, others[best]),
+            )
+        )
     return found
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from training.study.findings import Findings
+from training.study.findings import Findings, figure
 from training.study.words import (
     COLUMNS,
     METRICS,
     arm_name,
     budget_line,
     cells,
-    figure,
     intervals_note,
     verdict_line,
 )

@@ -39,8 +39,10 @@ class Material:
     @classmethod
     def read(cls, folder: Path) -> Material:
         passages = json.loads((folder / "passages.json").read_text(encoding="utf-8"))
-        lists = (_read(folder / f"{name}.jsonl") for name in ("train", "validation", "test"))
-        return cls(*lists, passages)
+        train, validation, test = (
+            _read(folder / f"{name}.jsonl") for name in ("train", "validation", "test")
+        )
+        return cls(train, validation, test, passages)
 
 
 def _read(path: Path) -> list[Item]:

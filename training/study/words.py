@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from training.evaluation.significance import Estimate
 from training.study.config import Metric, StudyConfig
-from training.study.findings import Comparison, Findings, Row
+from training.study.findings import Comparison, Findings, Row, figure
 
 REFERENCES: Mapping[str, str] = {
     "zero_shot": "base, zero-shot",
@@ -37,10 +37,6 @@ COLUMNS = (
 
 def arm_name(name: str) -> str:
     return REFERENCES.get(name, name)
-
-
-def figure(metric: Metric, value: float) -> str:
-    return f"{value:.3f}" if metric == "nats" else f"{value:.1%}"
 
 
 def interval(metric: Metric, estimate: Estimate) -> str:

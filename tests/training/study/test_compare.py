@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from training.errors import ConfigError, TrainingError
-from training.study import cli, runner
+from training.study import cli, runner, serving
 from training.study.arm import Arm, Place, chance, run_arm, shuffled
 from training.study.config import StudyConfig, TaskConfig
 from training.study.findings import find
@@ -149,6 +149,18 @@ def test_chance_is_what_the_most_frequent_answer_gets(tmp_path: Path) -> None:
     assert got == max(answers.count(answer) for answer in answers) / 200
     particles = TASKS["particles"].items("test", 400)
     assert chance(study.tasks[0], Material([], [], particles, [])) == pytest.approx(0.52, abs=0.05)
+
+
+@pytest.mark.slow
+def test_adapters_are_timed_where_they_are_served(ended: tuple[StudyConfig, Place]) -> None:
+    study, place = ended
+    found = serving.measure(study, place)
+    assert set(found["ms_per_token"]) == {"base", "particles.lora.s0", "manual.lora.s0"}
+    assert all(0 < ms < 1000 for ms in found["ms_per_token"].values())
+    assert found["refused"] == {}
+    row = find(study, runner.results(place), found).of("manual", "lora")
+    assert row is not None
+    assert row.serving_ms == found["ms_per_token"]["manual.lora.s0"]
 
 
 @pytest.mark.slow
