@@ -24,7 +24,7 @@ def catalog(tmp_path: Path) -> Iterator[Catalog]:
     catalog.close()
 
 
-def add(catalog: Catalog, digest: str = "d", name: str = "support", **fields: str) -> int:
+def add(catalog: Catalog, digest: str = "d", name: str = "support", **fields: str | None) -> int:
     draft = replace(MANIFEST, name=name, version=0, digest=digest * 64, **fields)  # type: ignore[arg-type]
     return catalog.add(draft).version
 
@@ -145,10 +145,10 @@ def test_a_digest_finds_the_adapter(catalog: Catalog) -> None:
         catalog.digest("e" * 64)
 
 
-def test_weights_of_living_rows_are_in_use(catalog: Catalog) -> None:
-    add(catalog, "a", weights_sha256="1" * 64)
-    add(catalog, "b", weights_sha256="2" * 64)
-    assert catalog.blobs_in_use() == {"1" * 64, "2" * 64}
+def test_blobs_of_living_rows_are_in_use(catalog: Catalog) -> None:
+    add(catalog, "a", weights_sha256="1" * 64, tokenizer_sha256="3" * 64)
+    add(catalog, "b", weights_sha256="2" * 64, tokenizer_sha256=None)
+    assert catalog.blobs_in_use() == {"1" * 64, "2" * 64, "3" * 64}
     catalog.delete("support", 1, "now")
     assert catalog.blobs_in_use() == {"2" * 64}
 
