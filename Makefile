@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.stamp
 INSTALLED_DEV := $(VENV)/.stamp-dev
 ARGS ?=
 
-.PHONY: help serve install dev test test-all clients lint format bench samples clean
+.PHONY: help serve install dev test test-all clients lint format bench samples console clean
 
 help:
 	@echo "make serve     install what is missing, then serve on http://127.0.0.1:8080"
@@ -20,6 +20,7 @@ help:
 	@echo "make clients   what others wrote, against our server (a part of test-all)"
 	@echo "make lint      ruff and mypy                    make format    let ruff rewrite"
 	@echo "make bench     measure on this machine          make samples   train the sample adapters"
+	@echo "make console   build the page at / again, after a change of its sources; needs Node"
 	@echo "make clean     remove the environment and everything that was built"
 	@echo "ARGS=\"...\" is handed on: make serve ARGS=\"--port 9000\""
 
@@ -79,7 +80,10 @@ bench: $(INSTALLED)
 samples: $(INSTALLED)
 	$(BIN)/nibble train samples $(ARGS)
 
+console:
+	cd service/console && npm ci --no-fund --no-audit && npm run build
+
 clean:
-	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) service/console/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f base/kernels/_native.*
 	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

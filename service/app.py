@@ -31,6 +31,7 @@ from service.api import (
     adapters,
     collections,
     compose,
+    console,
     errors,
     feedback,
     files,
@@ -113,6 +114,7 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
         fine_tuning,
         meta,
         page,
+        console,
     )
     openai = (models, chat, completions, embeddings)
     for router in (module.router for module in (*routes, *openai)):

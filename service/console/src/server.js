@@ -1,0 +1,109 @@
+// Talking to the server: requests, refusals, events, uploads.
+
+export class Refusal extends Error {
+  constructor(status, message, field, type) {
+    super(message);
+    this.status = status;
+    this.field = field;
+    this.type = type;
+  }
+}
+
+// The server's two envelopes: its own, and OpenAI's under /v1.
+function refusal(status, text) {
+  try {
+    const found = JSON.parse(text);
+    const own = typeof found.error === 'string';
+    const message = own ? found.error : found.error.message;
+    const type = own ? found.error_type : found.error.code;
+    return new Refusal(status, message, own ? found.field : found.error.param, type);
+  } catch {
+    return new Refusal(status, `${status}: ${text.slice(0, 200) || 'no reason given'}`);
+  }
+}
+
+export async function request(path, { json, ...options } = {}) {
+  if (json !== undefined) {
+    options.method ??= 'POST';
+    options.headers = { ...options.headers, 'content-type': 'application/json' };
+    options.body = JSON.stringify(json);
+  }
+  const response = await fetch(path, options);
+  if (!response.ok) throw refusal(response.status, await response.text());
+  return response;
+}
+
+export async function ask(path, options) {
+  return (await request(path, options)).json();
+}
+
+function* parsed(text) {
+  for (const event of text.split('\n\n')) {
+    const lines = event.split('\n').filter((line) => line.startsWith('data:'));
+    const data = lines.map((line) => line.slice(5).trimStart()).join('\n');
+    if (data) yield JSON.parse(data);
+  }
+}
+
+/** The JSON of each server-sent event of a reply, as it comes. */
+export async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = '';
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      rest += value;
+      const end = rest.lastIndexOf('\n\n') + 2;
+      if (end < 2) continue;
+      yield* parsed(rest.slice(0, end));
+      rest = rest.slice(end);
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+/** POST a form; `progress` is told the share that was sent, which fetch cannot tell. With `heard`
+ * the reply is asked for as events, and each is handed over as it comes. */
+export function upload(path, form, progress, heard) {
+  return new Promise((resolve, reject) => {
+    const sending = new XMLHttpRequest();
+    sending.open('POST', path);
+    let read = 0;
+    if (heard) {
+      sending.setRequestHeader('accept', 'text/event-stream');
+      sending.onprogress = () => {
+        if (sending.status !== 200) return;
+        const end = sending.responseText.lastIndexOf('\n\n') + 2;
+        for (const one of parsed(sending.responseText.slice(read, end))) heard(one);
+        read = Math.max(read, end);
+      };
+    }
+    sending.upload.onprogress = (event) => {
+      if (event.lengthComputable) progress(event.loaded / event.total);
+    };
+    sending.onerror = () => reject(new Refusal(0, 'the connection to the server broke'));
+    sending.onload = () => {
+      const { status, responseText } = sending;
+      if (status < 200 || status >= 300) reject(refusal(status, responseText));
+      else resolve(heard ? [...parsed(responseText)].at(-1) : JSON.parse(responseText));
+    };
+    sending.send(form);
+  });
+}
+
+let described;
+
+/** Whether this server has a route, by its own description; asked once. */
+export async function offers(path) {
+  described ??= ask('openapi.json');
+  try {
+    return path in (await described).paths;
+  } catch (error) {
+    described = undefined;
+    throw error;
+  }
+}
+
+export const part = encodeURIComponent;
