@@ -14,7 +14,7 @@ from adapters import evaluation
 from adapters.compose import parse_terms
 from adapters.errors import InvalidAdapter
 from service.commands.output import print_json, print_table
-from service.commands.server import Json, Url, connect
+from service.commands.server import Json, Url, adapter_names, connect
 
 app = typer.Typer(
     add_completion=False,
@@ -24,7 +24,11 @@ app = typer.Typer(
 )
 COLUMNS = ("name", "version", "kind", "rank", "placement", "memory_bytes", "tier", "digest")
 USE_COLUMNS = ("name", "version", "kind", "tier", "bytes", "running", "hits", "last used", "pinned")
-Name = Annotated[str, typer.Argument(help="name, name@version, name@alias or sha256:…")]
+Name = Annotated[
+    str,
+    typer.Argument(help="name, name@version, name@alias or sha256:…", autocompletion=adapter_names),
+]
+Own = Annotated[str, typer.Argument(help="Name of the adapter.", autocompletion=adapter_names)]
 
 
 @app.command()
@@ -89,7 +93,9 @@ def show(name: Name, url: Url = None, as_json: Json = False) -> None:
     provenance = dict(found.get("provenance") or {})
     measured = provenance.pop(evaluation.KEY, {})
     _print_one({**found, "provenance": provenance}, as_json)
-    rows = [row for one in measured.get(evaluation.LIST, ()) for row in _measured(one)]
+    listed = measured.get(evaluation.LIST) if isinstance(measured, dict) else None
+    entries = listed if isinstance(listed, list) else []
+    rows = [row for one in entries if isinstance(one, dict) for row in _measured(one)]
     if rows:
         typer.echo("")
         print_table(("measured on", "figure", "value", "95 % interval", "against", "p"), rows)
@@ -108,7 +114,7 @@ def remove(name: Name, url: Url = None, as_json: Json = False) -> None:
 
 @app.command()
 def alias(
-    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    name: Own,
     alias: Annotated[str, typer.Argument(help="The alias, for example prod.")],
     version: Annotated[
         int | None, typer.Argument(min=1, help="Version that it points to from now on.")
@@ -184,7 +190,7 @@ def compose(
 
 @app.command()
 def experiment(
-    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    name: Own,
     alias: Annotated[str, typer.Argument(help="The alias that shares its requests.")],
     url: Url = None,
     as_json: Json = False,
@@ -251,13 +257,15 @@ def _measured(one: Mapping[str, Any]) -> list[list[str]]:
     where = f"{_cell(one.get('data'))}, {_cell(one.get('questions'))} questions"
     prompt = one.get("system")
     where += f", prompt {_cell(prompt)[:40]!r}" if prompt else ""
+    against = one.get("against")
+    others = against.items() if isinstance(against, dict) else ()
     rows = []
     for name, figure in figures.items():
         if not isinstance(figure, dict) or {"value", "low", "high"} - figure.keys():
             continue
         tests = [
             (other, found[name])
-            for other, found in (one.get("against") or {}).items()
+            for other, found in others
             if isinstance(found, dict) and isinstance(found.get(name), dict)
         ]
         interval = f"{_cell(figure['low'])} to {_cell(figure['high'])}"

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from base.errors import UnservableBase
+from base.kernels import Precision
 from base.load import Base, load_base
 from base.mini import MINI
 from training import checkpoint
@@ -61,6 +62,9 @@ def evaluate(
     column: Annotated[
         list[str] | None, typer.Option(help="prompt=question: take this column; may be repeated.")
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="exact, or fast: products in 8 bits, as a CPU serves by default.")
+    ] = "exact",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
     with_base: Annotated[bool, typer.Option(help="Measure the base beside adapters.")] = True,
     max_new_tokens: Annotated[
@@ -80,7 +84,9 @@ def evaluate(
     """
     try:
         metrics = _metrics(metric)
-        model = load_base(MINI if base == "mini" else base, dtype=_dtype())
+        model = load_base(
+            MINI if base == "mini" else base, dtype=_dtype(), precision=_precision(precision)
+        )
         if model.tokenizer is None:
             raise TrainingError(f"base {base} has no tokenizer, so nothing can be asked")
         labels = [label.strip() for label in choices.split(",")] if choices else None
@@ -120,6 +126,12 @@ def evaluate(
 def _dtype() -> str:
     """In fp32 on a CPU, in what the device computes best elsewhere: as adapters are trained."""
     return "auto" if torch.cuda.is_available() else "float32"
+
+
+def _precision(given: str) -> Precision:
+    if given == "exact" or given == "fast":
+        return given
+    raise TrainingError(f"precision {given!r}: exact or fast is needed")
 
 
 def _metrics(given: list[str] | None) -> tuple[Metric, ...]:

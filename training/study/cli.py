@@ -19,6 +19,7 @@ from rich.markup import escape
 from base.errors import UnservableBase
 from training.errors import TrainingError
 from training.study.arm import Arm, Place
+from training.study.best import keep_best
 from training.study.config import StudyConfig, read_study
 from training.study.findings import Findings, find
 from training.study.markdown import markdown
@@ -76,7 +77,9 @@ def report(study: StudyConfig, place: Place, source: Path) -> str:
     """Write report.json, report.md and report.html; what to say about it."""
     served = place.root / "serving.json"
     serving = json.loads(served.read_text(encoding="utf-8")) if served.is_file() else None
-    findings = find(study, results(place), serving)
+    ran = results(place)
+    findings = find(study, ran, serving)
+    keep_best(study, place, ran)
     command = shlex.join(["nibble", "compare", str(source), "--out", str(place.root)])
     made = _made(place, command)
     (place.root / "report.md").write_text(markdown(findings, made), encoding="utf-8")

@@ -120,6 +120,20 @@ def test_the_report_is_one_page_that_fetches_nothing(ended: tuple[StudyConfig, P
     assert "lora" in (place.root / "report.md").read_text(encoding="utf-8")
 
 
+def test_the_best_of_each_task_is_by_validation(ended: tuple[StudyConfig, Place]) -> None:
+    study, place = ended
+    cli.report(study, place, Path("study.yaml"))
+    found = runner.results(place)
+    for task in ("particles", "manual"):
+        arms = [found[f"{task}.lora.s{seed}"] for seed in (0, 1)]
+        best = min(arms, key=lambda arm: arm["validation_nats"])["arm"]
+        kept, made = place.root / "best" / task, place.adapter(task, "lora", 1e-3, best["seed"])
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (kept / name).read_bytes() == (made / name).read_bytes()
+        said = json.loads((kept / "evaluation.json").read_text(encoding="utf-8"))
+        assert said["evaluations"][0]["arm"] == best["id"]
+
+
 def test_another_study_does_not_go_on_in_the_same_folder(ended: tuple[StudyConfig, Place]) -> None:
     study, place = ended
     with pytest.raises(ConfigError, match="another tokens: 200, now 300"):
