@@ -26,6 +26,7 @@ from prometheus_client.registry import Collector
 from adapters.errors import AdapterError
 from service.engine.observer import StepReport
 from service.engine.request import Finished
+from service.jobs.job import Status
 
 # A process-wide switch of the library: without it every counter has a second series that only says
 # when it was made.
@@ -246,7 +247,7 @@ class Metrics:
             Gauge(name, text, list(labels), registry=self.registry).labels(**labels).set(1)
         self.registry.register(_Residents(self._model, residents))
 
-    def watch_jobs(self, counts: Callable[[], Mapping[str, int]]) -> None:
+    def watch_jobs(self, counts: Callable[[], Mapping[Status, int]]) -> None:
         """Say at each scrape how many training jobs are in each state."""
         self.registry.register(_Jobs(self._model, counts))
 
@@ -307,7 +308,7 @@ class _Residents(Collector):
 class _Jobs(Collector):
     """Asks the queue at scrape time; without it while the catalog fails."""
 
-    def __init__(self, model_name: str, counts: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, model_name: str, counts: Callable[[], Mapping[Status, int]]) -> None:
         self._model = model_name
         self._counts = counts
 

@@ -129,8 +129,10 @@ def _dtype() -> str:
 
 
 def _precision(given: str) -> Precision:
-    if given == "exact" or given == "fast":
-        return given
+    if given == "exact":
+        return "exact"
+    if given == "fast":
+        return "fast"
     raise TrainingError(f"precision {given!r}: exact or fast is needed")
 
 
