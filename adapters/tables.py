@@ -95,3 +95,23 @@ job_events = sa.Table(  # what happened to a job; its steps are in its log
     sa.Column("level", sa.String(8), nullable=False),
     sa.Column("message", sa.Text, nullable=False),
 )
+prompt_templates = sa.Table(
+    "prompt_templates",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("digest", sa.String(64), nullable=False, index=True),  # of the content
+    sa.Column("definition", sa.Text, nullable=False),  # PromptTemplate.plain, as JSON
+    sa.Column("created", sa.String(32), nullable=False),
+    sa.Column("deleted", sa.String(32)),
+)
+prompt_aliases = sa.Table(
+    "prompt_aliases",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("alias", sa.String(64), primary_key=True),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.ForeignKeyConstraint(
+        ["name", "version"], ["prompt_templates.name", "prompt_templates.version"]
+    ),
+)

@@ -19,10 +19,11 @@ import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from adapters.errors import InvalidAdapter, InvalidChat, TooLarge
+from adapters.errors import InvalidAdapter, InvalidChat, InvalidTemplate, TooLarge
 from adapters.limits import KIB, MIB, Limits
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -54,10 +55,16 @@ def render_chat(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
+    answer: str = "",
 ) -> list[int]:
     """Token ids of a chat; see `render`."""
     return render(
-        tokenizer, messages, template, tools=tools, add_generation_prompt=add_generation_prompt
+        tokenizer,
+        messages,
+        template,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        answer=answer,
     ).ids
 
 
@@ -68,6 +75,7 @@ def render(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
+    answer: str = "",
 ) -> RenderedChat:
     """Text and token ids of a chat by a template: the adapter's own, or (None) the base's.
 
@@ -77,6 +85,7 @@ def render(
 
     `tools` are functions by OpenAI's schema, for a template that shows them. They, and calls of
     them in messages, may spell no control token: a template may write them in any way.
+    `answer` is how the assistant's turn begins, after the chat: a text, whatever it spells.
 
     Raises InvalidChat: bad messages, no template, a template that fails or works too long.
     """
@@ -101,7 +110,8 @@ def render(
     frame = fill("x" if content.strip() else content for content in contents)
     if _only(ids, control) != _only(_encode(tokenizer, [frame]), control):
         raise InvalidChat("a message's text would become control tokens of the chat template")
-    return RenderedChat(marked.replace(mark, ""), ids)
+    begun = text_ids(tokenizer, answer) if answer else []
+    return RenderedChat(marked.replace(mark, "") + answer, [*ids, *begun])
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
@@ -249,6 +259,41 @@ def _run(
     except FAILURES as error:
         what = f"{type(error).__name__}: {str(error)[:200]}"
         raise InvalidChat(f"the chat template failed: {what}") from error
+
+
+def fill_texts(sources: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, str]:
+    """Each template of `sources` with the values, all within one budget.
+
+    Raises InvalidTemplate, whose `where` is the key of the one that failed.
+    """
+    _budget.set(Budget())
+    found: dict[str, str] = {}
+    for place, source in sources.items():
+        try:
+            found[place] = "".join(_bounded(_compile(source).generate(values)))
+        except jinja2.TemplateSyntaxError as error:
+            reason = f"line {error.lineno}: {str(error.message)[:300]}"
+            raise InvalidTemplate(reason, place) from error
+        except jinja2.TemplateError as error:
+            raise InvalidTemplate(str(error)[:300], place) from error
+        except FAILURES as error:
+            what = f"{type(error).__name__}: {str(error)[:200]}"
+            raise InvalidTemplate(f"failed: {what}", place) from error
+    return found
+
+
+@lru_cache(maxsize=1024)
+def names_in(source: str) -> frozenset[str]:
+    """What a template takes from outside, the clock among it. Raises InvalidTemplate."""
+    try:
+        tree = ENVIRONMENT.parse(source)
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", None)
+        raise InvalidTemplate(f"line {line}: {str(error)[:300]}" if line else str(error)) from error
+    except RecursionError as error:
+        raise InvalidTemplate("is nested too deeply") from error
+    used = {name.name for name in tree.find_all(nodes.Name)}
+    return frozenset(find_undeclared_variables(tree) | (used & {"strftime_now"}))
 
 
 # What a program in the sandbox can run into; anything else would be our own bug.
