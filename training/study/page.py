@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from training.study.config import Metric, TaskConfig
-from training.study.figures import PLAIN, SERIES, Dot, Point, curves, dots, percent, scatter, short
+from training.study.figures import PLAIN, SERIES, Dot, Point, curves, dots, percent, scatter
 from training.study.findings import Findings, Row
 from training.study.markdown import markdown
 from training.study.words import METRICS, arm_name, verdict_line
@@ -113,7 +113,7 @@ def _series(findings: Findings) -> dict[str, int]:
 
 
 def _label(metric: Metric) -> Callable[[float], str]:
-    return short if metric == "nats" else percent
+    return (lambda value: f"{value:.4g}") if metric == "nats" else percent
 
 
 def _body(text: str) -> str:
