@@ -38,9 +38,8 @@ export function bodyOf(prompt, column) {
   if (column.stop) parameters.stop = [column.stop];
   const body = { inputs: inputs(prompt), parameters };
   if (column.template) {
-    const [name, version] = column.template.split('@');
-    body.template = { name, variables: column.variables };
-    if (version) body.template.version = /^\d+$/.test(version) ? Number(version) : version;
+    body.template = { name: column.template, variables: column.variables };
+    if (!prompt.text) delete body.inputs;
   }
   if (column.collection) {
     body.retrieval = { collection: column.collection, k: column.k, mode: column.mode };

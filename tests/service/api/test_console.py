@@ -122,3 +122,20 @@ def test_methods_of_the_form_are_those_that_train_here() -> None:
     listed = re.search(r"METHODS = \[(.*?)\]", source, re.DOTALL)
     assert listed is not None
     assert set(re.findall(r"'(\w+)'", listed[1])) == set(METHODS) - _NOT_HERE
+
+
+def test_every_text_is_there_in_korean() -> None:
+    source = SOURCE / "src"
+    text = (source / "korean.js").read_text(encoding="utf-8")
+    korean = dict(re.findall(r"^  '(.+)': '(.+)',$", text, re.MULTILINE))
+    asked = [
+        found
+        for path in _files([source])
+        if path.suffix in (".svelte", ".js")
+        for found in re.findall(r"\bt\(\s*'((?:[^'\\]|\\.)*)'", path.read_text(encoding="utf-8"))
+    ]
+    assert len(asked) > 200
+    assert set(asked) - set(korean) == set()
+    slots = re.compile(r"\{\w+\}")
+    for english, said in korean.items():
+        assert sorted(slots.findall(english)) == sorted(slots.findall(said)), english

@@ -1,1 +1,0 @@
-import{E as e,F as t,J as n,O as r,T as i,q as a,r as o,z as s}from"./index-DI26euJ_.js";var c=r(`<p class="panel empty"> </p>`);function l(r,l){n(l,!0);var u=c(),d=s(u,!0);t(e=>i(d,e),[()=>o(`This server has no {what}: its API description lists no such routes.`,{what:l.what})]),e(r,u),a()}export{l as t};

@@ -1,1 +1,0 @@
-import{J as e,P as t,W as n,X as r,a as i,q as a,r as o}from"./index-DI26euJ_.js";import{t as s}from"./Missing-DhU5BE8i.js";r();function c(r,c){e(c,!1),i();{let e=n(()=>o(`templates`));s(r,{get what(){return t(e)}})}a()}export{c as default};
