@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from service.commands.output import print_json
-from service.commands.server import Json, Url, connect
+from service.commands.server import AdapterOption, Json, Url, connect
+from service.commands.streamed import pieces
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -18,9 +19,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def run(
     prompt: Annotated[str, typer.Argument(help="The prompt; `-` reads it from standard input.")],
-    adapter: Annotated[
-        str | None, typer.Option(help="name, name@version, name@alias or sha256:…; none: the base.")
-    ] = None,
+    adapter: AdapterOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest output; the server's default when unset.")
     ] = None,
@@ -68,19 +67,11 @@ def _messages(text: str, system: str | None) -> list[dict[str, str]]:
 
 def _print_stream(events: Iterator[dict[str, Any]], as_json: bool) -> None:
     """Tokens as they come; with `as_json`, one event a line."""
-    shown = ""
-    for event in events:
-        if as_json:
+    if as_json:
+        for event in events:
             typer.echo(json.dumps(event, ensure_ascii=False))
-            continue
-        # The last event brings the whole output: also what was held back as a possible stop string.
-        whole = event.get("generated_text")
-        if whole is not None:
-            text = whole[len(shown) :] if whole.startswith(shown) else ""
-        else:
-            text = "" if event["token"]["special"] else event["token"]["text"]
-        shown += text
-        typer.echo(text, nl=False)
+        return
+    for piece in pieces(events):
+        typer.echo(piece, nl=False)
         sys.stdout.flush()
-    if not as_json:
-        typer.echo()
+    typer.echo()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +19,34 @@ Url = Annotated[
         envvar="NIBBLE_URL",
         help="Address of the server; by default the host and port that `nibble serve` would use.",
         show_default=False,
+    ),
+]
+
+
+def newest(client: Client) -> dict[str, dict[str, Any]]:
+    """The newest version of every adapter, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in client.adapters()["adapters"]:
+        if one["version"] > found.get(one["name"], {"version": 0})["version"]:
+            found[one["name"]] = one
+    return found
+
+
+def adapter_names(incomplete: str) -> list[str]:
+    """For the shell's completion: the adapters of a running server, none where none answers."""
+    try:
+        with Client(os.environ.get("NIBBLE_URL") or default_url(), timeout=2.0) as client:
+            return [name for name in newest(client) if name.startswith(incomplete)]
+    except (ConfigError, ClientError):
+        return []
+
+
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="name, name@version, name@alias or sha256:…; none: the base.",
+        autocompletion=adapter_names,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

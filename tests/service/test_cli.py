@@ -84,3 +84,47 @@ def test_arguments_reach_the_command_unchanged(monkeypatch: pytest.MonkeyPatch) 
 def test_exit_status(args: list[str], status: int) -> None:
     done = CliRunner().invoke(cli.app, args)
     assert done.exit_code == status, done.output
+
+
+def completed(words: str) -> list[str]:
+    """What bash is offered for the last word of a line."""
+    done = CliRunner().invoke(
+        cli.app,
+        prog_name="nibble",
+        env={
+            "_NIBBLE_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+            "NIBBLE_URL": "http://127.0.0.1:1",
+        },
+    )
+    return done.output.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("nibble ad", ["adapters"]),
+        ("nibble adapters p", ["push"]),
+        ("nibble adapters push --plac", ["--placement"]),
+        ("nibble adapters push . --placement m", ["merged"]),
+        ("nibble serve --max-ra", ["--max-rank"]),
+        ("nibble chat --adapter ", []),  # nobody answers: no error in the middle of a line
+    ],
+)
+def test_the_shell_completes_inside_commands(words: str, found: list[str]) -> None:
+    assert completed(words) == found
+
+
+def test_completion_of_names_asks_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    from service.commands import server
+
+    found = [{"name": name, "version": v} for v, name in enumerate(("cipher", "tickets", "tic"), 1)]
+    monkeypatch.setattr(server.Client, "adapters", lambda self: {"adapters": found})
+    assert completed("nibble chat --adapter ti") == ["tickets", "tic"]
+    assert completed("nibble adapters show c") == ["cipher"]
+
+
+def test_help_says_what_each_exit_status_means() -> None:
+    said = " ".join(CliRunner().invoke(cli.app, ["--help"]).output.split())
+    assert all(f"{code} {what.split(':')[0]}" in said for code, what in cli.EXIT_STATUS.items())
