@@ -13,12 +13,18 @@ from importlib.metadata import Distribution, PackageNotFoundError
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 DISTRIBUTION = "nibble-serve"
 GROUP = "nibble.commands"
 
 OWN = {
     "serve": ("service.commands.serve:app", "Serve one base and its adapters over HTTP."),
+    "chat": (
+        "service.commands.chat:app",
+        "Talk with a running server; change adapters on the way.",
+    ),
     "generate": ("service.commands.generate:app", "Ask a running server for a text."),
     "adapters": ("service.commands.adapters:app", "Push, list, show and remove adapters."),
     "jobs": ("service.commands.jobs:app", "Train on a running server, and follow it."),
@@ -39,13 +45,37 @@ KNOWN = {
     "bench": "Measure throughput and latency on this machine.",
 }
 
+EXIT_STATUS = {
+    0: "done",
+    1: "failed: the server refused, nothing answers, a check found something",
+    2: "wrong usage: an unknown flag, a value out of bounds, a file that is not there",
+    130: "ended by Ctrl-C",
+}
+
+
+class Lazy(TyperGroup):
+    """Commands that load when they run; for the shell's completion also when it stands inside."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if ctx.resilient_parsing and name in _targets:
+            command = get_command(_load(_targets[name]))
+        return name, command, rest
+
+
 app = typer.Typer(
     name="nibble",
+    cls=Lazy,
     help="One 4-bit base model, loaded once; every request names an adapter.",
+    epilog="Exit status: "
+    + "; ".join(f"{code} {what}" for code, what in EXIT_STATUS.items())
+    + ".",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+_targets: dict[str, str] = {}  # name -> module:attribute of its Typer app
 
 
 def installed() -> Distribution | None:
@@ -115,9 +145,11 @@ def _register(name: str, help: str, run: Callable[..., None]) -> None:
 
 def _register_all() -> None:
     for name, (target, help) in OWN.items():
+        _targets[name] = target
         _register(name, help, _forward(name, target))
     found = installed()
     groups = {e.name: e.value for e in found.entry_points if e.group == GROUP} if found else {}
+    _targets.update(groups)
     for name in sorted(groups.keys() | KNOWN.keys()):
         help = KNOWN.get(name, f"Commands of {groups.get(name)}.")
         _register(
@@ -129,7 +161,7 @@ _register_all()
 
 
 def main() -> None:
-    """Entry point. Exit status: 0 done, 1 failed, 2 wrong usage."""
+    """Entry point. EXIT_STATUS says what it ends with."""
     app(args=sys.argv[1:], prog_name="nibble")
 
 
