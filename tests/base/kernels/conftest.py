@@ -55,3 +55,14 @@ def threads() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def triton_here() -> torch.device:
+    """Where Triton's kernels can run: a GPU, or the CPU in a process that interprets them."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device; test_triton.py runs this in the interpreter")
+    return torch.device("cuda")
