@@ -5,7 +5,7 @@ export function marked(text, query) {
   const words = (query.match(/[\p{L}\p{N}]{2,}/gu) ?? [])
     .map((word) => word.toLowerCase())
     .filter((word) => word.length > 2 || /\P{ASCII}/u.test(word))
-    .map((word) => word.slice(0, Math.max(3, word.length - 2)));
+    .map((word) => (word.length > 5 ? word.slice(0, -2) : word));
   if (!words.length) return [{ text, hit: false }];
   const found = [];
   for (const [piece] of text.matchAll(/[\p{L}\p{N}]+|[^\p{L}\p{N}]+/gu)) {
