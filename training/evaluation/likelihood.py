@@ -21,7 +21,7 @@ from training.data import IGNORED, Example, collate, pad_id
 from training.methods import Attached
 
 WORTH = 48  # tokens: a shorter common beginning is not worth a cache
-LOGITS = 1 << 25  # numbers of one batch's logits: 128 MiB in float32
+LOGITS = 1 << 23  # numbers of one batch's logits: 32 MiB in float32
 
 
 @dataclass(frozen=True, slots=True)
