@@ -270,8 +270,12 @@ async def add_files(
     row, as `{"id", "text", "metadata"}`. Replies and events are those of /documents."""
     collection = await _writable(name, desk, serving, tenant)
     upload = await received(request, desk.upload_directory)
-    documents = documents_of_files(upload, collection.character.fields)
-    await desk.uploads.acquire()
+    try:
+        documents = documents_of_files(upload, collection.character.fields)
+        await desk.uploads.acquire()
+    except BaseException:
+        upload.remove()
+        raise
 
     def close() -> None:
         desk.uploads.release()

@@ -218,10 +218,12 @@ def test_files_are_read_and_refused_one_by_one(
     ],
 )
 def test_bad_forms(
-    client: httpx.Client, facts: str, files: Any, data: Any, status: int, field: str | None
-) -> None:
+    client: httpx.Client, server: Running, facts: str,
+    files: Any, data: Any, status: int, field: str | None,
+) -> None:  # fmt: skip
     reply = client.post(f"/collections/{facts}/files", files=files, data=data)
     assert refusal(reply, status).get("field") == field
+    assert not list(server.desk.upload_directory.glob("upload-*")), "what arrived was left behind"
 
 
 def test_bodies_of_documents_have_a_bound_of_their_own(
