@@ -20,6 +20,7 @@ help:
 	@echo "make clients   what others wrote, against our server (a part of test-all)"
 	@echo "make lint      ruff and mypy                    make format    let ruff rewrite"
 	@echo "make bench     measure on this machine          make samples   train the sample adapters"
+	@echo "make docs      build the documentation, to read it in a browser"
 	@echo "make console   build the page at / again, after a change of its sources; needs Node"
 	@echo "make clean     remove the environment and everything that was built"
 	@echo "ARGS=\"...\" is handed on: make serve ARGS=\"--port 9000\""
@@ -76,6 +77,12 @@ format: $(INSTALLED_DEV)
 
 bench: $(INSTALLED)
 	$(BIN)/nibble bench $(ARGS)
+
+# Warnings are errors, mkdocs.yml says; the site lies in build/site and needs no network.
+docs: $(INSTALLED_DEV)
+	$(PIP) install --quiet --progress-bar off -c constraints.txt --no-build-isolation -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -m mkdocs build --quiet $(ARGS)
+	@echo "open build/site/index.html"
 
 samples: $(INSTALLED)
 	$(BIN)/nibble train samples $(ARGS)

@@ -58,8 +58,8 @@ class Lazy(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        if ctx.resilient_parsing and name in _targets:
-            command = get_command(_load(_targets[name]))
+        if ctx.resilient_parsing and has(name):
+            command = get_command(load(name))
         return name, command, rest
 
 
@@ -107,6 +107,16 @@ def _root(
 def _load(target: str) -> Any:
     module, _, attribute = target.partition(":")
     return getattr(import_module(module), attribute)
+
+
+def has(name: str) -> bool:
+    """Whether this command is there, installed."""
+    return name in _targets
+
+
+def load(name: str) -> Any:
+    """The Typer app of a command."""
+    return _load(_targets[name])
 
 
 def _forward(name: str, target: str) -> Callable[[typer.Context], None]:
