@@ -12,12 +12,13 @@ INSTALLED := $(VENV)/.stamp
 INSTALLED_DEV := $(VENV)/.stamp-dev
 ARGS ?=
 
-.PHONY: help serve install dev test test-all clients lint format bench samples console clean
+.PHONY: help serve install dev test test-all clients deploy-tools test-deploy lint format bench samples console clean
 
 help:
 	@echo "make serve     install what is missing, then serve on http://127.0.0.1:8080"
 	@echo "make test      the tests but the slow ones      make test-all  all tests"
 	@echo "make clients   what others wrote, against our server (a part of test-all)"
+	@echo "make test-deploy  the chart and manifests; make deploy-tools fetches what they need"
 	@echo "make lint      ruff and mypy                    make format    let ruff rewrite"
 	@echo "make bench     measure on this machine          make samples   train the sample adapters"
 	@echo "make docs      build the documentation, to read it in a browser"
@@ -65,6 +66,14 @@ clients: $(CLIENTS)/.stamp
 	$(CLIENTS)/bin/python -m pytest -o asyncio_mode=auto \
 	  -o asyncio_default_fixture_loop_scope=function -W ignore \
 	  --timeout 1800 tests/clients $(ARGS)
+
+# helm, kubectl and Kubernetes' schemas; without them the tests that need them are skipped.
+deploy-tools: $(INSTALLED_DEV)
+	$(PIP) install --quiet --progress-bar off -c constraints.txt --no-build-isolation -e '.[deploy]'
+	deploy/tools.sh
+
+test-deploy: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest tests/deploy $(ARGS)
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ OWN = {
     "jobs": ("service.commands.jobs:app", "Train on a running server, and follow it."),
     "rag": ("service.commands.rag:app", "Collections of documents, and questions to them."),
     "config": ("service.commands.config:app", "Print the effective configuration."),
+    "catalog": ("service.commands.catalog:app", "Bring the catalog's tables up to date."),
     "conformance": (
         "service.commands.conformance:app",
         "Check every kind of adapter against PEFT, in mixed batches.",

@@ -1,0 +1,123 @@
+{{- define "nibble.name" -}}
+{{- if contains "nibble" .Release.Name }}{{ .Release.Name | trunc 50 | trimSuffix "-" }}{{ else }}{{ printf "%s-nibble" (.Release.Name | trunc 43 | trimSuffix "-") }}{{ end }}
+{{- end }}
+
+{{- define "nibble.selector" -}}
+app.kubernetes.io/name: nibble
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "nibble.labels" -}}
+{{ include "nibble.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end }}
+
+{{- define "nibble.image" -}}
+{{- if .Values.image.digest }}{{ .Values.image.repository }}@{{ .Values.image.digest }}{{ else }}{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ end }}
+{{- end }}
+
+{{/* Where the catalog is: in a database that all replicas reach, or on the pod's own volume. */}}
+{{- define "nibble.catalogOutside" -}}
+{{- if or .Values.store.catalog .Values.store.catalogSecret.name }}yes{{ end }}
+{{- end }}
+
+{{- define "nibble.scaled" -}}
+{{- if ne .Values.autoscaling.kind "none" }}yes{{ end }}
+{{- end }}
+
+{{/* Said before anything is rendered: what would start, and then lose adapters. */}}
+{{- define "nibble.check" -}}
+{{- $many := or (gt (int .Values.replicas) 1) (include "nibble.scaled" .) }}
+{{- if and $many (not (and .Values.store.blobs (include "nibble.catalogOutside" .))) }}
+{{- fail "several replicas need one store: set store.blobs (s3://…) and store.catalog or store.catalogSecret, or replicas: 1 and autoscaling.kind: none" }}
+{{- end }}
+{{- if and .Values.store.catalog .Values.store.catalogSecret.name }}
+{{- fail "store.catalog and store.catalogSecret are both set: take one" }}
+{{- end }}
+{{- if and $many .Values.persistence.enabled (ne .Values.persistence.accessMode "ReadWriteMany") }}
+{{- fail "several replicas cannot share a ReadWriteOnce volume: set persistence.enabled: false (with the store outside nothing of it is lost)" }}
+{{- end }}
+{{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}
+{{- fail (printf "autoscaling.minReplicas (%d) is more than maxReplicas (%d)" (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas)) }}
+{{- end }}
+{{- range $name := list "host" "port" "home" "blobs" "catalog" "drain_seconds" "admin_key" "hf_token" "embedder_key" "reranker_key" }}
+{{- if hasKey $.Values.settings $name }}
+{{- fail (printf "settings.%s: the chart sets it, or it is a secret; see store, drainSeconds, env and envSecrets" $name) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "nibble.store.env" -}}
+{{- if .Values.store.blobs }}
+- name: NIBBLE_BLOBS
+  value: {{ .Values.store.blobs | quote }}
+{{- end }}
+{{- if .Values.store.catalogSecret.name }}
+- name: NIBBLE_CATALOG
+  valueFrom:
+    secretKeyRef:
+      name: {{ .Values.store.catalogSecret.name }}
+      key: {{ .Values.store.catalogSecret.key }}
+{{- else if .Values.store.catalog }}
+- name: NIBBLE_CATALOG
+  value: {{ .Values.store.catalog | quote }}
+{{- end }}
+{{- end }}
+
+{{/* The root is read-only: caches of libraries go where something can be written. */}}
+{{- define "nibble.home.env" -}}
+- name: NIBBLE_HOME
+  value: /data
+- name: HOME
+  value: /data
+- name: HF_HOME
+  value: /data/hub
+{{- end }}
+
+{{- define "nibble.pod.security" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "nibble.container.security" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: ["ALL"]
+{{- end }}
+
+{{- define "nibble.placement" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "nibble.resources" -}}
+{{- $limits := .resources.limits | default dict | deepCopy }}
+{{- if .gpu }}{{- $_ := set $limits .gpuResource 1 }}{{- end }}
+{{- with .resources.requests }}
+requests: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $limits }}
+limits: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}

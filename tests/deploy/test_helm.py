@@ -1,0 +1,195 @@
+"""The chart: sensible values make manifests that a cluster takes, others are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from service.config import OTHER_VARIABLES, PREFIX, Settings
+from tests.deploy.manifests import (
+    CHART,
+    check_references,
+    check_restricted,
+    check_schema,
+    helm,
+    of_kind,
+    only,
+    pod_specs,
+    rendered,
+    variables,
+)
+from training.config import TrainConfig
+
+EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
+SHARED = (
+    "--set=store.blobs=s3://adapters/prod,store.catalogSecret.name=catalog,"
+    "persistence.enabled=false"
+)
+MATRIX = {
+    "defaults": (),
+    "gpu": ("--set=gpu.enabled=true,gpu.runtimeClass=nvidia,settings.kv_cache_bytes=4GiB",),
+    "ephemeral": ("--set=persistence.enabled=false,networkPolicy.enabled=false",),
+    "claim": ("--set=persistence.existingClaim=mine,image.digest=sha256:" + "a" * 64,),
+    "ingress": (
+        "--set=ingress.enabled=true,ingress.checkedBy=oauth2-proxy,ingress.host=n.example.org,"
+        "ingress.className=nginx,ingress.tlsSecret=tls,ingress.annotations.a/b=c",
+    ),
+    "replicas": (SHARED, "--set=replicas=3,migration.enabled=false"),
+    "keda": (SHARED, "--set=autoscaling.kind=keda,serviceMonitor.enabled=true"),
+    "hpa": (SHARED, "--set=autoscaling.kind=hpa,envSecrets={s3},podDisruptionBudget.enabled=false"),
+    "placement": (
+        "--set=nodeSelector.disk=ssd,image.pullSecrets={regcred},podLabels.team=a,"
+        "podAnnotations.b=c,topologySpread=false,serviceMonitor.enabled=true,"
+        "serviceMonitor.labels.release=p,drainSeconds=900,preStopSeconds=30",
+    ),
+    "training": (
+        "--set=training[0].name=a,training[0].config.data.train=/input/a.jsonl,"
+        "training[0].input.claim=in,training[0].publish.name=a,training[1].name=b,"
+        "training[1].config.data.train=/data/b.jsonl,training[1].gpu=true,"
+        "training[1].output.claim=out",
+    ),
+    **{path.stem: ("--values", str(path)) for path in EXAMPLES},
+}
+
+
+@pytest.fixture(params=MATRIX, scope="module")
+def manifests(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return rendered(*MATRIX[request.param])
+
+
+def test_parts_fit_together(manifests: list[dict[str, Any]]) -> None:
+    check_references(manifests)
+    for pod in pod_specs(manifests):
+        check_restricted(pod)
+        for container in pod["containers"]:
+            variables(container)
+    names = [(one["kind"], one["metadata"]["name"]) for one in manifests]
+    assert len(names) == len(set(names))
+
+
+def test_a_cluster_takes_them(manifests: list[dict[str, Any]]) -> None:
+    for one in manifests:
+        check_schema(one)
+
+
+def test_the_server_takes_its_variables(manifests: list[dict[str, Any]], tmp_path: Path) -> None:
+    (container,) = only(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    ours = {k: v for k, v in variables(container).items() if k.startswith(PREFIX)}
+    assert not set(ours) & OTHER_VARIABLES
+    settings = Settings(**{k.removeprefix(PREFIX).lower(): v for k, v in ours.items()})
+    (port,) = container["ports"]
+    assert settings.port == port["containerPort"]
+    assert settings.host == "0.0.0.0"
+
+
+def test_grace_is_longer_than_the_longest_generation(manifests: list[dict[str, Any]]) -> None:
+    pod = only(manifests, "Deployment")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    drain = float(variables(container)["NIBBLE_DRAIN_SECONDS"])
+    sleep = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    # After the drain a server has 2 s for cancelled replies, and closes its store.
+    assert pod["terminationGracePeriodSeconds"] >= sleep + drain + 10
+    # Proxies learn from the readiness probe or from the end of the pod: both before SIGTERM's 503.
+    assert sleep >= 1
+
+
+def test_it_stays_inside(manifests: list[dict[str, Any]]) -> None:
+    assert only(manifests, "Service")["spec"]["type"] == "ClusterIP"
+    for policy in of_kind(manifests, "NetworkPolicy"):
+        assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+        assert all(rule.get("from") for rule in policy["spec"]["ingress"])
+    for ingress in of_kind(manifests, "Ingress"):
+        assert ingress["metadata"]["annotations"]["nibble/checked-by"]
+
+
+def test_probes_ask_routes_that_are_there(manifests: list[dict[str, Any]]) -> None:
+    from service.api.meta import router
+
+    routes = {route.path for route in router.routes}  # type: ignore[attr-defined]
+    (container,) = only(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    asked = {
+        name: container[name]["httpGet"]["path"]
+        for name in ("startupProbe", "readinessProbe", "livenessProbe")
+    }
+    assert asked["livenessProbe"] == "/health", "a server that stops or loads is alive"
+    assert set(asked.values()) <= routes
+    for monitor in of_kind(manifests, "ServiceMonitor"):
+        assert {one["path"] for one in monitor["spec"]["endpoints"]} <= routes
+
+
+def test_runs_are_ones_that_the_trainer_takes(manifests: list[dict[str, Any]]) -> None:
+    jobs = [one for one in of_kind(manifests, "Job") if "-train-" in one["metadata"]["name"]]
+    configs = of_kind(manifests, "ConfigMap")
+    assert len(jobs) == len(configs)
+    for one in configs:
+        run = TrainConfig.model_validate(yaml.safe_load(one["data"]["run.yaml"]))
+        if run.publish is not None:
+            service = only(manifests, "Service")
+            port = service["spec"]["ports"][0]["port"]
+            assert run.publish.url == f"http://{service['metadata']['name']}:{port}"
+
+
+def test_a_volume_of_its_own_is_never_shared_by_two_servers() -> None:
+    alone = only(rendered(), "Deployment")["spec"]
+    assert (alone["replicas"], alone["strategy"]["type"]) == (1, "Recreate")
+    fleet = only(rendered(SHARED, "--set=replicas=3"), "Deployment")["spec"]
+    assert fleet["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+
+
+def test_the_catalog_is_migrated_once_before_servers_start() -> None:
+    job = only(rendered(SHARED), "Job")
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+    assert not of_kind(rendered(), "Job"), "a catalog on the pod's volume is the pod's business"
+
+
+def test_gpus_are_limits_of_servers_and_jobs_that_ask() -> None:
+    made = rendered(*MATRIX["gpu"], *MATRIX["training"])
+    (server,) = only(made, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert server["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert variables(server)["NIBBLE_DEVICE"] == "cuda"
+    first, second = (pod["containers"][0] for pod in pod_specs(of_kind(made, "Job")))
+    assert "nvidia.com/gpu" not in first["resources"]["limits"]
+    assert second["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ("replicas=2", "several replicas need one store"),
+        ("autoscaling.kind=keda", "several replicas need one store"),
+        (f"{SHARED[6:]},replicas=2,persistence.enabled=true", "cannot share a ReadWriteOnce"),
+        ("autoscaling.minReplicas=9", "minReplicas (9) is more than maxReplicas (8)"),
+        ("store.catalog=postgresql://h/d,store.catalogSecret.name=s", "are both set"),
+        ("store.catalog=postgresql://u:secret@h/d", "store/catalog"),
+        ("settings.port=9", "the chart sets it"),
+        ("settings.admin_key=aaaaaaaaaaaaaaaaaaaa", "it is a secret"),
+        ("ingress.enabled=true,ingress.host=a.b", "ingress/checkedBy"),
+        ("ingress.enabled=true,ingress.checkedBy=x", "ingress/host"),
+        ("service.type=LoadBalancer", "additional properties 'type' not allowed"),
+        ("replica=2", "additional properties 'replica' not allowed"),
+        ("drainSeconds=0", "drainSeconds"),
+        ("drainSeconds=4000", "drainSeconds"),
+        ("image.tag=a b", "image/tag"),
+        ("persistence.size=20 GB", "persistence/size"),
+        ("training[0].name=a", "training/0"),
+    ],
+)
+def test_what_would_go_wrong_is_refused(values: str, said: str) -> None:
+    done = helm("template", "nibble", str(CHART), "--set", values)
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("values", [None, *EXAMPLES], ids=lambda path: path.stem if path else "")
+def test_lint(values: Path | None) -> None:
+    given = ("--values", str(values)) if values else ()
+    done = helm("lint", "--strict", str(CHART), *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_who_installs_it_is_told_that_there_are_no_keys() -> None:
+    text = (CHART / "templates" / "NOTES.txt").read_text()
+    assert "no API keys" in text
