@@ -24,6 +24,7 @@ from fastapi import FastAPI
 
 from adapters.errors import AdapterError
 from adapters.limits import Limits
+from adapters.prompts.shelf import TemplateShelf
 from adapters.store import AdapterStore
 from base.errors import UnservableBase
 from service.admission import Admission
@@ -39,6 +40,7 @@ from service.api import (
     generate,
     meta,
     page,
+    templates,
     vllm_admin,
 )
 from service.api.connection import HEAD_BYTES, connection_class
@@ -108,6 +110,7 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
         adapters,
         compose,
         collections,
+        templates,
         feedback,
         vllm_admin,
         files,
@@ -185,6 +188,7 @@ def _fail(app: FastAPI, reason: str) -> None:
 def _close(loaded: Serving, drain_seconds: float = 0.0) -> None:
     loaded.jobs.stop(drain_seconds)  # before the engine, which tries what they publish
     loaded.engine.stop()
+    loaded.templates.close()
     loaded.experiments.close()
     loaded.store.close()
 
@@ -200,6 +204,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
     from service.jobs.publication import Publication
     from service.prompt.assembly import Assembly
     from service.prompt.own_tokenizer import OwnTokenizers
+    from service.prompt.templates import Templates
 
     if settings.hf_token is not None:
         os.environ.setdefault("HF_TOKEN", settings.hf_token.get_secret_value())
@@ -232,6 +237,10 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         tokens = assembly.tokens
         found = store.load_directory(settings.adapters, base.spec, limits, probe, tokens)
         logger.info("adapters", added=len(found.added), refused=sorted(found.refused))
+    prompts = Templates(TemplateShelf(store.catalog))
+    if settings.templates is not None:
+        report = prompts.shelf.load_directory(settings.templates, prompts.renderer.check)
+        logger.info("templates", added=len(report.added), refused=sorted(report.refused))
     dtype = str(base.dtype).removeprefix("torch.")
     metrics.describe(
         cache={
@@ -262,6 +271,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         grammars=Grammars(base.tokenizer, base.spec.vocab_size, base.eos_token_ids),
         library=_library(settings, base.tokenizer),
         reranker=_reranker(settings),
+        templates=prompts,
     )
 
 

@@ -28,6 +28,10 @@ OWN = {
     "generate": ("service.commands.generate:app", "Ask a running server for a text."),
     "adapters": ("service.commands.adapters:app", "Push, list, show and remove adapters."),
     "jobs": ("service.commands.jobs:app", "Train on a running server, and follow it."),
+    "templates": (
+        "service.commands.templates:app",
+        "Push, list, show, render and remove prompt templates.",
+    ),
     "rag": ("service.commands.rag:app", "Collections of documents, and questions to them."),
     "config": ("service.commands.config:app", "Print the effective configuration."),
     "catalog": ("service.commands.catalog:app", "Bring the catalog's tables up to date."),

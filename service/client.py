@@ -238,6 +238,44 @@ class Client:
         path = f"/adapters/{quote(name, safe='')}/aliases/{quote(alias, safe='')}"
         return self._call("DELETE", path)
 
+    def push_template(self, body: dict[str, Any]) -> dict[str, Any]:
+        """POST /templates: a new version of `body["name"]`."""
+        found: dict[str, Any] = self._call("POST", "/templates", json=body)
+        return found
+
+    def templates(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._call("GET", "/templates")
+        return found
+
+    def template(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self._call("GET", f"/templates/{quote(name, safe='@')}")
+        return found
+
+    def diff_templates(self, name: str, before: int, after: int) -> dict[str, Any]:
+        path = f"/templates/{quote(name, safe='')}/diff"
+        found: dict[str, Any] = self._call("GET", path, params={"from": before, "to": after})
+        return found
+
+    def render_template(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        """POST /templates/{name}/render: the exact text and token ids."""
+        path = f"/templates/{quote(name, safe='@')}/render"
+        found: dict[str, Any] = self._call("POST", path, json=body)
+        return found
+
+    def set_template_alias(self, name: str, alias: str, version: int) -> dict[str, Any]:
+        path = f"/templates/{quote(name, safe='')}/aliases/{quote(alias, safe='')}"
+        found: dict[str, Any] = self._call("PUT", path, json={"version": version})
+        return found
+
+    def drop_template_alias(self, name: str, alias: str) -> dict[str, Any]:
+        path = f"/templates/{quote(name, safe='')}/aliases/{quote(alias, safe='')}"
+        found: dict[str, Any] = self._call("DELETE", path)
+        return found
+
+    def remove_template(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self._call("DELETE", f"/templates/{quote(name, safe='@')}")
+        return found
+
     def create_collection(self, body: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = self._call("POST", "/collections", json=body)
         return found

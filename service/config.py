@@ -165,6 +165,9 @@ class Settings(BaseSettings):
         "Store",
         default_factory=_default_adapters,
     )
+    templates: Path | None = _setting(
+        "Directory of prompt templates (YAML) to load at start.", "Store", None
+    )
     max_upload_bytes: Bytes = _setting("Largest adapter upload.", "Store", GIB, ge=KIB, le=TIB)
     max_rank: int = _setting("Largest rank of an adapter.", "Store", 256, ge=1, le=4096)
 
@@ -295,6 +298,7 @@ class Settings(BaseSettings):
             "job_threads",
             "max_model_len",
             "revision",
+            "templates",
             "embedder_model",
             "embedder_key",
             "reranker",
@@ -303,16 +307,16 @@ class Settings(BaseSettings):
         }
         return {k: None if k in optional and v == "none" else v for k, v in dict(data).items()}
 
-    @field_validator("home", "adapters", "adapter_root")
+    @field_validator("home", "adapters", "adapter_root", "templates")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
 
-    @field_validator("adapters", "adapter_root")
+    @field_validator("adapters", "adapter_root", "templates")
     @classmethod
     def _exists(cls, path: Path | None) -> Path | None:
         if path is not None and not path.is_dir():
-            raise ValueError("is not a directory; give one that holds adapters, or none")
+            raise ValueError("is not a directory; give one that is, or none")
         return path
 
     @field_validator("block_size")

@@ -123,7 +123,7 @@ class TemplateShelf:
             raise TemplateNotFound(shown)
         return _stored(row)
 
-    def list(self) -> list[StoredTemplate]:
+    def latest(self) -> list[StoredTemplate]:
         """The newest version of every name, by name."""
         newest = (
             sa.select(templates.c.name, sa.func.max(templates.c.version).label("version"))

@@ -28,6 +28,7 @@ from service.grammars import Grammars
 from service.jobs.office import Office
 from service.metrics import Metrics
 from service.prompt.assembly import Assembly
+from service.prompt.templates import Templates
 from service.retrieval.library import DEFAULT_TENANT, Library
 from service.retrieval.rerank import Reranker
 from service.selection import Sums
@@ -88,6 +89,7 @@ class Serving:
     grammars: Grammars
     library: Library
     reranker: Reranker | None
+    templates: Templates
     sums: Sums = field(default_factory=Sums)
 
 

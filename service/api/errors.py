@@ -34,8 +34,10 @@ from adapters.errors import (
     AdapterNotFound,
     InvalidAdapter,
     InvalidChat,
+    InvalidTemplate,
     StoreFull,
     StoreUnavailable,
+    TemplateNotFound,
     TooLarge,
     UnsupportedMedia,
 )
@@ -72,7 +74,7 @@ UNNAMED = frozenset(  # parts of a place that are no field: tags of unions
 )
 PRIVATE = frozenset(
     {"inputs", "content", "template", "prompt", "input", "arguments", "documents"}
-    | {"query", "filter", "metadata"}
+    | {"query", "filter", "metadata", "variables", "system", "assistant", "user"}
 )  # never repeated, whatever is wrong
 
 logger = structlog.get_logger("nibble.http")
@@ -141,6 +143,8 @@ _STATUS: Sequence[tuple[type[Exception], int, str]] = (
     (TooLarge, 413, "too_large"),
     (InvalidAdapter, 422, "invalid_adapter"),
     (InvalidChat, 422, "validation"),
+    (InvalidTemplate, 422, "invalid_template"),
+    (TemplateNotFound, 404, "not_found"),
     (AdapterNotFound, 404, "not_found"),
     (AdapterInUse, 409, "in_use"),
     (StoreFull, 507, "store_full"),
@@ -239,7 +243,9 @@ def _field(error: Exception) -> str | None:
         return error.field
     if isinstance(error, InvalidChat):
         return "inputs"
-    return error.where if isinstance(error, InvalidAdapter) else None
+    if isinstance(error, TemplateNotFound):
+        return "template"
+    return error.where if isinstance(error, InvalidAdapter | InvalidTemplate) else None
 
 
 def _headers(error: Exception, status: int) -> dict[str, str]:

@@ -21,6 +21,7 @@ from service.api.generation_schema import Completion, StreamEvent
 from service.api.intake import DEFAULT_NEW_TOKENS, Chat, Order, Started, client_key, start
 from service.api.retrieval import Retrieval, Wanted
 from service.api.sse import EventReply, events_of
+from service.api.templating import TemplateUse
 from service.api.wire import (
     MAX_SEQUENCES,
     MAX_TOKENS,
@@ -282,10 +283,15 @@ class GenerateBody(Incoming):
         }
     )
 
-    inputs: Inputs
+    inputs: Inputs | None = Field(
+        default=None, description="Required, but where a template takes no input."
+    )
     parameters: Parameters = Field(default_factory=Parameters)
     retrieval: Retrieval | None = Field(
         default=None, description="Passages of a collection before the prompt's question."
+    )
+    template: TemplateUse | None = Field(
+        default=None, description="A prompt template of this server, around the inputs."
     )
     stream: bool = False
 
@@ -366,6 +372,7 @@ async def _start(
         prefix=body.inputs if body.parameters.return_full_text else "",  # type: ignore[arg-type]
         decode=started.assembly.decode,
         retrieved=started.retrieved,
+        template=started.template,
     )
     return started, origin
 
@@ -373,10 +380,8 @@ async def _start(
 def _order(body: GenerateBody, client: str | None, tenant: str) -> Order:
     """This skin's words for what the engine does."""
     given = body.parameters
-    text = isinstance(body.inputs, str)
-    messages = [] if text else [{"role": m.role, "content": m.content} for m in body.inputs]  # type: ignore[union-attr]
     return Order(
-        prompt=str(body.inputs) if text else Chat(messages),
+        prompt=_prompt(body),
         sampling=Sampling(
             do_sample=given.samples,
             temperature=given.temperature,
@@ -401,12 +406,27 @@ def _order(body: GenerateBody, client: str | None, tenant: str) -> Order:
         prompt_logprobs=given.decoder_input_details,
         grammar=given.asked_grammar,
         retrieval=Wanted(body.retrieval, tenant) if body.retrieval else None,
+        template=body.template.asked if body.template else None,
+        given=frozenset(given.model_fields_set),
     )
+
+
+def _prompt(body: GenerateBody) -> str | Chat:
+    if isinstance(body.inputs, list):
+        return Chat([{"role": m.role, "content": m.content} for m in body.inputs])
+    return body.inputs or ""
 
 
 def _check_pairs(body: GenerateBody) -> None:
     """What one field cannot know of another."""
     given = body.parameters
+    if body.inputs is None and body.template is None:
+        raise InvalidRequest("inputs: is required", "inputs")
+    if body.template is not None and given.return_full_text:
+        raise InvalidRequest(
+            "return_full_text would show the template; POST /templates/{name}/render does",
+            "parameters.return_full_text",
+        )
     if given.return_full_text and not isinstance(body.inputs, str):
         raise InvalidRequest(
             "return_full_text needs inputs as one text; a chat has no such prefix",

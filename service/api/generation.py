@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from adapters.prompts.shelf import StoredTemplate
 from service.api.errors import failure
 from service.api.retrieval import Retrieved
+from service.api.templating import served_by
 from service.engine.request import Event, Finished, Request, Token
 from service.engine.stream import EventStream
 from service.errors import Draining, ServiceError
@@ -27,6 +29,7 @@ class Origin:
     prefix: str  # put before every output
     decode: Callable[[Sequence[int]], list[str]]
     retrieved: Retrieved | None = None
+    template: StoredTemplate | None = None
 
     @property
     def adapter(self) -> Json | None:
@@ -141,6 +144,8 @@ def completion(collector: Collector) -> Json:
         }
         if origin.retrieved is not None:
             body["details"]["retrieval"] = origin.retrieved.told()
+        if origin.template is not None:
+            body["details"]["template"] = served_by(origin.template)
         if others:
             body["details"]["best_of_sequences"] = [
                 # The prompt is the same for all; its tokens are told once.
@@ -225,6 +230,8 @@ def _stream_details(origin: Origin, end: Finished) -> Json:
         details["prefill"] = origin.prefill(end)
     if origin.retrieved is not None:
         details["retrieval"] = origin.retrieved.told()
+    if origin.template is not None:
+        details["template"] = served_by(origin.template)
     return details
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from service.api.retrieval import RetrievalDetails
+from service.api.templating import TemplateDetails
 from service.api.wire import AdapterDetails, Outgoing
 
 
@@ -60,6 +61,7 @@ class Details(Outgoing):
     cached_tokens: int = Field(description="Prompt tokens that came from the prefix cache.")
     timings: Timings
     retrieval: RetrievalDetails | None = Field(default=None, description="Where it was asked for.")
+    template: TemplateDetails | None = Field(default=None, description="Where one was named.")
 
 
 class Output(Outgoing):
@@ -92,6 +94,7 @@ class StreamDetails(Outgoing):
     prefill: list[PromptToken] | None = None
     timings: Timings
     retrieval: RetrievalDetails | None = None
+    template: TemplateDetails | None = None
 
 
 class StreamEvent(Outgoing):

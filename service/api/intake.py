@@ -16,9 +16,11 @@ from typing import Any
 
 from fastapi import Request
 
-from adapters.compose import FIELD, Term
+from adapters.compose import FIELD, Term, parse_terms
 from adapters.errors import InvalidChat
 from adapters.outcomes import Ending
+from adapters.prompts.shelf import StoredTemplate
+from adapters.prompts.template import SAMPLING
 from service.admission import Ticket
 from service.api.deps import Desk, Serving
 from service.api.retrieval import Retrieved, Wanted, found
@@ -31,9 +33,13 @@ from service.experiments import Watched, outcome_of
 from service.grammars import Grammar
 from service.prompt import passages
 from service.prompt.assembly import Assembly
+from service.prompt.templates import FIELD as FIELD_TEMPLATE
+from service.prompt.templates import TemplateAsked
 from service.selection import Selection, select
 
 DEFAULT_NEW_TOKENS = 128
+DRAWING = frozenset({"do_sample", "temperature", "top_k", "top_p", "min_p"})
+_SAMPLING = frozenset(SAMPLING) - {"max_new_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +60,15 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages for the chat template, and functions for a template that shows them."""
+    """Messages for the chat template, and functions for a template that shows them.
+
+    Of a prompt template also: `slotted`, where passages have a place, and how the answer begins.
+    """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] = ()
+    slotted: Sequence[Mapping[str, Any]] | None = None
+    answer: str = ""
 
 
 Prompt = str | tuple[int, ...] | Chat
@@ -81,6 +92,10 @@ class Order:
     grammar: Grammar | None = None
     retrieval: Wanted | None = None
     names: Names = Names()
+    template: TemplateAsked | None = None  # the prompt is its input then
+    given: frozenset[str] = frozenset()  # sampling that a template's defaults leave alone
+    stored: StoredTemplate | None = None  # which template made the prompt
+    question: str | None = None  # what was asked before a template's words came around it
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +108,12 @@ class Started:
     assembly: Assembly  # of the tokenizer that its tokens are of
     ticket: Ticket
     retrieved: Retrieved | None = None
+    template: StoredTemplate | None = None
 
     @property
     def headers(self) -> Mapping[str, str]:
-        return {"x-adapter-digest": self.selection.digest} if self.selection else {}
+        found = {"x-adapter-digest": self.selection.digest} if self.selection else {}
+        return found | ({"x-template-digest": self.template.digest} if self.template else {})
 
     def close(self) -> None:
         """The reply is over or nobody wants it: let the engine drop what still runs."""
@@ -109,41 +126,48 @@ async def start(order: Order, request_id: str, desk: Desk, serving: Serving) -> 
 
     Raises what any of them does; nothing of the request remains then.
     """
-    with _named(order.names):
-        ticket = desk.admission.admit()
-        try:
-            selection = order.selection or await selected(order.terms, order.client, desk, serving)
-            _check_tokens(order, selection, serving)
-            # A cold adapter is on its way while the prompt is read.
-            ticket.meanwhile(serving.engine.reserved(selection.ref if selection else None))
-            serving = replace(serving, assembly=await serving.assembly.of(selection))
-            guide = await serving.grammars.guide(order.grammar) if order.grammar else None
-            virtual = selection.ref.virtual_tokens if selection else 0
-            limit = serving.engine.max_model_len - virtual
-            prompt, retrieved = await _prompt(order, selection, serving, limit)
-            sampling = replace(
-                order.sampling,
-                seed=_seed(order.sampling),
-                guide=guide,
-                max_new_tokens=_room(order, len(prompt), limit),
-            )
-            generation = Generation(
-                id=request_id,
-                prompt=prompt,
-                sampling=sampling,
-                adapter=selection.ref if selection else None,
-                n=order.n,
-                prompt_logprobs=order.prompt_logprobs,
-                pooled=order.pooled,
-                vocabulary=serving.assembly.vocabulary,
-            )
-            stream = _submitted(generation, selection, serving)
-            return Started(stream, generation, selection, serving.assembly, ticket, retrieved)
-        except BaseException:
-            ticket.release()
-            raise
-        finally:
-            ticket.prepared()
+    ticket = desk.admission.admit()
+    try:
+        order = await templated(order, serving)
+        with _named(order.names):
+            return await _started(order, request_id, ticket, desk, serving)
+    except BaseException:
+        ticket.release()
+        raise
+    finally:
+        ticket.prepared()
+
+
+async def _started(
+    order: Order, request_id: str, ticket: Ticket, desk: Desk, serving: Serving
+) -> Started:
+    selection = order.selection or await selected(order.terms, order.client, desk, serving)
+    _check_tokens(order, selection, serving)
+    # A cold adapter is on its way while the prompt is read.
+    ticket.meanwhile(serving.engine.reserved(selection.ref if selection else None))
+    serving = replace(serving, assembly=await serving.assembly.of(selection))
+    guide = await serving.grammars.guide(order.grammar) if order.grammar else None
+    virtual = selection.ref.virtual_tokens if selection else 0
+    limit = serving.engine.max_model_len - virtual
+    prompt, retrieved = await _prompt(order, selection, serving, limit)
+    sampling = replace(
+        order.sampling,
+        seed=_seed(order.sampling),
+        guide=guide,
+        max_new_tokens=_room(order, len(prompt), limit),
+    )
+    generation = Generation(
+        id=request_id,
+        prompt=prompt,
+        sampling=sampling,
+        adapter=selection.ref if selection else None,
+        n=order.n,
+        prompt_logprobs=order.prompt_logprobs,
+        pooled=order.pooled,
+        vocabulary=serving.assembly.vocabulary,
+    )
+    stream = _submitted(generation, selection, serving)
+    return Started(stream, generation, selection, serving.assembly, ticket, retrieved, order.stored)
 
 
 def client_key(given: str | None, request: Request) -> str | None:
@@ -172,6 +196,54 @@ async def selected(
     )
     serving.sums.note(found.ref)
     return found
+
+
+async def templated(order: Order, serving: Serving) -> Order:
+    """The order with its prompt template filled in, and with the template's defaults.
+
+    Raises TemplateNotFound, InvalidRequest, StoreUnavailable.
+    """
+    asked = order.template
+    if asked is None:
+        return order
+    if isinstance(order.prompt, tuple):
+        raise InvalidRequest("a template takes a text or a chat, not token ids", order.names.prompt)
+    tools: Sequence[Mapping[str, Any]] = ()
+    if isinstance(order.prompt, Chat):
+        messages, tools = order.prompt.messages, order.prompt.tools
+    else:
+        messages = [{"role": "user", "content": order.prompt}] if order.prompt else []
+    passages = order.retrieval is not None
+    made = await serving.templates.chat(
+        asked, messages, passages=passages, input_field=order.names.prompt
+    )
+    template = made.stored.template
+    defaults = {k: v for k, v in (template.sampling or {}).items() if k not in order.given}
+    return replace(
+        with_defaults(order, defaults),
+        prompt=Chat(made.messages, tools, made.slotted, made.answer),
+        terms=order.terms or (parse_terms(template.adapter) if template.adapter else ()),
+        template=None,
+        stored=made.stored,
+        question=str(messages[-1]["content"]) if messages else None,
+        names=replace(order.names, prompt=FIELD_TEMPLATE),
+    )
+
+
+def with_defaults(order: Order, defaults: Mapping[str, Any]) -> Order:
+    """The order with a template's sampling, where the request says nothing of it."""
+    fields = {name: value for name, value in defaults.items() if name in _SAMPLING}
+    if "stop" in fields:
+        fields["stop"] = tuple(fields["stop"])
+    if "do_sample" not in fields and not order.given & DRAWING and defaults.keys() & DRAWING:
+        fields["do_sample"] = True
+    elif order.given & DRAWING:  # the request says by itself whether to sample
+        fields.pop("do_sample", None)
+    most = order.max_new_tokens or defaults.get("max_new_tokens")
+    least = fields.get("min_new_tokens", 0)
+    if most is not None and least > most:
+        fields["min_new_tokens"] = most
+    return replace(order, sampling=replace(order.sampling, **fields), max_new_tokens=most)
 
 
 @contextmanager
@@ -225,9 +297,10 @@ async def _with_passages(
         prompt = given
     else:
         template = selection.template if selection else None
-        prompt = passages.Chat(given.messages, template, [dict(t) for t in given.tools] or None)
+        tools = [dict(tool) for tool in given.tools] or None
+        prompt = passages.Chat(given.messages, template, tools, given.slotted, given.answer)
     body = wanted.body
-    text = body.query or passages.question_of(prompt)
+    text = body.query or order.question or passages.question_of(prompt)
     where = f"{names.retrieval}."
     answer = await found(body.collection, body, text, wanted.tenant, serving, where)
     started = time.perf_counter()
@@ -251,7 +324,7 @@ async def _plain_prompt(
     template = selection.template if selection else None
     messages = [dict(message) for message in given.messages]
     tools = [dict(tool) for tool in given.tools] or None
-    return await serving.assembly.chat(messages, template, order.truncate, tools)
+    return await serving.assembly.chat(messages, template, order.truncate, tools, given.answer)
 
 
 def _seed(sampling: Sampling) -> int | None:

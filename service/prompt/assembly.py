@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
-from adapters.template import render_chat, text_ids
+from adapters.template import RenderedChat, render, text_ids
 from adapters.vocabulary import Tokens
 from service.engine.vocabulary import Vocabulary
 from service.errors import InvalidRequest
@@ -85,18 +85,32 @@ class Assembly:
         template: str | None = None,
         truncate: int | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
+        answer: str = "",
     ) -> tuple[int, ...]:
-        """Token ids of a chat that ends where the assistant's turn begins.
+        """Token ids of a chat that ends where the assistant's turn begins, with `answer` in it.
 
         `template` is the adapter's own; None takes the base's.
         """
-        length = sum(len(message["content"]) for message in messages)
+        made = await self.rendered(messages, template, truncate, tools, answer)
+        return _last(made.ids, truncate)
+
+    async def rendered(
+        self,
+        messages: Sequence[dict[str, Any]],
+        template: str | None = None,
+        truncate: int | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        answer: str = "",
+    ) -> RenderedChat:
+        """`chat` with its text, and whole."""
+        length = sum(len(message["content"]) for message in messages) + len(answer)
         if truncate is None:
             self._refuse_hopeless(length)
         # An adapter's template is somebody's program: never on the event loop.
         weight = length if template is None and not tools else max(length, LONG_TEXT)
-        ids = await _aside(weight, render_chat, self.tokenizer, messages, template, tools=tools)
-        return _last(ids, truncate)
+        return await _aside(
+            weight, render, self.tokenizer, messages, template, tools=tools, answer=answer
+        )
 
     async def pieces(self, text: str) -> list[Piece]:
         """The tokens of a text with their places in it, without special tokens."""

@@ -22,9 +22,10 @@ from __future__ import annotations
 import asyncio
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from adapters.prompts.filling import SLOT
 from adapters.template import text_ids
 from service.errors import InvalidRequest
 from service.prompt.assembly import Assembly
@@ -51,11 +52,17 @@ class Quoted:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A chat, the adapter's own template and the functions that a template may show."""
+    """A chat, the adapter's own template and the functions that a template may show.
+
+    `slotted` is the chat as a prompt template has it, with SLOT where passages belong; without it
+    they go before the user's last message. `answer` is how the assistant's turn begins.
+    """
 
     messages: Sequence[Mapping[str, Any]]
     template: str | None = None
     tools: Sequence[dict[str, Any]] | None = None
+    slotted: Sequence[Mapping[str, Any]] | None = None
+    answer: str = ""
 
 
 def block(passages: Sequence[Passage]) -> str:
@@ -135,18 +142,28 @@ def _fitting(passages: Sequence[Passage], assembly: Assembly, budget: int) -> li
 async def _ids(prompt: str | Chat, shown: str, assembly: Assembly) -> tuple[int, ...]:
     if isinstance(prompt, str):
         return await assembly.text(prompt, before=f"{shown}\n\n" if shown else "")
+    return await assembly.chat(
+        _with(prompt, shown), prompt.template, tools=prompt.tools, answer=prompt.answer
+    )
+
+
+def _with(prompt: Chat, shown: str) -> list[dict[str, Any]]:
+    if shown and prompt.slotted is not None:
+        return [
+            {**message, "content": str(message["content"]).replace(SLOT, shown)}
+            for message in prompt.slotted
+        ]
     messages = [dict(message) for message in prompt.messages]
     if shown:
         last = messages[_last_user(prompt)]
         last["content"] = f"{shown}{LEAD}{last['content']}"
-    return await assembly.chat(messages, prompt.template, tools=prompt.tools)
+    return messages
 
 
 def _instructed(chat: Chat) -> Chat:
-    if any(message["role"] == "system" for message in chat.messages):
+    if chat.slotted is not None or any(m["role"] == "system" for m in chat.messages):
         return chat
-    system = {"role": "system", "content": SYSTEM}
-    return Chat([system, *chat.messages], chat.template, chat.tools)
+    return replace(chat, messages=[{"role": "system", "content": SYSTEM}, *chat.messages])
 
 
 def _last_user(chat: Chat) -> int:

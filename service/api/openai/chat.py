@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from adapters.errors import InvalidChat
 from adapters.template import own_template
 from service.api.deps import Desk, DeskDep, Serving, ServingDep, TenantDep, unless_gone
 from service.api.generation import Outcome, check_end, paired
-from service.api.intake import Chat, Order, Started, client_key, selected, start
+from service.api.intake import Chat, Order, Started, client_key, selected, start, templated
 from service.api.openai.chat_schema import ChatBody
 from service.api.openai.logprobs import chat_logprobs
 from service.api.openai.replies import ChatChunk, ChatCompletion
@@ -25,6 +25,7 @@ from service.api.openai.tools import CallReader, Form, described, form_of, requi
 from service.api.openai_errors import openai_refusals
 from service.api.retrieval import Wanted
 from service.api.sse import EventReply, events_of
+from service.api.templating import served_by
 from service.engine.request import Finished, Token
 from service.errors import InvalidRequest, ServiceError
 from service.grammars import Grammar
@@ -74,6 +75,8 @@ async def _complete(
 async def _start(
     body: ChatBody, request: Request, desk: Desk, serving: Serving, tenant: str
 ) -> _Reply:
+    if not body.messages and body.template is None:
+        raise InvalidRequest("messages: at least one is needed", "messages")
     terms = terms_of(body.model, desk, serving)
     client = client_key(body.client_key or body.user, request)
     with model_errors(body.model):
@@ -88,11 +91,14 @@ async def _start(
             grammar=body.grammar,
             retrieval=Wanted(body.retrieval, tenant) if body.retrieval else None,
             names=replace(CHAT, max_new_tokens="max_tokens") if body.max_tokens else CHAT,
+            template=body.template.asked if body.template else None,
+            given=body.given,
         )
         reading = Reading()
         if body.speaks_of_tools:
             # The template says how tools are shown, and the adapter may bring one of its own.
-            selection = await selected(terms, client, desk, serving)
+            order = await templated(order, serving)
+            selection = await selected(order.terms, client, desk, serving)
             order, reading = _with_tools(body, replace(order, selection=selection), serving)
         started = await start(order, request.scope["request_id"], desk, serving)
     return _Reply(body, started, reading, serving)
@@ -104,11 +110,25 @@ def _with_tools(body: ChatBody, order: Order, serving: Serving) -> tuple[Order, 
     own = order.selection.template if order.selection else None
     form = form_of(own if own is not None else _template(serving))
     tools, messages = body.offered, [dict(message) for message in order.prompt.messages]
-    prompt = Chat(described(tools, messages)) if form == "described" else Chat(messages, tools)
+    prompt = (
+        _described(tools, order.prompt)
+        if form == "described"
+        else replace(order.prompt, messages=messages, tools=tools)
+    )
     bare = form == "template"
     reading = Reading(bool(tools) and (body.must_call or not bare), bare)
     grammar = _forced(body, tools, form, order.grammar)
     return replace(order, prompt=prompt, grammar=grammar), reading
+
+
+def _described(tools: list[Json], chat: Chat) -> Chat:
+    """Told in words, in both forms of a prompt template's chat."""
+
+    def told(messages: Sequence[Mapping[str, Any]]) -> list[Json]:
+        return described(tools, [dict(message) for message in messages])
+
+    slotted = None if chat.slotted is None else told(chat.slotted)
+    return replace(chat, messages=told(chat.messages), tools=(), slotted=slotted)
 
 
 def _template(serving: Serving) -> str:
@@ -161,9 +181,10 @@ class _Reply:
             self.started.close()
 
     def _retrieved(self) -> Json:
-        """What stands in the prompt beside the chat, if passages were asked for."""
-        found = self.started.retrieved
-        return {"retrieval": found.told()} if found else {}
+        """What stands in the prompt beside the chat: passages, and a template's words."""
+        found, template = self.started.retrieved, self.started.template
+        told: Json = {"retrieval": found.told()} if found else {}
+        return told | ({"template": served_by(template)} if template else {})
 
     def _choice(self, outcome: Outcome) -> Json:
         end = outcome.closed

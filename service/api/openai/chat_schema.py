@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from service.api.openai.schema import MAX_TOP, Count, Generating, Lenient
 from service.api.retrieval import Retrieval
+from service.api.templating import TemplateUse
 from service.errors import InvalidRequest
 
 Json = dict[str, Any]
@@ -159,7 +160,11 @@ class ChatBody(Generating):
         }
     )
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
+    messages: list[ChatMessage] = Field(
+        default_factory=list,
+        max_length=1024,
+        description="At least one, but where a template takes no input.",
+    )
     max_completion_tokens: Count | None = Field(
         default=None, description="At most; all that fits when left out."
     )
@@ -170,6 +175,10 @@ class ChatBody(Generating):
     tool_choice: ToolChoice | None = None
     retrieval: Retrieval | None = Field(
         default=None, description="Passages of a collection, before the question (extra_body)."
+    )
+    template: TemplateUse | None = Field(
+        default=None,
+        description="A prompt template of this server, around the last message (extra_body).",
     )
 
     @property

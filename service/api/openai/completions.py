@@ -23,6 +23,7 @@ from service.api.openai.schema import MAX_TOP, Generating
 from service.api.openai.served import TEXT, model_errors, terms_of
 from service.api.openai_errors import openai_refusals
 from service.api.sse import EventReply, events_of
+from service.api.templating import TemplateUse
 from service.api.wire import MAX_SEQUENCES, MAX_TOKENS, TokenId
 from service.engine.request import Finished, Token
 from service.errors import InvalidRequest, ServiceError
@@ -99,6 +100,10 @@ class CompletionBody(Generating):
     best_of: int | None = Field(
         default=None, ge=1, le=MAX_SEQUENCES, description="Sample so many; the likeliest n stay."
     )
+    template: TemplateUse | None = Field(
+        default=None,
+        description="A prompt template of this server, around each prompt (extra_body).",
+    )
     suffix: str | None = Field(default=None, max_length=0, description="Not offered.")
 
     @property
@@ -143,6 +148,10 @@ def _check_pairs(body: CompletionBody) -> None:
             f"best_of is {body.best_of}, but greedy outputs are all the same: raise temperature",
             "best_of",
         )
+    if body.template is not None and body.echo:
+        raise InvalidRequest(
+            "echo would show the template; POST /templates/{name}/render does", "echo"
+        )
     if body.max_tokens == 0 and not body.echo:
         raise InvalidRequest(
             "max_tokens is 0, so there is nothing to reply without echo", "max_tokens"
@@ -166,6 +175,8 @@ async def _start(body: CompletionBody, request: Request, desk: Desk, serving: Se
         prompt_logprobs=body.echo and body.logprobs is not None,
         grammar=body.grammar,
         names=TEXT,
+        template=body.template.asked if body.template else None,
+        given=body.given | {"max_new_tokens"},  # OpenAI's default of it is a number
     )
     request_id: str = request.scope["request_id"]
     with ExitStack() as undo, model_errors(body.model):

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from service.api.retrieval import RetrievalDetails
+from service.api.templating import TemplateDetails
 from service.api.wire import Outgoing
 
 
@@ -68,6 +69,7 @@ class ChatCompletion(Outgoing):
     choices: list[ChatChoice]
     usage: UsageView
     retrieval: RetrievalDetails | None = None
+    template: TemplateDetails | None = None
 
 
 class DeltaView(Outgoing):
@@ -94,6 +96,7 @@ class ChatChunk(Outgoing):
     choices: list[ChunkChoice]
     usage: UsageView | None = None
     retrieval: RetrievalDetails | None = Field(default=None, description="With the first chunk.")
+    template: TemplateDetails | None = Field(default=None, description="With the first chunk.")
 
 
 class TextLogprobsView(Outgoing):

@@ -26,6 +26,7 @@ MAX_MODEL = 2048  # characters: a sum names several adapters
 MAX_BIASES = 1024
 MAX_BIAS = 100.0
 MAX_TOP = 20
+MOST = "max_new_tokens"
 
 ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL)]
 Source = Annotated[str, Field(min_length=1, max_length=MAX_SOURCE)]
@@ -118,6 +119,12 @@ class Generating(Lenient):
     @property
     def samples(self) -> bool:
         return self.temperature > 0 and self.top_p > 0
+
+    @property
+    def given(self) -> frozenset[str]:
+        """What the request says of sampling, by /generate's names."""
+        names = {"max_tokens": MOST, "max_completion_tokens": MOST, "min_tokens": "min_new_tokens"}
+        return frozenset(names.get(name, name) for name in self.model_fields_set)
 
     @property
     def wants_usage(self) -> bool:

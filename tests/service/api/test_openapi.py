@@ -69,6 +69,7 @@ def test_every_list_is_bounded_and_no_field_is_unknown(api: dict[str, Any]) -> N
     free = [where for where, one in found if one.get("additionalProperties") is True]
     schemas = {"value", "schema", "json", "guided_json", "parameters"}
     schemas |= {"metadata"}  # of a document: held against the fields of its collection
+    schemas |= {"variables"}  # of a prompt template: held against what it declares
     schemas |= {"method", "config"}  # of a training job: held against the schema of training
     assert {where.rpartition(".")[2] for where in free} <= schemas, free
     # OpenAI's clients send fields of all ages: those are ignored, and everywhere else refused.
@@ -81,7 +82,8 @@ def test_every_list_is_bounded_and_no_field_is_unknown(api: dict[str, Any]) -> N
     bounded = [one for one in objects if "maxProperties" in one]
     closed = [one for one in objects if one.get("additionalProperties") is False]
     assert len(closed) >= len(objects) - len(free) - len(lenient) - len(bounded)
-    ours = [one for one in closed if "collection" in one.get("properties", {})]  # retrieval
+    # `retrieval` and `template`
+    ours = [one for one in closed if {"collection", "variables"} & set(one.get("properties", {}))]
     assert not [one for one in closed if one in lenient and one not in ours]
 
 
@@ -111,12 +113,13 @@ def test_every_example_runs(api: dict[str, Any], client: httpx.Client) -> None:
     found = examples(api)
     assert len(found) >= 8
     # First what makes the alias that the examples of others are about, and a request through it.
-    found.sort(key=lambda one: "{alias}" not in one[1])
+    found.sort(key=lambda one: (one[1] != "/templates", "{alias}" not in one[1]))
     for method, path, example in found:
         if path.endswith("load_lora_adapter"):
             continue  # off without an admin key; test_vllm_admin has it on
         name = "example" if path.endswith("/compose") else "lora"  # it would be a version of it
         name = "handbook" if path.startswith("/collections") else name
+        name = "reader" if path.startswith("/templates") else name
         filled = path.replace("{name}", name).replace("{alias}", "example")
         if path == "/v1/fine_tuning/jobs":
             example = {**example, "training_file": upload(client), "model": "tiny"}
@@ -133,6 +136,8 @@ def test_every_example_runs(api: dict[str, Any], client: httpx.Client) -> None:
     assert client.delete("/adapters/lora/aliases/example").status_code == 200
     client.delete("/adapters/example")
     client.delete("/collections/handbook")
+    assert client.delete("/templates/reader/aliases/example").status_code == 200
+    assert client.delete("/templates/reader").status_code == 200
 
 
 def upload(client: httpx.Client) -> str:
@@ -155,6 +160,7 @@ def test_every_operation_without_a_body_runs(api: dict[str, Any], client: httpx.
     client.post("/collections", json={"name": "dora"})
     document = {"id": "a document", "text": "x"}
     client.post("/collections/dora/documents", json={"documents": [document]})
+    client.post("/templates", json={"name": "dora", "user": "{{ input }}"})
     for path in gets:
         filled = path.replace("{document}", "a document")
         filled = filled.replace("{name}", "dora").replace("{alias}", "example")
@@ -162,6 +168,7 @@ def test_every_operation_without_a_body_runs(api: dict[str, Any], client: httpx.
         filled = filled.replace("{file_id}", body["training_file"])
         assert client.get(filled).status_code == 200, path
     assert client.delete("/collections/dora").status_code == 200
+    assert client.delete("/templates/dora").status_code == 200
     assert client.delete("/adapters/dora/aliases/example").status_code == 200
 
 
