@@ -22,9 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .lowrank import LowRankPlan, Segment
-
-# Version 3.7 of the interpreter multiplies bfloat16's bits as integers: it is given float32.
-HALVES = tl.constexpr(not triton.knobs.runtime.interpret)
+from .triton_arithmetic import add_product, rounded
 
 ROWS = 16  # of a tile: the least that the matrix units take
 RANKS = 16  # of A and B at a time
@@ -67,15 +65,10 @@ def _shrink(
             half = tl.load(
                 address.to(tl.pointer_type(tl.bfloat16)) + places, mask=inside, other=0.0
             )
-            if HALVES and x.dtype.element_ty == tl.bfloat16:
-                total = tl.dot(part, half, total)
-            else:
-                total = tl.dot(
-                    part.to(tl.float32), half.to(tl.float32), total, input_precision="ieee"
-                )
+            total = add_product(total, part, half)
         else:
             full = tl.load(address.to(tl.pointer_type(tl.float32)) + places, mask=inside, other=0.0)
-            total = tl.dot(part.to(tl.float32), full, total, input_precision="ieee")
+            total = add_product(total, part, full)
     where = place + (split * (stop - start) + rows - start)[:, None] * rank + ranks[None, :]
     tl.store(h + where, total, mask=(rows < stop)[:, None] & (ranks < rank)[None, :])
 
@@ -116,10 +109,10 @@ def _expand(
         inside = (ranks < rank)[:, None] & (columns < outputs)[None, :]
         if b_is_half:
             half = tl.load(b.to(tl.pointer_type(tl.bfloat16)) + places, mask=inside, other=0.0)
-            added = tl.dot(inner, half.to(tl.float32), added, input_precision="ieee")
+            added = add_product(added, inner, half)
         else:
             full = tl.load(b.to(tl.pointer_type(tl.float32)) + places, mask=inside, other=0.0)
-            added = tl.dot(inner, full, added, input_precision="ieee")
+            added = add_product(added, inner, full)
     inside = (rows < stop)[:, None] & (columns < outputs)[None, :]
     where = y + rows[:, None] * y_stride + columns[None, :]
     result = tl.load(where, mask=inside, other=0.0).to(tl.float32) + added
@@ -130,7 +123,7 @@ def _expand(
     if bias != 0:
         shift = tl.load(bias.to(tl.pointer_type(tl.float32)) + columns, mask=within, other=0.0)
         result += shift[None, :]
-    tl.store(where, result.to(y.dtype.element_ty), mask=inside)
+    tl.store(where, rounded(result, y.dtype.element_ty), mask=inside)
 
 
 class _Layout:

@@ -75,7 +75,7 @@ def test_mixed_segments_against_float64(triton_here: torch.device, seed: int) ->
     before = y.clone()
     assert add(y, x, plan) is y
     error = (y.double() - wanted).norm() / wanted.norm()
-    assert error < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    assert error < {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.float16: 5e-4}[dtype]
     assert torch.equal(y[untouched], before[untouched])
 
 
@@ -104,7 +104,7 @@ def test_rows_that_are_strided_and_a_plan_used_twice(triton_here: torch.device) 
         assert torch.equal(whole[:, 20:], beside)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_a_row_does_not_depend_on_its_batch(triton_here: torch.device, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     draw = random.Random(3)
