@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -186,7 +187,7 @@ def _cell(value: Any) -> str:
 
 def _print_event(event: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        print_json(event)
+        typer.echo(json.dumps(event, ensure_ascii=False))  # a line each, for who follows
         return
     when = datetime.fromtimestamp(event["created_at"]).isoformat(" ", "seconds")
     level = "" if event["level"] == "info" else f"{event['level']}: "

@@ -192,7 +192,11 @@ def remove(
     if document is None and not yes:
         typer.confirm(f"Remove the collection {name} with all its documents?", abort=True)
     with connect(url, as_json) as client:
-        print_json(client.remove_documents(name, document))
+        found = client.remove_documents(name, document)
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(f"removed {name}" + (f": {document}" if document else ""))
 
 
 @app.command()
