@@ -47,7 +47,9 @@ class DataConfig(_Frozen):
         description="on every assistant turn, on the last one, or on the prompt too; all of a text",
     )
     template: Path | None = Field(
-        default=None, description="a chat template for this adapter, which is saved beside it"
+        default=None,
+        description="a chat template for this adapter, which is saved beside it; or (.yaml) a "
+        "prompt template around every question, whose variables the rows have",
     )
     columns: dict[Column, str] = Field(
         default_factory=dict,

@@ -14,6 +14,7 @@ from adapters.errors import AdapterError
 from adapters.limits import Limits
 from adapters.lowering import lower
 from adapters.manifest import AdapterManifest
+from adapters.prompts.shelf import PROVENANCE, SUFFIXES, read_template
 from adapters.store import TEMPLATE_FILE, AdapterStore, read_evaluation, read_small
 from base.load import Base
 from training.config import PublishConfig, TrainConfig
@@ -101,10 +102,16 @@ def provenance(config: TrainConfig) -> dict[str, Any]:
     """How the adapter came about: its config, and the digest of each file of its data."""
     fields = config.model_dump(mode="json", exclude={"out", "publish"})
     files = {"train": config.data.train, "eval": config.data.eval}
-    return {
+    found = {PROVENANCE: digest} if (digest := _prompt_digest(config.data.template)) else {}
+    return found | {
         "config": fields,
         "data": {part: _digest(path) for part, path in files.items() if path is not None},
     }
+
+
+def _prompt_digest(path: Path | None) -> str | None:
+    """Of the prompt template that the run was trained with, if it was."""
+    return read_template(path)[1].digest if path and path.suffix in SUFFIXES else None
 
 
 def _digest(path: Path) -> str:

@@ -25,6 +25,7 @@ from training.terminal import bar, console, progress
 from training.trackers import asked_for, tracked
 
 TEMPLATE_FILE = "chat_template.jinja"  # beside an adapter; `nibble adapters push` sends it along
+PROMPT_FILE = "prompt_template.yaml"  # beside an adapter that was trained with one
 
 
 def run(
@@ -95,7 +96,9 @@ def run(
             world=here,
         )
     if here.leads:
-        _save_template(config.out, found.template)
+        _save_template(config.out / TEMPLATE_FILE, found.template)
+        prompt = found.prompt.as_yaml() if found.prompt else None
+        _save_template(config.out / PROMPT_FILE, prompt)
     if here.leads or here.sharded:
         adapter.save(config.out)
     directory.happened("finished", **asdict(done))
@@ -158,10 +161,10 @@ def say_what_is_wrong(found: Prepared) -> None:
             console.print(Text(f"{report.path}: {said}; see nibble train check", style="yellow"))
 
 
-def _save_template(out: Path, template: str | None) -> None:
+def _save_template(path: Path, template: str | None) -> None:
     """What the run was trained with goes beside it; an earlier run's template must not stay."""
-    out.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if template is None:
-        (out / TEMPLATE_FILE).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     else:
-        (out / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        path.write_text(template, encoding="utf-8")

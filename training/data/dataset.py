@@ -15,8 +15,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import InvalidAdapter
+from adapters.errors import AdapterError
 from adapters.limits import Limits
+from adapters.prompts.filling import check as check_prompt
+from adapters.prompts.shelf import SUFFIXES, read_template
+from adapters.prompts.template import PromptTemplate
 from adapters.template import check_template
 from training.config import DataConfig
 from training.data.corpus import Corpus
@@ -34,7 +37,8 @@ class Prepared:
     train: Corpus
     held_out: Corpus
     reports: tuple[Report, ...]  # of data.train, then of data.eval where there is one
-    template: str | None  # data.template's text
+    template: str | None  # data.template's text, where it is a chat template
+    prompt: PromptTemplate | None = None  # the same, where it is a prompt template
 
     def described(self) -> list[Any]:
         """One part for each file."""
@@ -70,7 +74,7 @@ class _Reading:
                 self.report.reject(error)
 
     def _take(self, place: str, row: Row, split: float, also: frozenset[int] | set[int]) -> None:
-        report, row = self.report, chosen(row, self.config.columns)
+        report, row = self.report, self._chosen(row)
         if self.config.raw and "text" not in row:
             raise DataError(
                 f"{place}: fields {sorted(row)}; data.raw needs text, and data.columns can name it"
@@ -85,7 +89,9 @@ class _Reading:
                 return
         self.seen.add(digest)
         report.note(place, encoded)
-        held = _digest(question(row)) < split * 2**64
+        values = self.encoding.parted(row)[1]
+        asked = f"{question(row)}{json.dumps(values, sort_keys=True)}" if values else question(row)
+        held = _digest(asked) < split * 2**64
         report.held_out += held and "continues" not in row
         stop = self.encoding.tokenizer.eos_token_id
         report.stops += sum(example.tokens[-1] == stop for example in encoded.examples)
@@ -94,6 +100,13 @@ class _Reading:
                 held = _digest(repr(example.tokens)) < split * 2**64
                 report.held_out += held
             (self.held_out if held else self.taken).append(example)
+
+    def _chosen(self, row: Row) -> Row:
+        """The columns that are wanted, and those that the prompt template names."""
+        prompt = self.encoding.prompt
+        names = {variable.name for variable in prompt.variables} if prompt else set()
+        own = {name: row[name] for name in sorted(names & row.keys())}
+        return own | chosen(row, self.config.columns)
 
 
 def prepare(config: DataConfig, tokenizer: Any) -> Prepared:
@@ -116,21 +129,22 @@ def prepare(config: DataConfig, tokenizer: Any) -> Prepared:
 
 def survey(config: DataConfig, tokenizer: Any, shown: int = SHOWN) -> Prepared:
     """The same, with any number of bad rows: they are in the reports."""
-    template = _template(config.template)
+    template, prompt = _template(config.template)
     encoding = Encoding(
         _plain(tokenizer),
         config.max_length,
         config.loss,
         template,
         config.too_long,
+        prompt,
     )
     train = _Reading(config, encoding, Report(config.train, shown))
     train.read(config.split or 0.0)
     if config.eval is None:
-        return Prepared(train.taken, train.held_out, (train.report,), template)
+        return Prepared(train.taken, train.held_out, (train.report,), template, prompt)
     held = _Reading(config, encoding, Report(config.eval, shown))
     held.read(0.0, also=train.seen)
-    return Prepared(train.taken, held.taken, (train.report, held.report), template)
+    return Prepared(train.taken, held.taken, (train.report, held.report), template, prompt)
 
 
 def _plain(tokenizer: Any) -> Any:
@@ -139,16 +153,21 @@ def _plain(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _template(path: Path | None) -> str | None:
-    """Raises ConfigError where serving would refuse the template."""
+def _template(path: Path | None) -> tuple[str | None, PromptTemplate | None]:
+    """A chat template's text, or (YAML) a prompt template. Raises ConfigError where serving would
+    refuse it."""
     if path is None:
-        return None
+        return None, None
     try:
+        if path.suffix in SUFFIXES:
+            prompt = read_template(path)[1]
+            check_prompt(prompt)
+            return None, prompt
         text = path.read_text(encoding="utf-8")
         check_template(text, Limits())
-    except (OSError, UnicodeDecodeError, InvalidAdapter) as error:
+    except (OSError, UnicodeDecodeError, AdapterError) as error:
         raise ConfigError(f"data.template {path}: {error}") from None
-    return text
+    return text, None
 
 
 def _digest(text: str) -> int:

@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from adapters.errors import InvalidChat
+from adapters.errors import InvalidChat, InvalidTemplate
+from adapters.prompts.filling import filled_chat, takes
+from adapters.prompts.template import PromptTemplate
+from adapters.prompts.variables import checked_values
 from adapters.template import render_chat
 from training.data.shape import Turn, turns
 from training.data.source import Row
@@ -58,6 +61,7 @@ class Encoding:
     loss: Loss = "assistant"
     template: str | None = None  # jinja; without it the base's own
     too_long: TooLong = "refuse"
+    prompt: PromptTemplate | None = None  # around every question; a row has its variables
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -65,21 +69,33 @@ class Encoding:
 
     def examples(self, place: str, row: Row) -> Encoded:
         """Raises DataError, with place and field, where nothing can be learnt from the row."""
+        row, values = self.parted(row)
         found = turns(place, row)
         if found[0].asked is None:
             return self._document(place, found[0])
         if self.loss != "assistant":
             found = found[-1:]
-        made = [self._example(place, turn) for turn in found]
+        made = [self._example(place, turn, values) for turn in found]
         return Encoded([example for example, _ in made], sum(cut for _, cut in made))
 
-    def _example(self, place: str, turn: Turn) -> tuple[Example, int]:
+    def parted(self, row: Row) -> tuple[Row, Row]:
+        """The row itself, and the variables of the prompt template that stand in it."""
+        if self.prompt is None or row.keys() & {"text"}:
+            return row, {}
+        names = {variable.name for variable in self.prompt.variables}
+        values = {name: value for name, value in row.items() if name in names}
+        rest = {name: value for name, value in row.items() if name not in names}
+        if rest.keys() == {"completion"} and not takes(self.prompt, "input"):
+            rest = {"prompt": "", **rest}  # the template asks by itself
+        return rest, values
+
+    def _example(self, place: str, turn: Turn, values: Row) -> tuple[Example, int]:
         """The example, and how many tokens of its prompt were cut off."""
         if not turn.answer:
             raise DataError(
                 f"{place}: {turn.field}: an empty answer, so no token but the stop token bears loss"
             )
-        prompt, said = self._prompt(place, turn), self._said(place, turn)
+        prompt, said = self._prompt(place, turn, values), self._said(place, turn)
         over = len(prompt) + len(said) - self.max_length
         if over > 0:
             self._check_length(place, turn, len(prompt), len(said))
@@ -110,13 +126,22 @@ class Encoding:
         pieces = [Example(tokens[at : at + self.max_length], 1) for at in starts]
         return Encoded(pieces, pieces=len(pieces) if len(pieces) > 1 else 0)
 
-    def _prompt(self, place: str, turn: Turn) -> list[int]:
-        if isinstance(turn.asked, str):
-            ids: list[int] = self.tokenizer.encode(turn.asked)
+    def _prompt(self, place: str, turn: Turn, values: Row) -> list[int]:
+        asked = turn.asked or ()
+        if self.prompt is None and isinstance(asked, str):
+            ids: list[int] = self.tokenizer.encode(asked)
             return ids
+        answer = ""
+        if isinstance(asked, str):
+            asked = [{"role": "user", "content": asked}]
         try:
-            return render_chat(self.tokenizer, turn.asked or (), self.template)
-        except InvalidChat as error:
+            if self.prompt is not None:
+                checked = checked_values(self.prompt.variables, values, "")
+                given = [message for message in asked if message["content"]]
+                filled, before = filled_chat(self.prompt, checked, given)
+                asked, answer = filled.messages(before), filled.answer
+            return render_chat(self.tokenizer, asked, self.template, answer=answer)
+        except (InvalidChat, InvalidTemplate) as error:
             raise DataError(f"{place}: before {turn.field}: {error}") from None
 
     def _said(self, place: str, turn: Turn) -> list[int]:

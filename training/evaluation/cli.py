@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from adapters.errors import AdapterError
+from adapters.prompts.template import PromptTemplate
 from base.errors import UnservableBase
 from base.kernels import Precision
 from base.load import Base, load_base
@@ -23,6 +25,7 @@ from base.mini import MINI
 from training import checkpoint
 from training.errors import TrainingError
 from training.evaluation.card import entry, store
+from training.evaluation.prompts import find_template
 from training.evaluation.questions import read_questions
 from training.evaluation.scorecard import Metric, Question, Scores, compare, fitting, score
 from training.evaluation.significance import Estimate, Paired
@@ -35,11 +38,17 @@ console = Console()
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """What is measured: the base or an adapter, with a system prompt or without."""
+    """What is measured: the base or an adapter, with a system prompt, a template or neither."""
 
     name: str
     adapter: Path | None
     prompt: str | None
+    template: PromptTemplate | None = None
+
+    @property
+    def told(self) -> str | None:
+        """What a card says of how it was asked."""
+        return f"template sha256:{self.template.digest}" if self.template else self.prompt
 
 
 @app.command()
@@ -50,6 +59,17 @@ def evaluate(
     ] = None,
     system: Annotated[
         list[str] | None, typer.Option(help="A system prompt; may be repeated. Side by side.")
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A prompt template: a YAML file, or name@version of --store; may be repeated. "
+            "Its variables are fields of the rows."
+        ),
+    ] = None,
+    store_home: Annotated[
+        Path | None,
+        typer.Option("--store", envvar="NIBBLE_HOME", help="Home of the server that has them."),
     ] = None,
     base: Annotated[str, typer.Option(help="mini, a directory, or a hub id.")] = "mini",
     metric: Annotated[
@@ -92,7 +112,9 @@ def evaluate(
         labels = [label.strip() for label in choices.split(",")] if choices else None
         found: dict[str, Scores] = {}
         numbers: dict[str, int] = {}
-        systems = _systems(adapter or [], system or [], with_base)
+        templates = {one: find_template(one, store_home) for one in template or ()}
+        fields = {v.name for one in templates.values() for v in one.variables}
+        systems = _systems(adapter or [], system or [], with_base, templates)
         for one in systems:
             questions = read_questions(
                 data,
@@ -102,6 +124,8 @@ def evaluate(
                 columns=_columns(column or []),
                 system=one.prompt,
                 limit=limit,
+                prompt=one.template,
+                variables=fields,
             )
             asked = metrics or fitting(questions)
             numbers[one.name] = len(questions)
@@ -112,7 +136,7 @@ def evaluate(
         against = {name: compare(s, found[first]) for name, s in found.items() if name != first}
         if keep:
             _keep(model, data, systems, found, numbers, first, against)
-    except (TrainingError, UnservableBase, ValueError) as error:
+    except (TrainingError, UnservableBase, AdapterError, ValueError) as error:
         Console(stderr=True).print(f"[bold red]refused:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from None
     if as_json:
@@ -144,18 +168,27 @@ def _metrics(given: list[str] | None) -> tuple[Metric, ...]:
     return tuple(name for name in known if name in (given or ()))
 
 
-def _systems(adapters: Sequence[Path], prompts: Sequence[str], with_base: bool) -> list[System]:
-    """The base and the adapters, each without and with each prompt. Raises TrainingError where
-    there is nothing to measure, or two would have one name."""
-    if not adapters and not with_base:
+def _systems(
+    adapters: Sequence[Path],
+    prompts: Sequence[str],
+    with_base: bool,
+    templates: Mapping[str, PromptTemplate],
+) -> list[System]:
+    """The base and the adapters, each plain, with each prompt and with each template. Without the
+    base and adapters, templates alone. Raises TrainingError where there is nothing to measure, or
+    two would have one name."""
+    if not adapters and not with_base and not templates:
         raise TrainingError("nothing to measure: name an --adapter, or leave out --no-with-base")
     models: list[tuple[str, Path | None]] = [(BASE, None)] if with_base or not adapters else []
     names = [path.resolve().name for path in adapters]
     for path, name in zip(adapters, names, strict=True):
         models.append((name if names.count(name) == 1 and name != BASE else str(path), path))
-    asked: list[tuple[str, str | None]] = [("", None)]
-    asked += [(f" + prompt {number}", text) for number, text in enumerate(prompts, start=1)]
-    found = [System(a + b, path, text) for (a, path), (b, text) in product(models, asked)]
+    asked: list[tuple[str, str | None, PromptTemplate | None]] = [("", None, None)]
+    asked += [(f" + prompt {number}", text, None) for number, text in enumerate(prompts, start=1)]
+    asked += [(f" + {name}", None, one) for name, one in templates.items()]
+    if not adapters and not with_base:
+        asked = asked[1:]
+    found = [System(a + b, path, *how) for (a, path), (b, *how) in product(models, asked)]
     if len({one.name for one in found}) < len(found):
         raise TrainingError(f"an adapter is named twice: {', '.join(map(str, adapters))}")
     return found
@@ -219,7 +252,7 @@ def _keep(
     for one in systems:
         if one.adapter is not None:
             tests = {first: against[one.name]} if one.name in against else {}
-            made = entry(model, data, numbers[one.name], found[one.name], tests, one.prompt)
+            made = entry(model, data, numbers[one.name], found[one.name], tests, one.told)
             store(one.adapter, made)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapters.prompts.template import PromptTemplate
 from training.data import Encoding, Example, read_rows
 from training.data.shape import Turn, chosen, turns
 from training.errors import DataError
@@ -21,13 +22,22 @@ def read_questions(
     columns: Mapping[Any, str] | None = None,
     system: str | None = None,
     limit: int | None = None,
+    prompt: PromptTemplate | None = None,
+    variables: Collection[str] = (),
 ) -> list[Question]:
-    """Every answer in the file, at most `limit`. Raises DataError, with place and field."""
-    encoding = Encoding(tokenizer, max_length, template=template)
+    """Every answer in the file, at most `limit`. Raises DataError, with place and field.
+
+    `prompt` is a prompt template around every question; `variables` are fields of the rows that
+    templates take, of this one or of those that it is compared with.
+    """
+    encoding = Encoding(tokenizer, max_length, template=template, prompt=prompt)
+    known = {variable.name for variable in prompt.variables} if prompt else set()
     found: list[Question] = []
     for place, given in read_rows(path):
-        row = _with_system(chosen(given, columns or {}), system)
-        answers = turns(place, row)
+        rest = {name: value for name, value in given.items() if name not in variables}
+        own = {name: given[name] for name in sorted(known & given.keys())}
+        row = _with_system(own | chosen(rest, columns or {}), system)
+        answers = turns(place, encoding.parted(row)[0])
         made = encoding.examples(place, row).examples
         found += _questions(answers, made)
         if limit is not None and len(found) >= limit:
