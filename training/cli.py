@@ -17,8 +17,9 @@ from base.errors import UnservableBase
 from base.hub import locate
 from base.mini import MINI
 from training.config import AnyMethod, assignments, read_config
+from training.errors import TrainingError
 from training.tasks import TASKS
-from training.terminal import bar, console, print_json, progress, refusals, refuse
+from training.terminal import bar, console, print_json, progress, refusals
 
 if TYPE_CHECKING:  # each command imports what it needs: PEFT takes seconds, and few need it
     from base.load import Base
@@ -109,7 +110,7 @@ def show_plan(
         plan = make_plan(model, prepared.train, found)
         if as_json:
             said = {"config": found.model_dump(mode="json"), "data": prepared.counted()}
-            print_json({**said, "plan": figures(plan, found)})
+            print_json({**said, "plan": figures(plan, found, model.tokenizer)})
         else:
             console.print(described(plan, found, model.tokenizer), *prepared.described())
     if plan.too_large:
@@ -190,19 +191,20 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option()] = 128,
     batch_size: Annotated[int, typer.Option()] = 64,
     max_length: Annotated[int, typer.Option()] = 1024,
+    as_json: Json = False,
 ) -> None:
     """Exact match by greedy generation: each answer of the data against what the model says."""
     from training import checkpoint, session
     from training.data import examples, read_rows
     from training.evaluate import exact_match
 
-    with refusals():
+    with refusals(as_json):
         model = session.load(base or "mini")
         template = adapter / session.TEMPLATE_FILE if adapter else None
         own = template.read_text("utf-8") if template and template.is_file() else None
         items = examples(read_rows(data), model.tokenizer, max_length, own)
         attached = checkpoint.load(adapter, model) if adapter else None
-        with progress() as shown:
+        with progress(not as_json) as shown:
             task = shown.add_task("eval", total=len(items))
             score = exact_match(
                 model,
@@ -214,6 +216,10 @@ def evaluate(
                 report=lambda done: shown.update(task, completed=done),
             )
     low, high = score.interval
+    if as_json:
+        counted = {"right": score.right, "total": score.total}
+        print_json({"exact_match": score.rate, "interval": [low, high], **counted})
+        return
     console.print(
         f"exact match {score.rate:.1%} ({score.right} of {score.total}), "
         f"95 % interval {low:.1%} to {high:.1%}"
@@ -227,16 +233,24 @@ def write_data(
     train_items: Annotated[int, typer.Option(min=1)] = 4000,
     test_items: Annotated[int, typer.Option(min=1)] = 500,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
 ) -> None:
     """Write one of the invented tasks as JSON Lines."""
-    if task not in TASKS:
-        refuse(f"task {task!r}: one of {', '.join(TASKS)} is needed")
+    with refusals(as_json):
+        if task not in TASKS:
+            raise TrainingError(f"task {task!r}: one of {', '.join(TASKS)} is needed")
+    written = {}
     out.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train_items), ("test", test_items)):
         items = TASKS[task].items("train" if split == "train" else "test", count, seed)
         lines = [json.dumps(item.row, ensure_ascii=False) for item in items]
         (out / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        console.print(f"{out / split}.jsonl: {count:,} items")
+        written[f"{out / split}.jsonl"] = count
+    if as_json:
+        print_json({"items": written})
+        return
+    for file, count in written.items():
+        console.print(f"{file}: {count:,} items")
 
 
 @app.command()

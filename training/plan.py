@@ -184,14 +184,18 @@ def _base_parameters(base: Base) -> int:
     return int(linears + sum(p.numel() for p in base.model.parameters()))
 
 
-def figures(plan: Plan, config: TrainConfig) -> dict[str, Any]:
-    """The plan for programs; memory in bytes, times in seconds."""
+def figures(plan: Plan, config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
+    """The plan for programs; memory in bytes, times in seconds; `answer` bears loss."""
     names = ("parameters", "base_parameters", "examples", "tokens", "loss_tokens", "longest")
     costs = ("epochs", "seconds_per_step", "peak_bytes", "free_bytes", "rows", "rows_that_fit")
     return {
         **{name: getattr(plan, name) for name in (*names, *costs)},
         "seconds": plan.seconds_per_step * config.optim.steps,
         "fits": not plan.too_large,
+        "sample": {
+            "prompt": tokenizer.decode(plan.sample.tokens[: plan.sample.answer_start]),
+            "answer": tokenizer.decode(plan.sample.tokens[plan.sample.answer_start :]),
+        },
     }
 
 

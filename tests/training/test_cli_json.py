@@ -46,6 +46,9 @@ def test_a_plan_has_its_figures(base_directory: Path, data: Path) -> None:
     plan = found["plan"]
     assert (status, plan["fits"], plan["examples"]) == (0, True, 1)
     assert plan["seconds"] == pytest.approx(10 * plan["seconds_per_step"])
+    sample = plan["sample"]  # what the model reads, and what of it bears loss
+    assert sample["prompt"].count("a") > sample["answer"].count("a")
+    assert "b" in sample["answer"]
 
 
 def test_a_run_logs_what_happened_and_goes_on(base_directory: Path, tmp_path: Path) -> None:
@@ -68,3 +71,19 @@ def test_a_run_logs_what_happened_and_goes_on(base_directory: Path, tmp_path: Pa
     steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [step["number"] for step in steps] == [1, 2, 3, 4]
     assert all(events[0]["time"] <= step["time"] <= events[3]["time"] for step in steps)
+
+
+def test_data_says_what_it_wrote_or_why_not(tmp_path: Path) -> None:
+    status, found = said("data", "tickets", "--out", str(tmp_path), "--train-items", "5", "--json")
+    assert (status, found["items"][f"{tmp_path}/train.jsonl"]) == (0, 5)
+    status, found = said("data", "tikets", "--out", str(tmp_path), "--json")
+    assert (status, "tikets" in found["refused"]["message"]) == (2, True)
+
+
+def test_an_evaluation_is_figures(base_directory: Path, data: Path) -> None:
+    good = data.with_name("good.jsonl")
+    good.write_text('{"prompt": "a", "completion": "b"}\n')
+    flags = ["--base", str(base_directory), "--max-new-tokens", "2", "--json"]
+    status, found = said("eval", str(good), *flags)
+    assert (status, found["total"]) == (0, 1)
+    assert found["interval"][0] <= found["exact_match"] <= found["interval"][1]
