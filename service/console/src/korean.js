@@ -282,7 +282,7 @@ export default {
   '{steps} steps of {each}: {all}, {epochs} epochs': '{each}씩 {steps}단계: {all}, {epochs}에폭',
   '{peak} at the peak, {free} free': '최대 {peak}, 여유 {free}',
   'does not fit; {n} rows would': '맞지 않습니다. {n}행이면 맞습니다',
-  'Left out': '제외',
+  'Rows': '행',
   'bad rows: {bad}, cut: {cut}, duplicates: {duplicates}': '잘못된 행: {bad}, 잘림: {cut}, 중복: {duplicates}',
   'The first example; what bears loss is marked': '첫 예. 손실 대상이 표시됩니다',
   'In its document, characters {start} to {stop}': '문서 안에서, 글자 {start}–{stop}',

@@ -1,0 +1,262 @@
+"""The console in a headless Chromium, over a real server: each page's main task, end to end.
+
+Needs `pip install '.[browser]'` and a Chromium of the system; what is missing is said, and skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.app import create_app
+from service.config import Settings
+from tests.service.api.conftest import Running, until
+
+playwright: Any = pytest.importorskip("playwright.sync_api", reason="pip install '.[browser]'")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+SAMPLES = Path(__file__).parents[3] / "training" / "samples"
+CIPHER = [
+    SAMPLES / "cipher" / name for name in ("adapter_config.json", "adapter_model.safetensors")
+]
+PATIENCE = 120_000  # milliseconds
+QUESTION = "Encode: the old king finds a lamp"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
+]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server over the embedded base with its samples, as `nibble serve` starts it."""
+    found = Running(create_app(Settings(home=tmp_path_factory.mktemp("home"), port=0)))
+    until(lambda: found.desk.admission.state in ("ready", "failed"))
+    assert found.desk.failure is None
+    yield found
+    found.stop()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Any, running: Running) -> Iterator[Any]:
+    """A tab; whatever its console says that is no more than a note fails the test."""
+    context = chromium.new_context(
+        base_url=running.url, permissions=["clipboard-read", "clipboard-write"], locale="en-US"
+    )
+    context.set_default_timeout(PATIENCE)
+    tab = context.new_page()
+    said: list[str] = []
+    tab.on("console", lambda one: said.append(one.text) if _is_wrong(one) else None)
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    asked: list[str] = []
+    tab.on("request", lambda request: asked.append(request.url))
+    yield tab
+    _names_are_there(tab)
+    context.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith(running.url)] == []
+
+
+def _is_wrong(one: Any) -> bool:
+    # That a request was refused, Chromium writes by itself; the page says it to the user.
+    return one.type in ("warning", "error") and "status of 422" not in one.text
+
+
+def _names_are_there(tab: Any) -> None:
+    """Every field, button and link can be named by a reader of the screen."""
+    for role in ("button", "link", "textbox", "combobox", "spinbutton", "checkbox", "img"):
+        for one in tab.get_by_role(role).all():
+            # Its line in the tree of accessibility: `- button "Load"`.
+            assert re.match(rf"- '?{role} \"[^\"]+\"", one.aria_snapshot()), one.aria_snapshot()
+
+
+def _open(tab: Any, name: str) -> None:
+    tab.goto(f"/#/{name}")
+    tab.get_by_role("heading", level=1).wait_for()
+
+
+def test_two_columns_stream_side_by_side(page: Any, running: Running) -> None:
+    _open(page, "playground")
+    page.get_by_label("Message", exact=True).fill(QUESTION)
+    one, other = (page.get_by_role("region", name=f"Column {n}") for n in (1, 2))
+    one.get_by_label("Adapter").fill("cipher")
+    page.get_by_role("button", name="Send to 2 columns").click()
+    page.locator("[data-state=done]").nth(1).wait_for()
+    served = [
+        httpx.post(
+            f"{running.url}/generate",
+            json={"inputs": [{"role": "user", "content": QUESTION}], "parameters": more},
+            timeout=PATIENCE / 1000,
+        )
+        for more in ({"adapter_id": "cipher"}, {})
+    ]
+    for column, reply in zip((one, other), served, strict=True):
+        assert column.locator(".out").inner_text().strip() == reply.json()["generated_text"]
+    digest = served[0].headers["x-adapter-digest"]
+    assert one.get_by_title(digest).inner_text() == digest[:12]
+    one.locator(".out span").first.hover()
+    assert re.search(r"\d %", one.locator(".told").inner_text())
+    one.get_by_text("tokens as a table").click()
+    assert one.get_by_role("row").count() > 5
+    one.get_by_role("button", name="Copy as Python").click()
+    one.get_by_role("button", name="Copied").wait_for()
+    system = page.get_by_label("System message")
+    system.focus()
+    page.keyboard.press("Control+V")  # the policy lets no test run a script in the page
+    copied = system.input_value()
+    done = subprocess.run(
+        [sys.executable, "-c", copied], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == served[0].json()["generated_text"]
+
+
+def test_an_adapter_is_uploaded_aliased_and_judged(page: Any) -> None:
+    _open(page, "adapters")
+    form = page.get_by_role("form", name="Upload an adapter")
+    form.get_by_label("Files of the adapter").set_input_files([CIPHER[0], __file__])
+    form.get_by_text("Not used: test_console_browser.py").wait_for()
+    form.get_by_label("Files of the adapter").set_input_files(CIPHER)
+    form.get_by_text("56 tensors").wait_for()  # read in the browser, before it is sent
+    form.get_by_label("Name").fill("mine")
+    form.get_by_role("button", name="Upload and check").click()
+    form.get_by_text("every tensor found its place").wait_for()
+    page.get_by_label("New alias").fill("prod")
+    page.get_by_role("button", name="Point it to version 1").click()
+    page.get_by_role("region", name="mine@prod").wait_for()
+    _open(page, "playground/mine@prod")
+    page.get_by_label("Message", exact=True).fill(QUESTION)
+    page.get_by_role("button", name="Send to 2 columns").click()
+    page.get_by_role("button", name="Good reply").click()
+    page.get_by_text("Noted for mine@1.").wait_for()
+    _open(page, "adapters")
+    page.get_by_role("button", name="mine", exact=True).click()
+    page.get_by_role("button", name="A/B table").click()
+    page.get_by_role("cell", name="100.0 %").first.wait_for()
+
+
+def test_a_bad_upload_says_why(page: Any, tmp_path: Path) -> None:
+    _open(page, "adapters")
+    config = json.loads(CIPHER[0].read_text()) | {"peft_type": "XLORA"}
+    bad = tmp_path / "adapter_config.json"
+    bad.write_text(json.dumps(config))
+    form = page.get_by_role("form", name="Upload an adapter")
+    form.get_by_label("Files of the adapter").set_input_files([bad, CIPHER[1]])
+    form.get_by_label("Name").fill("bad")
+    with page.expect_response("**/adapters") as heard:
+        form.get_by_role("button", name="Upload and check").click()
+    assert heard.value.status == 422
+    assert "XLORA" in form.get_by_role("alert").inner_text()
+
+
+def test_status_shows_what_ran(page: Any) -> None:
+    _open(page, "status")
+    page.get_by_role("region", name="Memory").get_by_text("blocks of 16 tokens").wait_for()
+    page.get_by_role("img", name="KV cache").wait_for()
+    machine = page.get_by_role("region", name="Machine")
+    assert "mini" in machine.inner_text()
+    assert "stop" in page.get_by_role("region", name="Since the start").inner_text()
+
+
+def test_a_collection_is_filled_and_searched(page: Any, tmp_path: Path) -> None:
+    pytest.importorskip("lancedb")
+    (tmp_path / "leave.md").write_text("# Leave\n\nEmployees have 27 days of leave a year.\n")
+    (tmp_path / "kitchen.txt").write_text("The coffee machine stands on floor 3.\n")
+    _open(page, "knowledge")
+    page.get_by_label("New collection").fill("handbook")
+    page.get_by_role("button", name="Create").click()
+    files = [tmp_path / "leave.md", tmp_path / "kitchen.txt"]
+    page.get_by_label("Drop documents here").set_input_files(files)
+    page.get_by_text("Added: 2").wait_for()
+    page.get_by_label("Question").fill("How many days of leave?")
+    page.get_by_role("button", name="Search").click()
+    first = page.get_by_role("region", name="Search").get_by_role("listitem").first
+    first.locator("mark").first.wait_for()
+    assert "leave.md" in first.inner_text()
+    assert {one.lower() for one in first.locator("mark").all_inner_texts()} == {"days", "leave"}
+
+
+def test_a_template_is_kept_rendered_and_compared(page: Any) -> None:
+    _open(page, "templates")
+    form = page.get_by_role("form", name="Edit")
+    form.get_by_label("Name").fill("reader")
+    form.get_by_label("User message").fill("{{ input }} Where does {{ person }} live?")
+    form.get_by_label("Variables").fill('{"person": {"type": "string"}}')
+    form.get_by_role("button", name="Save as a version").click()
+    page.get_by_label("What a request asks").fill("Merla lives in Tovan.")
+    page.get_by_label("person").fill("Merla")
+    page.get_by_role("button", name="Render version 1").click()
+    page.get_by_text("Merla lives in Tovan. Where does Merla live?").wait_for()
+    form.get_by_label("How the answer begins").fill("In ")
+    form.get_by_role("button", name="Save as a version").click()
+    page.get_by_role("button", name="Render version 2").wait_for()
+    page.get_by_role("button", name="Show the difference").click()
+    page.get_by_text("+assistant:").wait_for()
+
+
+@pytest.mark.timeout(900)
+def test_a_job_is_planned_trained_and_published(page: Any, tmp_path: Path) -> None:
+    turns = [("user", "Say red"), ("assistant", "redred")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+    _open(page, "training")
+    page.get_by_label("Bring a file").set_input_files(tmp_path / "train.jsonl")
+    page.get_by_role("option", name="train.jsonl").first.wait_for(state="attached")
+    for label, value in (("Name of the adapter", "desk"), ("Steps", "4"), ("Rows of a batch", "2")):
+        page.get_by_label(label, exact=True).fill(value)
+    page.get_by_label("Rank", exact=True).fill("2")
+    page.get_by_role("button", name="Show the plan").click()
+    plan = page.get_by_role("form", name="New job").get_by_role("status")
+    plan.get_by_text("at the peak").wait_for()
+    assert "redred" in plan.locator("pre mark").inner_text()
+    page.get_by_role("button", name="Start the job").click()
+    job = page.get_by_role("region", name=re.compile("^Job "))
+    job.get_by_text("desk@1", exact=True).wait_for(timeout=5 * PATIENCE)  # three processes
+    job.get_by_role("img", name=re.compile("4 steps")).wait_for()
+    job.get_by_role("button", name="Point desk@prod to it").click()
+    page.get_by_text("desk@prod serves it now.").wait_for()
+
+
+def test_korean_dark_and_narrow(page: Any) -> None:
+    page.set_viewport_size({"width": 380, "height": 800})
+    _open(page, "status")
+    page.get_by_label("Language").select_option("ko")
+    page.get_by_label("테마").select_option("dark")
+    page.get_by_role("heading", name="상태", level=1).wait_for()
+    assert page.locator("html").get_attribute("lang") == "ko"
+    for name in ("playground", "adapters", "training", "knowledge", "templates", "status"):
+        _open(page, name)
+        page.locator("main section, main form").first.wait_for()
+        box = page.locator("main").bounding_box()
+        assert box is not None
+        assert box["x"] + box["width"] <= 380, f"{name} is wider than the window"
+
+
+def test_keys_alone_send_a_prompt(page: Any) -> None:
+    _open(page, "playground")
+    page.get_by_label("Message", exact=True).focus()
+    page.keyboard.type("Where?")
+    page.keyboard.press("Control+Enter")
+    page.locator("[data-state=done]").nth(1).wait_for()
+    page.get_by_role("link", name="Adapters").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("heading", name="Adapters", level=1).wait_for()
+    focused = page.get_by_role("heading", level=1)
+    assert focused.and_(page.locator(":focus")).count() == 1, "a reader hears the new page"
