@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -103,7 +102,7 @@ def _check(place: Place, arm: Arm, exitcode: int | None) -> None:
 
 def _child(study_json: str, root: Path, arm: Arm) -> None:
     """In the arm's own process, which ends with the study's."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_the_study, daemon=True).start()
     place = Place(root)
     path = place.result(arm.id)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,10 +120,11 @@ def _child(study_json: str, root: Path, arm: Arm) -> None:
         raise
 
 
-def _end_with(parent: int) -> None:
+def _end_with_the_study() -> None:
     """A study that was killed must not leave an arm behind, beside which it would start again."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
+    study = multiprocessing.parent_process()  # not the fork server, which outlives it
+    assert study is not None
+    study.join()
     os._exit(1)
 
 
