@@ -246,6 +246,7 @@ class Metrics:
         ):
             Gauge(name, text, list(labels), registry=self.registry).labels(**labels).set(1)
         self.registry.register(_Residents(self._model, residents))
+        self._show_adapters((), ())  # a gateway looks for it before anybody has asked
 
     def watch_jobs(self, counts: Callable[[], Mapping[Status, int]]) -> None:
         """Say at each scrape how many training jobs are in each state."""

@@ -115,6 +115,38 @@ def test_adapter_sets_replace_each_other() -> None:
         ]
 
 
+def test_a_gateway_finds_its_metrics_before_any_request() -> None:
+    metrics = Metrics("m")
+    metrics.describe(
+        {"block_size": "16", "num_gpu_blocks": "9"}, {"b": "2"}, max_lora=8, residents=list
+    )
+    (labels,) = lora(metrics)
+    assert labels == {"max_lora": "8", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+    # The names of the Gateway API inference extension's model-server protocol, and its types.
+    text = metrics.exposition().decode()
+    for name in (
+        *("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc"),
+        *("vllm:lora_requests_info", "vllm:cache_config_info"),
+    ):
+        assert f"# TYPE {name} gauge" in text
+    assert {"block_size", "num_gpu_blocks"} <= {
+        label for name, labels in samples(metrics) for label, _ in labels if "cache_config" in name
+    }
+
+
+def test_a_hundred_thousand_adapters_fit_into_a_scrape() -> None:
+    held = [Resident(f"{n:064x}", "unmerged", "", "host", 10) for n in range(100_000)]
+    metrics = Metrics("m")
+    metrics.describe({"a": "1"}, {"b": "2"}, max_lora=8, residents=lambda: held)
+    names = tuple(f"{n:064}" for n in range(100_000))
+    metrics.stepped(replace(STEP, running_adapters=names, waiting_adapters=names))
+    for name in names[::100]:
+        metrics.adapter_sought(name, "host")
+        metrics.adapter_loaded(name, 0.1, 1, 0.1)
+    assert len(metrics.exposition()) <= 256 * 1024
+    assert len(lora(metrics)) == 1
+
+
 def test_many_adapters_are_cut_to_some_and_other() -> None:
     metrics = Metrics("m")
     many = tuple(f"a{number:04}" for number in range(1000))
