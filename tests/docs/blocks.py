@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,3 +51,17 @@ def blocks(page: Path) -> list[Block]:
             )
         )
     return made
+
+
+def said(text: str) -> list[str]:
+    """Lines to compare: JSON by what it means, in any order where requests ran at once."""
+    lines = [" ".join(line.split()) for line in _apart(text).splitlines() if line.strip()]
+    try:
+        return sorted(json.dumps(json.loads(line), sort_keys=True) for line in lines)
+    except ValueError:
+        return lines
+
+
+def _apart(text: str) -> str:
+    """curl ends its output with no newline, so replies can stand in one line."""
+    return text.replace("}{", "}\n{")

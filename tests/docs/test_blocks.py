@@ -5,7 +5,6 @@ A page is read from top to bottom, as a reader would; what a block shows below i
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.docs.blocks import PAGES, ROOT, Block, blocks
+from tests.docs.blocks import PAGES, ROOT, Block, blocks, said
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 START, BLOCK = 300, 1500  # seconds that a server may take to start, and one block to end
@@ -109,20 +108,6 @@ def test_block(block: Block, place: Path, server: str) -> None:
     assert '"error_type"' not in done.stdout, done.stdout
     if block.shown is not None:
         assert said(done.stdout) == said(block.shown)
-
-
-def said(text: str) -> list[str]:
-    """Lines to compare: JSON by what it means, in any order where requests ran at once."""
-    lines = [" ".join(line.split()) for line in _apart(text).splitlines() if line.strip()]
-    try:
-        return sorted(json.dumps(json.loads(line), sort_keys=True) for line in lines)
-    except ValueError:
-        return lines
-
-
-def _apart(text: str) -> str:
-    """curl ends its output with no newline, so replies can stand in one line."""
-    return text.replace("}{", "}\n{")
 
 
 def test_nothing_is_skipped_that_is_not_there() -> None:

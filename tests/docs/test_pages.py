@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from service import cli
 from service.config import Settings
-from tests.docs.blocks import PAGES, ROOT, Block, blocks
+from tests.docs.blocks import PAGES, ROOT, Block, blocks, said
 
 TEXTS = [
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md")),
@@ -96,3 +96,19 @@ def test_the_reference_has_every_setting_and_command() -> None:
     assert "#### nibble adapters push" in commands or "### nibble adapters push" in commands
     assert "`--max-new-tokens`" in commands
     assert all(f"| {code} | {what} |" in commands for code, what in cli.EXIT_STATUS.items())
+
+
+def test_output_is_compared_by_what_it_means(tmp_path: Path) -> None:
+    """Spaces, the order of keys and of replies that ran at once do not matter; all else does."""
+    assert said('{"b": 1, "a": 2}{"c":3}') == said('{"c": 3}\n{"a": 2, "b": 1}\n')
+    assert said('{"a": 2}') != said('{"a": 3}')
+    assert said("flute\n  [1] dorin.md\n") == said("flute\n[1]  dorin.md")
+    assert said("flute") != said("lute")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```sh\none\n```\n\n```\n1\n```\n\nThen:\n\n```sh\ntwo\n```\n\nAnd\n\n```json\n{}\n```\n"
+    )
+    assert [(b.line, b.code, b.shown) for b in blocks(page)] == [
+        (1, "one\n", "1\n"),
+        (11, "two\n", None),
+    ]
