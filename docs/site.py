@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # What has no page, as it lies outside docs/: its name stays, without a link.
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
+_PICTURE = re.compile(r"(!\[[^\]]*\]\()docs/")  # a picture of README, as it lies from docs/
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     made = {f"reference/{name}": text for name, text in pages().items()}
@@ -50,4 +52,4 @@ def _moved(text: str) -> str:
             return f"[{label}]({path.removeprefix('docs/')}{mark})"
         return f"{label} (`{path}`)"
 
-    return _LINK.sub(link, text)
+    return _LINK.sub(link, _PICTURE.sub(r"\1", text))
