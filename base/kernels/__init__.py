@@ -1,7 +1,8 @@
 """The products of the serving path, and the one place that picks who computes them.
 
 - float32 on the CPU: the C library, where it was built
-- CUDA: bitsandbytes' fused NF4 product; plain torch for the rest
+- CUDA: bitsandbytes' fused NF4 product; Triton for adapters and attention where it is installed and
+  passes a check on that device (triton_check.py); plain torch for the rest
 - anything else: `reference`, plain torch
 
 Nothing outside this package imports its modules; they come through here.
@@ -262,6 +263,8 @@ def lowrank_add(y: Tensor, x: Tensor, terms: LowRankPlan | Sequence[Segment]) ->
         and y.is_contiguous()
     ):
         return _native.lowrank_add(y, x.contiguous(), plan)
+    if cuda.takes_lowrank(y, x, plan):
+        return cuda.lowrank_add(y, x, plan)
     return reference.lowrank_add(y, x, plan)
 
 
@@ -329,17 +332,10 @@ def paged_attention(
             sliding_window,
             softcap,
         )
-    return reference.paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        query_start,
-        context_len,
-        scale,
-        sliding_window,
-        softcap,
-    )
+    operands = (q, k_cache, v_cache, block_tables, query_start, context_len)
+    if cuda.takes_attention(q, k_cache, v_cache):
+        return cuda.paged_attention(*operands, scale, sliding_window, softcap)
+    return reference.paged_attention(*operands, scale, sliding_window, softcap)
 
 
 def _index(tensor: Tensor) -> Tensor:

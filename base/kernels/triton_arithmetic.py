@@ -3,7 +3,7 @@
 The interpreter of version 3.7 multiplies the bits of bfloat16 as integers, and cuts where a GPU
 rounds to nearest, ties to even. There both are written out in float32.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="no-untyped-def", allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ softmax"). A program takes the heads that share a key head, for as many tokens a
 Tiles of keys begin at multiples of KEYS. A tile that a row does not see adds exact zeros to it,
 so the bits of a row do not depend on how the prompt was chunked or on other sequences.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="no-untyped-def", allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ A split is SPLIT columns and a tile 16 rows of one segment, whatever the batch i
 order of the additions of a row depends on the layer and the adapter alone. A term in bfloat16
 meets x in bfloat16 on the matrix units; any other pair is widened to float32.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="no-untyped-def", allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 

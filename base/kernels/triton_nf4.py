@@ -4,7 +4,7 @@ The weights of a tile are made in float32, rounded once to x's dtype as `NF4Weig
 does, and multiplied with sums in float32. The columns are split by the shape of the weight alone
 and the sums of the splits are added in order: a row of y depends on that row of x alone.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="no-untyped-def", allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -130,8 +130,9 @@ def _levels(device: torch.device) -> Tensor:
 
 def split_columns(out: int, width: int) -> int:
     """Columns of W [out, in] of one program: a function of the weight's shape alone."""
-    splits = max(1, PROGRAMS // triton.cdiv(out, OUTPUTS))
-    return max(LEAST_SPLIT, triton.cdiv(triton.cdiv(width, splits), COLUMNS) * COLUMNS)
+    splits = max(1, PROGRAMS // -(-out // OUTPUTS))
+    wanted = -(-width // splits)
+    return max(LEAST_SPLIT, -(-wanted // COLUMNS) * COLUMNS)
 
 
 @torch.no_grad()
