@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from base.fingerprint import default_cache_dir
-from base.kernels import Precision
+from base.kernels import Precision, bench_cuda
 from base.kernels import bench as kernels
 from base.machine import Machine, inspect
 from base.mini import MINI
@@ -80,6 +80,9 @@ def bench(
     kernel: Annotated[
         bool, typer.Option("--kernel", help="The NF4 products alone, on each instruction set.")
     ] = False,
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda, with --kernel: cuda checks and times Triton's.")
+    ] = "cpu",
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
     ] = None,
@@ -96,8 +99,15 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return
+    if device not in ("cpu", "cuda") or (device == "cuda" and not kernel):
+        raise typer.BadParameter(
+            f"got {device}; cpu, or cuda together with --kernel", param_hint="--device"
+        )
     if kernel:
-        kernels.main(["--threads", str(threads)])
+        if device == "cuda":
+            bench_cuda.main([])
+        else:
+            kernels.main(["--threads", str(threads)])
         return
     options = Options(
         model=model,
