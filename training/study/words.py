@@ -60,9 +60,10 @@ def p_value(p: float) -> str:
 def cells(findings: Findings, metric: Metric, row: Row) -> list[str]:
     """One row of a task's table, by COLUMNS."""
     against = _against(findings.comparisons, row)
-    kept = row.retention
+    kept, seeds = row.retention, len(findings.study.seeds)
+    few = f" ({row.seeds} of {seeds} seeds)" if row.trained and row.seeds < seeds else ""
     return [
-        arm_name(row.name),
+        arm_name(row.name) + few,
         figure(metric, row.quality.value),
         interval(metric, row.quality),
         difference(metric, against.paired.difference.value) if against else "–",
