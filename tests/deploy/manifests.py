@@ -98,6 +98,8 @@ def _closed(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     closed = {name: _closed(one) for name, one in schema.items()}
+    if isinstance(schema.get("pattern"), str):  # Go takes flags anywhere, Python at the start
+        closed["pattern"] = schema["pattern"].replace("^(?i)", "(?i)^")
     if schema.get("type") == "object" and "properties" in schema:
         closed.setdefault("additionalProperties", False)
     if closed.get("properties", {}).get("metadata") == {"type": "object"}:

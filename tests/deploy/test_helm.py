@@ -122,7 +122,7 @@ def test_probes_ask_routes_that_are_there(manifests: list[dict[str, Any]]) -> No
 
 def test_runs_are_ones_that_the_trainer_takes(manifests: list[dict[str, Any]]) -> None:
     jobs = [one for one in of_kind(manifests, "Job") if "-train-" in one["metadata"]["name"]]
-    configs = of_kind(manifests, "ConfigMap")
+    configs = [one for one in of_kind(manifests, "ConfigMap") if "run.yaml" in one["data"]]
     assert len(jobs) == len(configs)
     for one in configs:
         run = TrainConfig.model_validate(yaml.safe_load(one["data"]["run.yaml"]))
