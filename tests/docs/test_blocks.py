@@ -30,7 +30,7 @@ NOT_HERE = {
     ".venv/bin/nibble compare": "a study takes hours",
     ".venv/bin/nibble serve": "the test has a server",
     ".venv/bin/accelerate launch": "tests/training/test_distributed.py runs it",
-    "accelerate launch": "tests/training/test_distributed.py runs it",
+    "pytest -m cuda": "needs a GPU",
 }
 ALL = [block for page in PAGES for block in blocks(page)]
 
