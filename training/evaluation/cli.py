@@ -188,7 +188,7 @@ def _systems(
     asked += [(f" + {name}", None, one) for name, one in templates.items()]
     if not adapters and not with_base:
         asked = asked[1:]
-    found = [System(a + b, path, *how) for (a, path), (b, *how) in product(models, asked)]
+    found = [System(a + b, path, text, t) for (a, path), (b, text, t) in product(models, asked)]
     if len({one.name for one in found}) < len(found):
         raise TrainingError(f"an adapter is named twice: {', '.join(map(str, adapters))}")
     return found
