@@ -63,7 +63,7 @@ class Lazy(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        if ctx.resilient_parsing and has(name):
+        if ctx.resilient_parsing and name and has(name):
             command = get_command(load(name))
         return name, command, rest
 
