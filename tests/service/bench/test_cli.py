@@ -71,3 +71,18 @@ def test_an_unknown_model_or_scenario_is_refused() -> None:
     for arguments in wrong:
         result = runner.invoke(app, arguments)
         assert result.exit_code == 2, result.output
+
+
+@pytest.mark.parametrize("arguments", [["--device", "cuda"], ["--kernel", "--device", "tpu"]])
+def test_a_device_that_is_not_benched_is_refused(arguments: list[str]) -> None:
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert f"got {arguments[-1]}; cpu, or cuda" in result.output
+
+
+def test_kernels_on_cuda_have_a_bench_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr("base.kernels.bench_cuda.main", asked.append)
+    result = runner.invoke(app, ["--kernel", "--device", "cuda"])
+    assert result.exit_code == 0, result.output
+    assert asked == [[]]
