@@ -255,6 +255,7 @@ export default {
   'Name of the adapter': '어댑터 이름',
   'Rank': '랭크',
   'its own': '기본값',
+  'as long as it likes': '길이 제한 없음',
   'Length by': '길이 기준',
   'steps': '단계',
   'epochs': '에폭',

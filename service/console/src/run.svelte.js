@@ -25,7 +25,9 @@ export function fresh() {
 
 /** The body of /generate that a column and the prompt above it come to. */
 export function bodyOf(prompt, column) {
-  const parameters = { max_new_tokens: column.max_new_tokens };
+  const parameters = {};
+  // Left empty, the template's own or the server's.
+  if (column.max_new_tokens) parameters.max_new_tokens = column.max_new_tokens;
   if (column.adapter.trim()) parameters.adapter_id = column.adapter.trim();
   if (column.sample) {
     parameters.do_sample = true;
