@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.stamp
 INSTALLED_DEV := $(VENV)/.stamp-dev
 ARGS ?=
 
-.PHONY: help serve install dev test test-all clients deploy-tools test-deploy lint format bench samples console clean
+.PHONY: help serve install dev test test-all clients deploy-tools test-deploy test-image lint format bench samples console clean
 
 help:
 	@echo "make serve     install what is missing, then serve on http://127.0.0.1:8080"
@@ -71,6 +71,10 @@ clients: $(CLIENTS)/.stamp
 deploy-tools: $(INSTALLED_DEV)
 	$(PIP) install --quiet --progress-bar off -c constraints.txt --no-build-isolation -e '.[deploy]'
 	deploy/tools.sh
+
+# The Dockerfile, built by buildah over a Debian of mmdebstrap's making, and run; as root.
+test-image: $(INSTALLED_DEV)
+	deploy/image.sh
 
 test-deploy: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest tests/deploy $(ARGS)
