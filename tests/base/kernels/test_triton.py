@@ -15,12 +15,15 @@ import torch
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests run on the GPU themselves")
-def test_the_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    "chosen", ["cuda and not slow", pytest.param("cuda and slow", marks=pytest.mark.slow)]
+)
+def test_the_kernels_in_the_interpreter(chosen: str) -> None:
     pytest.importorskip("triton")
     here = Path(__file__).parent
     run = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"),
+            *(sys.executable, "-m", "pytest", "-q", "-m", chosen, "-p", "no:cacheprovider"),
             *sorted(str(path) for path in here.glob("test_triton_*.py")),
         ],
         cwd=here.parents[2],

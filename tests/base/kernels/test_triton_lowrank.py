@@ -12,6 +12,8 @@ from base.kernels import LowRank, LowRankPlan, Segment
 
 pytestmark = pytest.mark.cuda
 
+SLOW = pytest.mark.slow  # in the interpreter
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,7 +52,7 @@ def add(y: Tensor, x: Tensor, plan: LowRankPlan) -> Tensor:
     return lowrank_add(y, x, plan)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(n, marks=SLOW) for n in range(3, 9))])
 def test_mixed_segments_against_float64(triton_here: torch.device, seed: int) -> None:
     draw = random.Random(seed)
     torch.manual_seed(seed)
@@ -104,7 +106,7 @@ def test_rows_that_are_strided_and_a_plan_used_twice(triton_here: torch.device) 
         assert torch.equal(whole[:, 20:], beside)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("dtype", [DTYPES[0], *(pytest.param(d, marks=SLOW) for d in DTYPES[1:])])
 def test_a_row_does_not_depend_on_its_batch(triton_here: torch.device, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     draw = random.Random(3)

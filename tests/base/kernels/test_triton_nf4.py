@@ -12,6 +12,8 @@ from base.kernels import NF4Weight
 
 pytestmark = pytest.mark.cuda
 
+SLOW = pytest.mark.slow  # in the interpreter
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.float16: 5e-4}
 
@@ -43,7 +45,7 @@ def exact(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.double()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=SLOW)])
 @pytest.mark.parametrize(
     ("rows", "out", "width", "nested", "biased"),
     [
@@ -73,7 +75,7 @@ def test_odd_shapes_against_float64(
     assert (y.double() - wanted).norm() / wanted.norm() < BOUND[dtype]
 
 
-@pytest.mark.parametrize("blocksize", [32, 128])
+@pytest.mark.parametrize("blocksize", [pytest.param(32, marks=SLOW), 128])
 def test_other_sizes_of_block(triton_here: torch.device, blocksize: int) -> None:
     codes = torch.randint(0, 256, (12 * 40 // 2,), dtype=torch.uint8)
     scales = torch.rand(-(-12 * 40 // blocksize))
@@ -94,7 +96,7 @@ def test_leading_dimensions_strides_and_no_rows(triton_here: torch.device) -> No
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of NaN
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("dtype", [DTYPES[0], *(pytest.param(d, marks=SLOW) for d in DTYPES[1:])])
 def test_a_row_does_not_depend_on_its_batch(triton_here: torch.device, dtype: torch.dtype) -> None:
     weight = random_weight(32, 320, True).to(triton_here)
     x = torch.randn(20, 320, device=triton_here).to(dtype)
