@@ -31,6 +31,8 @@ NOT_HERE = {
     ".venv/bin/nibble serve": "the test has a server",
     ".venv/bin/accelerate launch": "tests/training/test_distributed.py runs it",
     "pytest -m cuda": "needs a GPU",
+    "docker ": "needs a daemon",
+    "helm ": "needs a cluster; tests/deploy checks what it renders",
 }
 ALL = [block for page in PAGES for block in blocks(page)]
 
