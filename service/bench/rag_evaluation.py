@@ -242,7 +242,7 @@ def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> float:
     only = sum(a and not b for a, b in zip(one, other, strict=True))
     both = only + sum(b and not a for a, b in zip(one, other, strict=True))
     less = min(only, both - only)
-    tail = sum(math.comb(both, k) for k in range(less + 1)) / 2**both
+    tail: float = sum(math.comb(both, k) for k in range(less + 1)) / 2**both
     return round(min(1.0, 2 * tail), 6)
 
 
