@@ -158,7 +158,7 @@ def test_a_base_in_8_bits_is_shared_too(tmp_path: Path, server: Servers) -> None
         pytest.skip("this machine has no products in 8 bits")
     adapter = made(tmp_path / "a", exact)
     lowered = fast.lower(adapter)
-    assert lowered.nbytes == exact.lower(adapter).nbytes
+    assert lowered.nbytes < exact.lower(adapter).nbytes, "its factors are in bfloat16"
     (got,), (want,) = (served.run([(PROMPT, served.lower(adapter))]) for served in (fast, exact))
     assert got.shape == want.shape
     assert relative_error(got, want) < 0.1
