@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from base.errors import UnservableBase
+from base.lean.model import LeanModel
 
 # Keys of config.json by which a checkpoint could make transformers fetch or run foreign code
 # (own classes, attention and expert kernels from the hub), or take the model for quantised.
@@ -56,6 +58,19 @@ def empty_model(config_json: Mapping[str, Any], dtype: torch.dtype) -> Any:
         ) from error
     _refuse_experts(model)
     return model.eval().requires_grad_(False)
+
+
+def another(model: Any) -> Any:
+    """A new model of transformers, of the class that a loaded one has or a lean one stands for.
+
+    On the default device of this thread, its parameters not filled.
+    """
+    if not isinstance(model, LeanModel):
+        return type(model)(copy.deepcopy(model.config))
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = read_config(model.config_json)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
 def read_config(config_json: Mapping[str, Any]) -> Any:

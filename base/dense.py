@@ -9,7 +9,7 @@ copy, which both read. A table of its own stays as it was, since a step reads fe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch.nn import functional
 
 from base.kernels import BLOCK, PanelWeight, dense_linear, panels_serve
 from base.nf4 import NF4Linear
+
+Table = TypeVar("Table", bound=nn.Embedding)
+Linear = TypeVar("Linear", bound=nn.Linear)
 
 _TILE_ROWS = 4096  # rows that are in float32 at a time
 
@@ -47,8 +50,8 @@ class RoundedEmbedding(nn.Embedding):
     weight: PanelWeight  # type: ignore[assignment]
 
     def __init__(self, weight: PanelWeight, like: nn.Embedding) -> None:
-        with torch.device("meta"):
-            super().__init__(*weight.shape, padding_idx=like.padding_idx)
+        empty = torch.empty(weight.shape, device="meta")  # given: see `empty_table`
+        super().__init__(*weight.shape, padding_idx=like.padding_idx, _weight=empty)
         del self._parameters["weight"]  # as in NF4Linear, it is no Parameter
         self.weight = weight
         self.embed_scale = getattr(like, "embed_scale", None)
@@ -60,6 +63,25 @@ class RoundedEmbedding(nn.Embedding):
 
 class RoundedLinear(NF4Linear):
     """An output head in 8 bits, not in NF4: a byte for each weight, a scale for 64 of a row."""
+
+
+def empty_table(kind: type[Table], rows: int, width: int, padding_idx: int | None) -> Table:
+    """An embedding whose weight is on the meta device and was never filled: torch's own way to
+    fill one there imports its compiler, which takes seconds.
+    """
+    weight = torch.empty(rows, width, device="meta")
+    return kind(rows, width, padding_idx=padding_idx, _weight=weight, _freeze=True)
+
+
+def empty_linear(kind: type[Linear], out: int, inner: int, bias: bool) -> Linear:
+    """A linear layer like that; torch's constructor has no way around the filling."""
+    made = kind.__new__(kind)
+    nn.Module.__init__(made)
+    made.in_features, made.out_features = inner, out
+    made.weight = nn.Parameter(torch.empty(out, inner, device="meta"), requires_grad=False)
+    own = nn.Parameter(torch.empty(out, device="meta"), requires_grad=False) if bias else None
+    made.register_parameter("bias", own)
+    return made
 
 
 def table_rows(weight: Tensor | PanelWeight, ids: Tensor) -> Tensor:
@@ -154,12 +176,11 @@ def swap_stored(model: Any) -> None:
             continue
         rows, width = weight.shape
         own: StoredEmbedding | StoredLinear
-        with torch.device("meta"):
-            if isinstance(module, nn.Embedding):
-                own = StoredEmbedding(rows, width, padding_idx=module.padding_idx)
-                own.embed_scale = getattr(module, "embed_scale", None)
-            else:
-                own = StoredLinear(width, rows, bias=False)
-                own.bias = module._parameters["bias"]
+        if isinstance(module, nn.Embedding):
+            own = empty_table(StoredEmbedding, rows, width, module.padding_idx)
+            own.embed_scale = getattr(module, "embed_scale", None)
+        else:
+            own = empty_linear(StoredLinear, rows, width, bias=False)
+            own.bias = module._parameters["bias"]
         own.weight = weight
         model.set_submodule(path, own.train(module.training))

@@ -32,14 +32,20 @@ def fingerprint(
     `config` is config.json as it stands on disk, so that a newer transformers with other
     defaults gives the same fingerprint. File names and order do not matter.
     """
-    known = _KnownHashes(cache_dir / "weights.json")
     content = {
         "architecture": _architecture(config),
-        "weights": sorted(known.sha256(file) for file in files),
+        "weights": sorted(hashes_of(files, cache_dir)),
         "quantisation": {"type": "nf4", "block": 64, "double": double_quant},
     }
-    known.save()
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def hashes_of(files: Iterable[Path], cache_dir: Path) -> list[str]:
+    """sha-256, hex, of each file; one that was read before and has not changed is not read."""
+    known = _KnownHashes(cache_dir / "weights.json")
+    hashes = [known.sha256(file) for file in files]
+    known.save()
+    return hashes
 
 
 def _architecture(value: Any) -> Any:

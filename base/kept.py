@@ -28,13 +28,16 @@ from torch import Tensor, nn
 from base.checkpoint import read_json
 from base.dense import RoundedEmbedding, place_rounded, swap_stored
 from base.errors import UnservableBase
+from base.fused import can_fuse
 from base.kernels import NF4Weight, PanelWeight, Precision, Weight, native_status, panels_serve
+from base.lean.model import LeanModel, Outline
 from base.mapped_file import DamagedFile, Mapped, read, write
 from base.nf4 import NF4Linear
 from base.probe import AttentionShape
 
-FORMAT = 2  # of the file: its names, notes and layouts
+FORMAT = 3  # of the file: its names, notes and layouts
 _FOLDER = "bases"
+_COMPUTING = ("*.py", "kernels/*.py", "lean/*.py")  # of this package
 _KEPT_FREE = 1 << 30  # bytes that stay free on the disk
 
 log = logging.getLogger(__name__)
@@ -88,10 +91,31 @@ class KeptBase:
             swap_stored(model)
         return True
 
-    def save(self, model: Any) -> None:
-        """Keep what was loaded; a line in the log where that is not possible."""
+    def lean(self) -> LeanModel | None:
+        """The base without transformers, filled; None where that cannot be: it is not kept, its
+        family is not known, or this code has not passed the trial run on it yet."""
+        if self.dtype is not torch.float32 or self.passed() is None:
+            return None
+        try:
+            mapped = read(self.file)
+            outline = json.loads(mapped.notes["outline"])
+            if mapped.notes.get("key") != self._key or outline is None:
+                return None
+            model = LeanModel(outline)
+            parts = _Parts.of(mapped)
+            parts.check(model)
+        except (OSError, DamagedFile, KeyError, ValueError, TypeError, AttributeError):
+            return None  # `fill` says in the log what is wrong with the file
+        parts.place(model)
+        swap_stored(model)
+        return model if can_fuse(model) else None
+
+    def save(self, model: Any, outline: Outline | None = None) -> None:
+        """Keep what was loaded, and the outline of `lean`; a line in the log where that is not
+        possible."""
         try:
             tensors, notes = _taken(model)
+            notes["outline"] = json.dumps(outline)
             size = sum(tensor.nbytes for tensor in tensors.values())
             self.file.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.file.parent).free
@@ -144,7 +168,8 @@ def code_version() -> str:
     cpu = (torch.backends.cpu.get_cpu_capability(), native_status(), platform.python_version())
     digest.update(json.dumps([packages, cpu], sort_keys=True).encode())
     folder = Path(__file__).parent
-    for file in sorted([*folder.glob("*.py"), *folder.glob("kernels/*.py"), *_library(folder)]):
+    code = (p for pattern in _COMPUTING for p in folder.glob(pattern))
+    for file in sorted([*code, *_library(folder)]):
         digest.update(file.name.encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()

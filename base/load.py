@@ -19,7 +19,9 @@ from base.filling import Filling
 from base.fingerprint import default_cache_dir, fingerprint
 from base.hub import Source, locate
 from base.kept import KeptBase
+from base.kept_tokenizer import TokenizerFile
 from base.kernels import PanelWeight, Precision
+from base.lean.outline import outline_of
 from base.machine import choose_dtype, inspect
 from base.nf4 import NF4Linear
 from base.prequantized import refuse_foreign_quantization
@@ -40,8 +42,8 @@ class Base:
     after somebody has put a wrapper in its place in `model`.
     """
 
-    model: Any  # transformers' PreTrainedModel, in eval mode, nothing requires a gradient
-    tokenizer: Any  # transformers' PreTrainedTokenizerBase, or None where the directory has none
+    model: Any  # transformers' PreTrainedModel or a LeanModel, in eval mode, without gradients
+    tokenizer: Any  # transformers', a KeptTokenizer, or None where the directory has none
     spec: BaseSpec
     dtype: torch.dtype
     device: torch.device
@@ -81,6 +83,7 @@ def load_base(
     cache_dir: str | Path | None = None,
     keep: bool = True,
     always_probe: bool = False,
+    lean: bool = False,
 ) -> Base:
     """Load a base from a directory or a hub id (`organisation/name`), and quantise it to NF4.
 
@@ -95,6 +98,9 @@ def load_base(
     and on a CPU, the base as it serves: the next load maps that file, and its tensors are the same
     bits. The trial run of `base.probe` is then left out where this code has passed it on this base,
     unless `always_probe`.
+
+    `lean` is for serving: where the base is kept and its family known, its model comes without
+    transformers and has no forward pass of its own (`base.lean`); `base.fused` runs it.
     Raises UnservableBase, with the reason.
     """
     found = locate(str(source), revision)
@@ -112,15 +118,18 @@ def load_base(
 
     asked = digest(double_quant)
     kept = KeptBase(cache, asked, compute, precision) if keep and where.type == "cpu" else None
-    model = empty_model(config_json, compute)
-    if kept is None or not kept.fill(model):
-        Filling(model, checkpoint, where, compute, double_quant, precision).run()
-        model.to(where)
-        heap.trim()
-        if kept is not None:
-            kept.save(model)
+    model = kept.lean() if kept is not None and lean and not always_probe else None
+    if model is None:
+        model = empty_model(config_json, compute)
+        outline = None if kept is None else outline_of(model, config_json)
+        if kept is None or not kept.fill(model):
+            Filling(model, checkpoint, where, compute, double_quant, precision).run()
+            model.to(where)
+            heap.trim()
+            if kept is not None:
+                kept.save(model, outline)
     attention = _probed(model, where, kept, always_probe)
-    tokenizer = _tokenizer(found.directory)
+    tokenizer = _tokenizer(found.directory, cache if kept is not None and lean else None)
     layers = _Layers.of(model)
     actual = asked if layers.double_quant == double_quant else digest(layers.double_quant)
     return Base(
@@ -164,7 +173,7 @@ def load_float(
     model = empty_model(config_json, compute)
     Filling(model, checkpoint, where, compute, double_quant=False, quantize=False).run()
     model.to(where)
-    tokenizer = _tokenizer(found.directory)
+    tokenizer = _tokenizer(found.directory, None)
     layers = _Layers.of(model)
     return Base(
         model=model,
@@ -272,17 +281,24 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return chosen
 
 
-def _tokenizer(directory: Path) -> Any:
+def _tokenizer(directory: Path, cache: Path | None) -> Any:
+    """transformers' own; with a `cache` the one that is kept there, and it is kept."""
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
+    file = None if cache is None else TokenizerFile(cache, directory)
+    if file is not None and (kept := file.read()) is not None:
+        return kept
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # each tokenizer class fails in its own way
         raise UnservableBase(f"the tokenizer cannot be loaded: {error}") from error
+    if file is not None:
+        file.save(tokenizer)
+    return tokenizer
 
 
 def _eos_token_ids(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:

@@ -217,6 +217,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         revision=settings.revision,
         keep=settings.keep_base,
         always_probe=settings.always_probe,
+        lean=True,
     )
     if base.precision != settings.precision:
         logger.info("precision", asked=settings.precision, serving=base.precision, why=NO_FAST)

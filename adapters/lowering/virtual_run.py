@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
 from adapters.delta import Delta, LoweredAdapter, Prefix
 from adapters.operator import Segments, install
+from base import attention_functions
+from base.architecture import another
 from base.kernels import paged_attention
 from base.load import Base
 
@@ -36,7 +37,7 @@ def run_virtual_tokens(embeddings: Tensor, base: Base, deltas: Mapping[str, Delt
     if deltas:
         own = LoweredAdapter("", "", "unmerged", deltas)
         install(model, base.spec).segments = Segments.of([(n, own)])
-    model.set_attn_implementation(_NAME)
+    attention_functions.choose(model, _NAME)
     layers: dict[int, tuple[Tensor, Tensor]] = {}
     _place.layers = layers
     try:
@@ -59,14 +60,13 @@ def _twin(base: Base) -> Any:
     """
     spec, loaded = base.spec, base.model
     with torch.device("meta"):  # of this thread alone, as no default dtype would be
-        model = type(loaded)(copy.deepcopy(loaded.config)).eval()
-    for paths, layer in (
-        (spec.linears, base.linear),
-        (spec.embeddings, base.embedding),
-        (spec.norms, base.norm),
-    ):
-        for path in paths:
-            model.set_submodule(path, layer(path))
+        model = another(loaded).eval()
+    for path in spec.linears:
+        model.set_submodule(path, base.linear(path))
+    for path in spec.embeddings:
+        model.set_submodule(path, base.embedding(path))
+    for path in spec.norms:
+        model.get_submodule(path)._parameters.update(base.norm(path)._parameters)
     for path, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             # What a checkpoint does not hold: rotary frequencies.
@@ -110,5 +110,5 @@ def _attend(
     return out.unsqueeze(0), None
 
 
-# No mask function goes with it: transformers then builds no mask, and `_attend` is causal.
-AttentionInterface.register(_NAME, _attend)
+# Nothing else masks: `_attend` is causal.
+attention_functions.register(_NAME, _attend)

@@ -8,7 +8,8 @@ stays transformers' own; theirs is also the oracle of ours.
 
 from __future__ import annotations
 
-from .decoder import Decoder, fuse
+from .decoder import Decoder, can_fuse, fuse
+from .family import family_of
 from .step import Adapters, Step
 
-__all__ = ["Adapters", "Decoder", "Step", "fuse"]
+__all__ = ["Adapters", "Decoder", "Step", "can_fuse", "family_of", "fuse"]

@@ -52,6 +52,17 @@ class Decoder:
         return logits
 
 
+def can_fuse(model: Any) -> bool:
+    """Would `fuse` swap the modules of this model, filled and on its device?"""
+    family = family_of(model)
+    return (
+        kernels.steps() is not None
+        and kernels.decoder_halves() is not None
+        and family is not None
+        and _fits(model, family)
+    )
+
+
 def fuse(model: Any) -> Decoder | None:
     """Swap the modules of `model` for fused ones; None, and nothing done, where that cannot be:
     another class, a device or dtype without C functions, parts that are not as expected.
@@ -59,7 +70,7 @@ def fuse(model: Any) -> Decoder | None:
     Do it before wrappers come: they then stand around the fused modules.
     """
     steps, halves, family = kernels.steps(), kernels.decoder_halves(), family_of(model)
-    if steps is None or halves is None or family is None or not _fits(model, family):
+    if steps is None or halves is None or family is None or not can_fuse(model):
         return None
     gate, config = gate_of(model.config), model.config
     assert gate is not None

@@ -21,10 +21,15 @@ class Family:
     rotary_by_type: bool = False  # other angles for each type of layer
 
     def is_layer(self, module: nn.Module) -> bool:
-        return type(module).__name__ == f"{self.name}DecoderLayer"
+        return kind_of(module) == f"{self.name}DecoderLayer"
 
     def is_norm(self, module: nn.Module) -> bool:
-        return type(module).__name__ == f"{self.name}RMSNorm"
+        return kind_of(module) == f"{self.name}RMSNorm"
+
+
+def kind_of(module: nn.Module) -> str:
+    """The class of transformers that a module is, or stands for (`base.lean`)."""
+    return str(getattr(module, "kind", type(module).__name__))
 
 
 _FAMILIES = (
@@ -46,11 +51,11 @@ _GATES = {
 
 
 def family_of(model: Any) -> Family | None:
-    """The family of a causal LM of transformers, or None where it is not known."""
-    if not type(model).__module__.startswith("transformers.models."):
+    """The family of a causal LM of transformers or of `base.lean`; None where it is not known."""
+    if not type(model).__module__.startswith(("transformers.models.", "base.lean.")):
         return None
     for family in _FAMILIES:
-        if type(model).__name__ == f"{family.name}ForCausalLM":
+        if kind_of(model) == f"{family.name}ForCausalLM":
             return family
     return None
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from base import attention_functions
 from base.kernels import PLACES, LayerRecord, LinearPlace, NormPlace
 from base.nf4 import NF4Linear
 
@@ -105,8 +106,6 @@ class FusedAttention(FusedModule):
 
     def __init__(self, theirs: Any, step: Step, family: Family) -> None:
         super().__init__(theirs, step)
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
         self.config = theirs.config
         self.layer_idx = int(theirs.layer_idx)
         self.is_causal = bool(theirs.is_causal)
@@ -116,7 +115,6 @@ class FusedAttention(FusedModule):
         self.num_key_value_groups = int(theirs.num_key_value_groups)
         self.scaling = float(theirs.scaling)
         self.asks = _asked(theirs, family)
-        self.registered = ALL_ATTENTION_FUNCTIONS
 
     def forward(
         self,
@@ -141,7 +139,7 @@ class FusedAttention(FusedModule):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, heads, dim], k and v [T, kv_heads, dim] -> [1, T, heads, dim]."""
-        attention = self.registered[self.config._attn_implementation]
+        attention = attention_functions.find(self.config._attn_implementation)
         out: Tensor = attention(
             self,
             q.transpose(0, 1).unsqueeze(0),

@@ -1,7 +1,7 @@
 """The attention function that transformers' layers call: it reads and writes the paged cache.
 
-transformers hands every layer's queries, keys and values to the function registered under the
-model's attention implementation. Ours finds the batch of the running step in a thread-local place:
+A model hands every layer's queries, keys and values to the function that is registered under its
+attention implementation. Ours finds the batch of the running step in a thread-local place:
 the engine's thread sets it before the forward pass and clears it after.
 """
 
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 
+from base import attention_functions
 from base.kernels import cache_write, paged_attention, stored_width
 from base.spec import BaseSpec
 from service.engine.batch import Batch
@@ -129,5 +129,5 @@ def attend(
     return out.unsqueeze(0), None
 
 
-# No mask function goes with it: transformers then builds no mask, and the block tables tell all.
-AttentionInterface.register(NAME, attend)
+# Nothing else masks: the block tables tell all.
+attention_functions.register(NAME, attend)

@@ -9,6 +9,7 @@ import torch
 
 from adapters.delta import LoweredAdapter
 from adapters.operator import Segments, install
+from base import attention_functions
 from base.fused import fuse
 from base.load import Base
 from service.engine import attention
@@ -32,7 +33,7 @@ class ModelRunner:
         self.base = base
         kept = kv_dtype or base.dtype
         self.cache = KVCache(base.spec, blocks, block_size, kept, base.device)
-        base.model.set_attn_implementation(attention.NAME)
+        attention_functions.choose(base.model, attention.NAME)
         self._decoder = fuse(base.model)
         self._operator = install(base.model, base.spec)
         if self._decoder is not None:
