@@ -70,6 +70,7 @@ RULES: Mapping[str, Rule] = {
     "bias": one_of("none"),
     "use_rslora": refuse("AdaLoRA has a scale of its own, and PEFT ignores this"),
     "use_dora": refuse("there is no AdaLoRA with DoRA"),
+    "alora_invocation_tokens": refuse("there is no AdaLoRA that an invocation switches on"),
     "lora_bias": refuse("there is no AdaLoRA with a bias on B"),
     "loftq_config": refuse("there is no AdaLoRA with LoftQ"),
     "ensure_weight_tying": refuse("AdaLoRA adapts no embeddings"),

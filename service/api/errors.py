@@ -70,7 +70,8 @@ MAX_ECHO = 80  # characters of a bad value that an error repeats
 MAX_LISTED = 5  # errors of one body that a reply lists
 PARTS = frozenset({"body", "path", "query"})  # of a request, before the field's own place
 UNNAMED = frozenset(  # parts of a place that are no field: tags of unions
-    {"text", "chat", "list", "object", "parts"} | {"one text", "texts", "ids", "several ids"}
+    {"text", "chat", "list", "object", "several parts"}
+    | {"one text", "texts", "ids", "several ids"}
 )
 PRIVATE = frozenset(
     {"inputs", "content", "template", "prompt", "input", "arguments", "documents"}

@@ -36,11 +36,12 @@ class ToolCall(Lenient):
 def _content(value: Any) -> str | None:
     if isinstance(value, str):
         return "text"
-    return "parts" if isinstance(value, list) else None
+    return "several parts" if isinstance(value, list) else None
 
 
 Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(max_length=1024), Tag("parts")],
+    Annotated[str, Tag("text")]
+    | Annotated[list[TextPart], Field(max_length=1024), Tag("several parts")],
     Discriminator(
         _content, custom_error_type="content", custom_error_message="should be text or text parts"
     ),
