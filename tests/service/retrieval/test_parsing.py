@@ -73,7 +73,7 @@ def test_a_bad_file_is_refused_with_its_reason_and_the_next_is_read(tmp_path: Pa
 
 
 def test_a_file_that_swells_is_refused_and_the_next_is_read(tmp_path: Path) -> None:
-    write_docx(tmp_path / "bomb.docx", "Title", "A" * (64 << 20))
+    write_docx(tmp_path / "bomb.docx", "Title", "A" * (160 << 20))
     assert (tmp_path / "bomb.docx").stat().st_size < 1 << 20
     (after,) = written(tmp_path, b_txt="still read")
     limits = ParseLimits(memory_bytes=400 << 20)
