@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -21,6 +20,7 @@ from adapters.checks.bottleneck import HOOKED, LOCATIONS, NATIVE
 from base.load import Base
 from training.config import Bottleneck, TrainConfig
 from training.errors import MethodError
+from training.methods.attached_model import AttachedModel
 from training.methods.files import write_config, write_weights
 from training.methods.method import Method
 from training.methods.targets import put
@@ -82,11 +82,9 @@ class BottleneckAfter(nn.Module):
         return y + own.to(y.dtype)
 
 
-class BottleneckAdapter:
+class BottleneckAdapter(AttachedModel):
     """A bottleneck in each block of the base: behind its feed-forward part, and with Houlsby's
     behind its attention too."""
-
-    virtual_tokens = 0
 
     def __init__(self, base: Base, config: Bottleneck) -> None:
         if base.spec.architecture not in (*NATIVE, *HOOKED):
@@ -115,40 +113,6 @@ class BottleneckAdapter:
 
     def parameters(self) -> list[nn.Parameter]:
         return [layer.get_parameter(part) for _, layer in self.places.values() for part in PARTS]
-
-    def groups(self, b_rate_ratio: float) -> list[dict[str, Any]]:
-        if b_rate_ratio != 1.0:
-            raise MethodError(
-                f"optim.b_rate_ratio is {b_rate_ratio}: only LoRA, rsLoRA and DoRA have a B"
-            )
-        return [{"params": self.parameters(), "ratio": 1.0}]
-
-    def train(self, on: bool) -> None:
-        """There is no dropout."""
-
-    def forward(self, **inputs: Any) -> Any:
-        return self.base.model(**inputs)
-
-    def logits(self, tokens: Tensor, mask: Tensor, columns: Tensor) -> Tensor:
-        output = self.forward(
-            input_ids=tokens, attention_mask=mask, logits_to_keep=columns, use_cache=False
-        )
-        logits: Tensor = output.logits
-        return logits
-
-    def penalty(self) -> None:
-        return None
-
-    def after_update(self, step: int) -> None:
-        pass
-
-    def state(self) -> dict[str, Any]:
-        return {"parameters": [p.detach().clone() for p in self.parameters()]}
-
-    @torch.no_grad()
-    def restore(self, state: dict[str, Any]) -> None:
-        for parameter, kept in zip(self.parameters(), state["parameters"], strict=True):
-            parameter.copy_(kept)
 
     def save(self, out: Path) -> None:
         write_config(out, self.fields())

@@ -19,6 +19,7 @@ from base.nf4 import NF4Linear
 from training.config import FullTuning, TrainConfig
 from training.distributed import leads, part_of, whole
 from training.errors import MethodError
+from training.methods.attached_model import AttachedModel
 from training.methods.method import Method
 
 WEIGHTS = "model.safetensors"
@@ -38,11 +39,9 @@ TAKEN_ALONG = (
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class FullWeights:
+class FullWeights(AttachedModel):
     """The base's own weights as what trains. `detach` freezes them; it does not undo the training,
     for that would need a second copy: load the base again."""
-
-    virtual_tokens = 0
 
     def __init__(self, base: Base, source: Path, config: FullTuning, out: Path) -> None:
         if any(isinstance(module, NF4Linear) for module in base.model.modules()):
@@ -59,31 +58,6 @@ class FullWeights:
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.base.model.parameters() if p.requires_grad]
-
-    def groups(self, b_rate_ratio: float) -> list[dict[str, Any]]:
-        if b_rate_ratio != 1.0:
-            raise MethodError(
-                f"optim.b_rate_ratio is {b_rate_ratio}: only LoRA, rsLoRA and DoRA have a B"
-            )
-        return [{"params": self.parameters(), "ratio": 1.0}]
-
-    def train(self, on: bool) -> None:
-        """The base's own dropout stays off: the models that are served have none."""
-
-    def forward(self, **inputs: Any) -> Any:
-        return self.base.model(**inputs)
-
-    def logits(self, tokens: Tensor, mask: Tensor, columns: Tensor) -> Tensor:
-        logits: Tensor = self.forward(
-            input_ids=tokens, attention_mask=mask, logits_to_keep=columns, use_cache=False
-        ).logits
-        return logits
-
-    def penalty(self) -> None:
-        return None
-
-    def after_update(self, step: int) -> None:
-        pass
 
     def state(self) -> dict[str, Any]:
         return {"parameters": [whole(p.detach()).clone() for p in self.parameters()]}

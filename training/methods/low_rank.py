@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 from torch import Tensor, nn
 
 from base.load import Base
 from training.config import MethodConfig, TrainConfig
 from training.layers import DoraLinear, LoraLinear
+from training.methods.attached_model import AttachedModel
 from training.methods.files import fill, write
 from training.methods.method import Method
 from training.methods.targets import last_part, put, targets
@@ -55,10 +55,8 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
-class LowRankAdapter:
+class LowRankAdapter(AttachedModel):
     """Layers of ours in the places that `config.targets` names."""
-
-    virtual_tokens = 0
 
     def __init__(self, base: Base, config: MethodConfig) -> None:
         self.base, self.config = base, config
@@ -81,30 +79,6 @@ class LowRankAdapter:
     def train(self, on: bool) -> None:
         for layer in self.layers.values():
             layer.train(on)
-
-    def forward(self, **inputs: Any) -> Any:
-        return self.base.model(**inputs)
-
-    def logits(self, tokens: Tensor, mask: Tensor, columns: Tensor) -> Tensor:
-        output = self.forward(
-            input_ids=tokens, attention_mask=mask, logits_to_keep=columns, use_cache=False
-        )
-        logits: Tensor = output.logits
-        return logits
-
-    def penalty(self) -> None:
-        return None
-
-    def after_update(self, step: int) -> None:
-        pass
-
-    def state(self) -> dict[str, Any]:
-        return {"parameters": [p.detach().clone() for p in self.parameters()]}
-
-    @torch.no_grad()
-    def restore(self, state: dict[str, Any]) -> None:
-        for parameter, kept in zip(self.parameters(), state["parameters"], strict=True):
-            parameter.copy_(kept)
 
     def save(self, out: Path) -> None:
         """An adapter that did not start at zero is saved as one of twice its rank."""
