@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from adapters.checks.saved_tables import TABLE_LEAVES
+from base.architecture import another
 from base.dense import RoundedEmbedding, RoundedLinear
 
 VIRTUAL_KINDS = (
@@ -159,12 +160,9 @@ def dequantised_model(directory: str, double_quant: bool) -> Any:
 
 def _model_of(base: Any) -> Any:
     """A float model with the very tensors that a `Base` holds."""
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(base.model.config)
-    config._attn_implementation = "sdpa"
     with torch.random.fork_rng():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = another(base.model).float().eval()
+    model.set_attn_implementation("sdpa")
     kept = {
         name.replace(".inner.", ".").removesuffix(".inner"): tensor
         for name, tensor in base.model.state_dict().items()
