@@ -7,17 +7,18 @@ import asyncio
 import hashlib
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 
 from service.api.errors import Refused
+from service.api.form import StreamedForm
 from service.api.upload import PREFIX
 from service.errors import InvalidRequest
 from service.jobs.files import SUFFIXES
@@ -60,7 +61,7 @@ async def received(request: Request, directory: Path, max_bytes: int) -> AsyncIt
                 await asyncio.to_thread(_write, file.fileno(), piece)
                 hashed.update(piece)
             await asyncio.to_thread(os.fsync, file.fileno())
-        yield form.arrived(path, hashed.hexdigest())
+        yield form.result(path, hashed.hexdigest())
     finally:
         with suppress(FileNotFoundError):
             path.unlink()
@@ -74,6 +75,7 @@ async def _pieces(request: Request, form: _Form) -> AsyncIterator[bytes]:
             if len(form.content) >= BUFFER_BYTES:
                 yield form.take()
         form.finish()
+        form.check()
     except FormParserError as error:
         raise InvalidRequest(f"the body is not multipart/form-data: {error}") from None
     except ClientDisconnect:
@@ -87,8 +89,8 @@ def _write(descriptor: int, piece: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-class _Form:
-    """Feeds a streaming parser; keeps the purpose, passes the file on."""
+class _Form(StreamedForm):
+    """Keeps the purpose, passes the file on."""
 
     def __init__(self, boundary: bytes, max_bytes: int) -> None:
         self.content = bytearray()  # of the file, not taken yet
@@ -96,86 +98,40 @@ class _Form:
         self._filename = ""
         self._nbytes = 0
         self._max_bytes = max_bytes
-        self._seen: set[str] = set()
-        self._part = ""
-        self._header, self._value, self._disposition = bytearray(), bytearray(), b""
-        self._complete = False
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_header_field": self._header_field,
-                "on_header_value": self._header_value,
-                "on_header_end": self._header_end,
-                "on_headers_finished": self._headers_finished,
-                "on_part_data": self._data,
-                "on_end": self._end,
-            },
-        )
-
-    def write(self, chunk: bytes) -> None:
-        if chunk:
-            self._parser.write(chunk)
+        super().__init__(boundary, ("purpose", "file"), "file and purpose")
 
     def take(self) -> bytes:
         piece, self.content = bytes(self.content), bytearray()
         return piece
 
-    def finish(self) -> None:
-        if not self._complete:
-            raise InvalidRequest("the form ends before its last boundary: the upload was cut off")
-        for name in ("purpose", "file"):
-            if name not in self._seen:
-                raise InvalidRequest(f"the part {name!r} is missing", name)
+    def check(self) -> None:
+        """Raise InvalidRequest for what is not there, or not meant."""
+        self.require(("purpose", "file"))
         if self._purpose != PURPOSE.encode():
             given = self._purpose.decode(errors="replace")
             raise InvalidRequest(f"purpose: {PURPOSE!r} is what is kept (got {given!r})", "purpose")
         if not self._nbytes:
             raise InvalidRequest("file: it is empty", "file")
 
-    def arrived(self, path: Path, sha256: str) -> Arrived:
+    def result(self, path: Path, sha256: str) -> Arrived:
         return Arrived(path, self._filename, _suffix(self._filename), self._nbytes, sha256)
 
-    def _header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _header_end(self) -> None:
-        if self._header.lower() == b"content-disposition":
-            self._disposition = bytes(self._value)
-        self._header.clear()
-        self._value.clear()
-
-    def _headers_finished(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        self._disposition = b""
-        name = options.get(b"name", b"").decode("latin-1")
-        if name not in ("purpose", "file"):
-            what = f"there is no part {name[:80]!r}; known are file and purpose"
-            raise InvalidRequest(what, name[:80])
-        if name in self._seen:
-            raise InvalidRequest(f"the part {name!r} is there twice", name)
-        self._seen.add(name)
-        self._part = name
-        if name == "file":
+    def opened(self, part: str, options: Mapping[bytes, bytes]) -> None:
+        if part == "file":
             self._filename = _shown(options.get(b"filename", b""))
             _suffix(self._filename)  # refused before its bytes come
 
-    def _data(self, data: bytes, start: int, end: int) -> None:
-        if self._part == "purpose":
-            self._purpose += data[start:end]
+    def arrived(self, part: str, data: bytes) -> None:
+        if part == "purpose":
+            self._purpose += data
             if len(self._purpose) > PURPOSE_BYTES:
                 raise InvalidRequest(f"purpose: at most {PURPOSE_BYTES} bytes", "purpose")
             return
-        self.content += data[start:end]
-        self._nbytes += end - start
+        self.content += data
+        self._nbytes += len(data)
         if self._nbytes > self._max_bytes:
             what = f"file may have at most {self._max_bytes} bytes; more arrived"
             raise Refused(413, "too_large", what, "file")
-
-    def _end(self) -> None:
-        self._complete = True
 
 
 def _shown(raw: bytes) -> str:

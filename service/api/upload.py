@@ -10,7 +10,7 @@ import asyncio
 import os
 import secrets
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,13 @@ from typing import BinaryIO
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 
 from adapters import evaluation
 from adapters.limits import Limits
 from service.api.errors import Refused
+from service.api.form import StreamedForm
 from service.errors import InvalidRequest
 
 BUFFER_BYTES = 1 << 20
@@ -67,7 +68,7 @@ async def received(request: Request, directory: Path, limits: Limits) -> AsyncIt
             form = _Form(boundary, limits)
             await _read(request, form, file)
             await asyncio.to_thread(os.fsync, file.fileno())
-        form.check()
+        form.require(REQUIRED)
         yield Upload(path, {name: bytes(value) for name, value in form.small.items()})
     finally:
         with suppress(FileNotFoundError):
@@ -134,8 +135,8 @@ async def _spill(form: _Form, file: BinaryIO) -> None:
         view = view[await asyncio.to_thread(file.write, view) :]
 
 
-class _Form:
-    """Feeds a streaming parser; keeps small parts, passes the weights on."""
+class _Form(StreamedForm):
+    """Keeps small parts, passes the weights on. A client's file names are never looked at."""
 
     def __init__(self, boundary: bytes, limits: Limits) -> None:
         self.small: dict[str, bytearray] = {}
@@ -149,83 +150,24 @@ class _Form:
             "evaluation": evaluation.MAX_BYTES,
             "weights": limits.max_weights_bytes,
         }
-        self._seen: set[str] = set()
-        self._part = ""
-        self._header = bytearray()
-        self._value = bytearray()
-        self._disposition = b""
-        self._complete = False
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": self._header_field,
-                "on_header_value": self._header_value,
-                "on_header_end": self._header_end,
-                "on_headers_finished": self._headers_finished,
-                "on_part_data": self._data,
-                "on_end": self._end,
-            },
-        )
+        super().__init__(boundary, self._bounds, ", ".join(sorted(self._bounds)))
 
-    def write(self, chunk: bytes) -> None:
-        if chunk:
-            self._parser.write(chunk)
+    def opened(self, part: str, options: Mapping[bytes, bytes]) -> None:
+        if part != "weights":
+            self.small[part] = bytearray()
 
-    def finish(self) -> None:
-        if not self._complete:
-            raise InvalidRequest("the form ends before its last boundary: the upload was cut off")
-
-    def check(self) -> None:
-        """Raise InvalidRequest when a part is missing."""
-        for name in REQUIRED:
-            if name not in self._seen:
-                raise InvalidRequest(f"the part {name!r} is missing", name)
-
-    def _begin(self) -> None:
-        self._part, self._disposition = "", b""
-
-    def _header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _header_end(self) -> None:
-        if self._header.lower() == b"content-disposition":
-            self._disposition = bytes(self._value)
-        self._header.clear()
-        self._value.clear()
-
-    def _headers_finished(self) -> None:
-        # The part's own name decides; a client's file name is never looked at.
-        _, options = parse_options_header(self._disposition)
-        name = options.get(b"name", b"").decode("latin-1")
-        if name not in self._bounds:
-            known = ", ".join(sorted(self._bounds))
-            raise InvalidRequest(f"there is no part {name[:80]!r}; known are {known}", name[:80])
-        if name in self._seen:
-            raise InvalidRequest(f"the part {name!r} is there twice", name)
-        self._seen.add(name)
-        self._part = name
-        if name != "weights":
-            self.small[name] = bytearray()
-
-    def _data(self, data: bytes, start: int, end: int) -> None:
-        if self._part == "weights":
-            self.weights += data[start:end]
-            self.weights_bytes += end - start
+    def arrived(self, part: str, data: bytes) -> None:
+        if part == "weights":
+            self.weights += data
+            self.weights_bytes += len(data)
             size = self.weights_bytes
         else:
-            self.small[self._part] += data[start:end]
-            size = len(self.small[self._part])
-        if size > self._bounds[self._part]:
+            self.small[part] += data
+            size = len(self.small[part])
+        if size > self._bounds[part]:
             raise Refused(
                 413,
                 "too_large",
-                f"{self._part} may have at most {self._bounds[self._part]} bytes; more arrived",
-                self._part,
+                f"{part} may have at most {self._bounds[part]} bytes; more arrived",
+                part,
             )
-
-    def _end(self) -> None:
-        self._complete = True
