@@ -32,7 +32,7 @@ __all__ = ["Catalog", "check_alias", "check_name", "metadata"]
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 MIGRATIONS = Path(__file__).with_name("migrations")
-HEAD = "0005"
+HEAD = "0006"
 BUSY_SECONDS = 10
 ATTEMPTS = 5
 

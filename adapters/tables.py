@@ -115,3 +115,23 @@ prompt_aliases = sa.Table(
         ["name", "version"], ["prompt_templates.name", "prompt_templates.version"]
     ),
 )
+api_keys = sa.Table(  # never removed: whether there ever was a key decides whether one is needed
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(12), primary_key=True),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("tenant", sa.String(64), nullable=False, index=True),
+    sa.Column("scopes", sa.String(200), nullable=False),  # parted by spaces
+    sa.Column("secret_sha256", sa.String(64), nullable=False),
+    sa.Column("created", sa.Float, nullable=False),  # seconds since the epoch, as all times here
+    sa.Column("expires", sa.Float),
+    sa.Column("revoked", sa.Float),
+    sa.Column("successor", sa.String(12)),
+)
+tenants = sa.Table(
+    "tenants",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("quotas", sa.Text),  # service.access.quotas.Quotas, as JSON
+)

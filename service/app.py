@@ -27,8 +27,11 @@ from adapters.limits import Limits
 from adapters.prompts.shelf import TemplateShelf
 from adapters.store import AdapterStore
 from base.errors import UnservableBase
+from service.access.gate import Gate
+from service.access.keys import Keys
 from service.admission import Admission
 from service.api import (
+    access,
     adapters,
     collections,
     compose,
@@ -38,6 +41,7 @@ from service.api import (
     files,
     fine_tuning,
     generate,
+    keys,
     meta,
     page,
     templates,
@@ -104,6 +108,8 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
         },
     )
     app.add_middleware(Door, bounds=bounds)
+    plain = app.openapi
+    app.openapi = lambda: access.described(plain())  # type: ignore[method-assign]
     errors.register(app)
     routes = (
         generate,
@@ -115,6 +121,7 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
         vllm_admin,
         files,
         fine_tuning,
+        keys,
         meta,
         page,
         console,
@@ -273,7 +280,13 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         library=_library(settings, base.tokenizer),
         reranker=_reranker(settings),
         templates=prompts,
+        gate=_gate(settings, store),
     )
+
+
+def _gate(settings: Settings, store: AdapterStore) -> Gate:
+    key = settings.admin_key.get_secret_value() if settings.admin_key else None
+    return Gate(Keys(store.catalog), key, local=settings.local)
 
 
 def _library(settings: Settings, tokenizer: Any) -> Library:

@@ -33,6 +33,7 @@ OWN = {
         "Push, list, show, render and remove prompt templates.",
     ),
     "rag": ("service.commands.rag:app", "Collections of documents, and questions to them."),
+    "keys": ("service.commands.keys:app", "Create, list, rotate and revoke API keys."),
     "config": ("service.commands.config:app", "Print the effective configuration."),
     "catalog": ("service.commands.catalog:app", "Bring the catalog's tables up to date."),
     "conformance": (

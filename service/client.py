@@ -57,11 +57,17 @@ class Client:
     """Speaks to one server. Connecting is bounded by seconds; a generation is not."""
 
     def __init__(
-        self, url: str, *, timeout: float = 600.0, transport: httpx.BaseTransport | None = None
+        self,
+        url: str,
+        *,
+        key: str | None = None,
+        timeout: float = 600.0,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self._http = httpx.Client(
             base_url=self.url,
+            headers={"authorization": f"Bearer {key}"} if key else None,
             timeout=httpx.Timeout(timeout, connect=5.0),
             transport=transport,
         )
@@ -330,6 +336,25 @@ class Client:
         if document is not None:
             path += f"/documents/{quote(document, safe='/')}"
         found: dict[str, Any] = self._call("DELETE", path)
+        return found
+
+    def create_key(self, body: dict[str, Any]) -> dict[str, Any]:
+        """POST /keys: a new API key; its text is in the reply, and nowhere else."""
+        found: dict[str, Any] = self._call("POST", "/keys", json=body)
+        return found
+
+    def keys(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._call("GET", "/keys")["keys"]
+        return found
+
+    def rotate_key(self, key_id: str, overlap_seconds: float) -> dict[str, Any]:
+        path = f"/keys/{quote(key_id, safe='')}/rotate"
+        body = {"overlap_seconds": overlap_seconds}
+        found: dict[str, Any] = self._call("POST", path, json=body)
+        return found
+
+    def revoke_key(self, key_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = self._call("DELETE", f"/keys/{quote(key_id, safe='')}")
         return found
 
     def _call(self, method: str, path: str, **rest: Any) -> Any:

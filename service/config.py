@@ -6,6 +6,7 @@ file (`nibble.toml` in the working directory, or `--config PATH`), else from its
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tomllib
@@ -42,7 +43,8 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 # Variables that are read elsewhere: where a file or a server is, and which kernels to use.
 OTHER_VARIABLES = frozenset(
-    {"NIBBLE_CONFIG", "NIBBLE_URL", "NIBBLE_NATIVE", "NIBBLE_ISA", "NIBBLE_CFLAGS"}
+    {"NIBBLE_CONFIG", "NIBBLE_URL", "NIBBLE_API_KEY", "NIBBLE_NATIVE", "NIBBLE_ISA"}
+    | {"NIBBLE_CFLAGS"}
 )
 
 Source = Literal["flag", "env", "file", "default"]
@@ -102,11 +104,16 @@ class Settings(BaseSettings):
         max_length=4096,
     )
     admin_key: SecretStr | None = _setting(
-        "Opens /v1/load_lora_adapter and /v1/unload_lora_adapter to who sends it as a bearer.",
+        "A key with every scope from outside the catalog: the first one of a container.",
         "Server",
         None,
         min_length=16,
         max_length=4096,
+    )
+    open: bool = _setting(
+        "Serve without keys on an address that others reach; whoever reaches it may use it.",
+        "Server",
+        False,
     )
     adapter_root: Path | None = _setting(
         "Directory that /v1/load_lora_adapter may load from; nothing outside of it.",
@@ -339,6 +346,14 @@ class Settings(BaseSettings):
     def base_source(self) -> str:
         """What `base.load.load_base` takes: the embedded base by its directory."""
         return str(MINI) if self.base == "mini" else self.base
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine reaches `host`."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     @property
     def base_names(self) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ ServiceError
 ├── InvalidRequest   the request cannot be served as it is (422): names the field
 ├── NotFound         a file or a job is not there (404)
 ├── WrongState       a job cannot do that now (400)
+├── Unauthenticated  no key came, or one that opens nothing (401)
+├── Forbidden        the key lacks a scope (403)
 ├── Overloaded       the queue is full (429), with `retry_after` seconds
 ├── Draining         the server is stopping (503)
 ├── GenerationFailed  an admitted request could not be computed (500)
@@ -12,6 +14,8 @@ ServiceError
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class ServiceError(Exception):
@@ -36,6 +40,23 @@ class NotFound(ServiceError):
 
 class WrongState(ServiceError):
     """A job is not in a state for that."""
+
+
+class Unauthenticated(ServiceError):
+    """No API key came, or (`sent`) one that opens nothing."""
+
+    def __init__(self, message: str, *, sent: bool = True) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+class Forbidden(ServiceError):
+    """The key may not do that: it has none of the scopes `wanted`."""
+
+    def __init__(self, wanted: Sequence[str], given: Sequence[str]) -> None:
+        needed = " or ".join(wanted)
+        super().__init__(f"this needs the scope {needed}; the key has {', '.join(given) or 'none'}")
+        self.wanted = tuple(wanted)
 
 
 class Overloaded(ServiceError):

@@ -17,6 +17,7 @@ from adapters.errors import AdapterNotFound
 from adapters.manifest import AdapterManifest, MergedDtype, Placement
 from adapters.store import AdapterDescription
 from adapters.traffic import MAX_ARMS
+from service.api.access import Guarded, needs
 from service.api.deps import DeskDep, Serving, ServingDep
 from service.api.errors import Refused
 from service.api.upload import Upload, received
@@ -27,7 +28,7 @@ from service.errors import InvalidRequest
 if TYPE_CHECKING:
     from service.residency.tiers import Resident
 
-router = APIRouter(prefix="/adapters", tags=["adapters"])
+router = APIRouter(prefix="/adapters", tags=["adapters"], route_class=Guarded)
 
 _FORM: dict[str, Any] = {
     "requestBody": {
@@ -214,6 +215,7 @@ class PinView(Outgoing):
     openapi_extra=_FORM,
     responses={201: {"model": AdapterView}, **refusals(408, 413, 415, 422, 429, 503, 507)},
 )
+@needs("adapters:write")
 async def upload(request: Request, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Upload an adapter. A name that exists gets a new version; old ones stay addressable.
 
@@ -230,6 +232,7 @@ async def upload(request: Request, desk: DeskDep, serving: ServingDep) -> JSONRe
 
 
 @router.get("", responses={200: {"model": AdapterList}, **refusals(422, 503)})
+@needs("adapters:read")
 async def list_adapters(serving: ServingDep, resident: ResidentQuery = None) -> JSONResponse:
     """The newest version of every adapter, and where each is now."""
     manifests = await asyncio.to_thread(serving.store.list)
@@ -241,6 +244,7 @@ async def list_adapters(serving: ServingDep, resident: ResidentQuery = None) -> 
 @router.get(
     "/{name}", responses={200: {"model": AdapterDescriptionView}, **refusals(404, 422, 503)}
 )
+@needs("adapters:read")
 async def show(name: PathName, serving: ServingDep) -> JSONResponse:
     """One adapter by `name`, `name@version`, `name@alias` or `sha256:<digest>`."""
     manifest = await asyncio.to_thread(serving.store.resolve, name)
@@ -255,6 +259,7 @@ async def show(name: PathName, serving: ServingDep) -> JSONResponse:
 
 
 @router.delete("/{name}", responses={200: {"model": Deleted}, **refusals(404, 409, 422, 503)})
+@needs("adapters:write")
 async def delete(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Delete `name` with all versions, or `name@version`. What runs on it finishes first; when
     the reply comes, nothing of it is left in slots or caches."""
@@ -265,6 +270,7 @@ async def delete(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResp
 @router.put(
     "/{name}/aliases/{alias}", responses={200: {"model": AliasView}, **refusals(404, 422, 503)}
 )
+@needs("adapters:write")
 async def set_alias(
     name: PathName, alias: PathName, body: AliasBody, serving: ServingDep
 ) -> JSONResponse:
@@ -290,6 +296,7 @@ async def set_alias(
 @router.delete(
     "/{name}/aliases/{alias}", responses={200: {"model": AliasDropped}, **refusals(404, 422, 503)}
 )
+@needs("adapters:write")
 async def drop_alias(name: PathName, alias: PathName, serving: ServingDep) -> JSONResponse:
     """Take an alias away, and the figures of its experiment; the versions stay."""
     await asyncio.to_thread(serving.store.drop_alias, name, alias)
@@ -297,6 +304,7 @@ async def drop_alias(name: PathName, alias: PathName, serving: ServingDep) -> JS
 
 
 @router.post("/{name}/load", responses={200: {"model": LoadView}, **refusals(404, 422, 500, 503)})
+@needs("adapters:write")
 async def load(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Bring an adapter to its slot now, so that no request has to wait for it."""
     manifest = await asyncio.to_thread(serving.store.resolve, name)
@@ -315,6 +323,7 @@ async def load(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONRespon
 
 
 @router.post("/{name}/pin", responses={200: {"model": PinView}, **refusals(404, 422, 500, 503)})
+@needs("admin")
 async def pin(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Load an adapter and keep it in its slot, whatever else comes."""
     manifest = await asyncio.to_thread(serving.store.resolve, name)
@@ -323,6 +332,7 @@ async def pin(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONRespons
 
 
 @router.post("/{name}/unpin", responses={200: {"model": PinView}, **refusals(404, 422, 503)})
+@needs("admin")
 async def unpin(name: PathName, serving: ServingDep) -> JSONResponse:
     """Let the slot of an adapter be given away again, when another needs the place."""
     manifest = await asyncio.to_thread(serving.store.resolve, name)

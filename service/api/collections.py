@@ -11,6 +11,7 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict, Field
 
+from service.api.access import Guarded, needs
 from service.api.deps import Desk, DeskDep, Serving, ServingDep, TenantDep, unless_gone
 from service.api.document_upload import FORM, received
 from service.api.errors import Refused, failure
@@ -32,7 +33,7 @@ from service.retrieval.fields import MAX_FIELDS
 from service.retrieval.library import Shelf
 from service.retrieval.search import MAX_QUESTION
 
-router = APIRouter(prefix="/collections", tags=["collections"])
+router = APIRouter(prefix="/collections", tags=["collections"], route_class=Guarded)
 
 DOCUMENTS = re.compile(r"/collections/[^/]+/(documents|files)")  # bodies that bring documents
 MAX_DOCUMENTS = 10_000  # of one request
@@ -186,6 +187,7 @@ class SearchReply(Outgoing):
 
 
 @router.post("", status_code=201, responses={201: {"model": CollectionView}, **_WRITE_ERRORS})
+@needs("rag")
 async def create(
     body: CollectionBody, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> JSONResponse:
@@ -206,6 +208,7 @@ async def create(
 
 
 @router.get("", responses={200: {"model": CollectionList}, **_ERRORS})
+@needs("rag")
 async def list_collections(serving: ServingDep, tenant: TenantDep) -> JSONResponse:
     """All collections."""
 
@@ -217,6 +220,7 @@ async def list_collections(serving: ServingDep, tenant: TenantDep) -> JSONRespon
 
 
 @router.get("/{name}", responses={200: {"model": CollectionView}, **_ERRORS})
+@needs("rag")
 async def show(name: InPath, serving: ServingDep, tenant: TenantDep) -> JSONResponse:
     """One collection."""
     shelf = serving.library.shelf(tenant)
@@ -224,6 +228,7 @@ async def show(name: InPath, serving: ServingDep, tenant: TenantDep) -> JSONResp
 
 
 @router.delete("/{name}", responses={200: {"model": CollectionDeleted}, **_WRITE_ERRORS})
+@needs("rag")
 async def delete(
     name: InPath, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> JSONResponse:
@@ -237,6 +242,7 @@ async def delete(
     responses={200: {"model": Ingested}, **_WRITE_ERRORS},
     openapi_extra={"responses": {"200": {"content": _STREAM}}},
 )
+@needs("rag")
 async def add_documents(
     name: InPath,
     body: DocumentsBody,
@@ -263,6 +269,7 @@ async def add_documents(
     responses={200: {"model": Ingested}, **_WRITE_ERRORS},
     openapi_extra=FORM | {"responses": {"200": {"content": _STREAM}}},
 )
+@needs("rag")
 async def add_files(
     name: InPath, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> Response:
@@ -285,6 +292,7 @@ async def add_files(
 
 
 @router.get("/{name}/documents", responses={200: {"model": DocumentList}, **_ERRORS})
+@needs("rag")
 async def list_documents(
     name: InPath,
     serving: ServingDep,
@@ -305,6 +313,7 @@ async def list_documents(
 @router.get(
     "/{name}/documents/{document:path}", responses={200: {"model": DocumentDescription}, **_ERRORS}
 )
+@needs("rag")
 async def show_document(
     name: InPath, document: DocumentPath, serving: ServingDep, tenant: TenantDep
 ) -> JSONResponse:
@@ -323,6 +332,7 @@ async def show_document(
     "/{name}/documents/{document:path}",
     responses={200: {"model": DocumentDeleted}, **_WRITE_ERRORS},
 )
+@needs("rag")
 async def delete_document(
     name: InPath, document: DocumentPath, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> JSONResponse:
@@ -337,6 +347,7 @@ async def delete_document(
 
 
 @router.post("/{name}/search", responses={200: {"model": SearchReply}, **_WRITE_ERRORS})
+@needs("rag")
 async def search(
     name: InPath, body: SearchBody, serving: ServingDep, tenant: TenantDep
 ) -> JSONResponse:

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 from adapters.compose import MAX_PARTS, MAX_WEIGHT, Part, Term, check_terms
 from adapters.errors import InvalidAdapter
 from adapters.manifest import AdapterManifest
+from service.api.access import Guarded, needs
 from service.api.adapters import AdapterView, created
 from service.api.deps import Desk, DeskDep, Serving, ServingDep
 from service.api.errors import Refused
@@ -22,7 +23,7 @@ from service.api.upload import PREFIX
 from service.api.wire import Incoming, PathName, Reference, Seed, refusals
 from service.errors import InvalidRequest
 
-router = APIRouter(tags=["adapters"])
+router = APIRouter(tags=["adapters"], route_class=Guarded)
 
 Method = Literal[
     "concatenate",
@@ -83,6 +84,7 @@ class ComposeBody(Incoming):
     status_code=201,
     responses={201: {"model": AdapterView}, **refusals(404, 413, 415, 422, 429, 500, 503, 507)},
 )
+@needs("adapters:write")
 async def compose(
     name: PathName, body: ComposeBody, desk: DeskDep, serving: ServingDep
 ) -> JSONResponse:

@@ -13,7 +13,9 @@ from fastapi import APIRouter, Response
 from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 
-router = APIRouter()
+from service.api.access import Guarded, open_to_all
+
+router = APIRouter(route_class=Guarded)
 
 BUILT = Path(__file__).parents[1] / "console" / "built"
 # No inline script or style, nothing from elsewhere, requests to this server only.
@@ -28,6 +30,7 @@ _FOR_EVER = "public, max-age=31536000, immutable"
 
 @router.head("/", include_in_schema=False)
 @router.get("/", response_class=HTMLResponse, tags=["server"])
+@open_to_all
 async def console() -> HTMLResponse:
     """The console, for people."""
     headers = {
@@ -39,6 +42,7 @@ async def console() -> HTMLResponse:
 
 
 @router.get("/console/{name}", include_in_schema=False)
+@open_to_all
 async def asset(name: str) -> Response:
     """One file of the build, by a name that is one of them and never a path."""
     found = _assets().get(name)

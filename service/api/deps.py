@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, Protocol, TypeVar
@@ -16,6 +16,8 @@ from fastapi import Depends, Request
 from adapters.limits import Limits
 from adapters.store import AdapterStore, Probe
 from base.spec import BaseSpec
+from service.access.caller import LOCAL, Caller
+from service.access.gate import Gate
 from service.admission import Admission
 from service.api.errors import Refused
 from service.config import Settings
@@ -29,7 +31,7 @@ from service.jobs.office import Office
 from service.metrics import Metrics
 from service.prompt.assembly import Assembly
 from service.prompt.templates import Templates
-from service.retrieval.library import DEFAULT_TENANT, Library
+from service.retrieval.library import Library
 from service.retrieval.rerank import Reranker
 from service.selection import Sums
 
@@ -90,6 +92,8 @@ class Serving:
     library: Library
     reranker: Reranker | None
     templates: Templates
+    gate: Gate
+    caller: Caller = LOCAL  # whoever asks: see `serving`
     sums: Sums = field(default_factory=Sums)
 
 
@@ -119,18 +123,24 @@ async def desk(request: Request) -> Desk:
     return found
 
 
-async def serving(request: Request) -> Serving:
+def loaded(here: Desk) -> Serving:
     """The loaded parts. Raises Loading before they are there."""
-    here = await desk(request)
     if here.serving is None:
         here.admission.check()
     assert here.serving is not None, "admission opens after serving is set"
     return here.serving
 
 
-async def tenant() -> str:
-    """Whose collections a request means: the one tenant, until requests bring credentials."""
-    return DEFAULT_TENANT
+async def serving(request: Request) -> Serving:
+    """The loaded parts, as this request's caller may use them. Raises Loading before they are
+    there."""
+    return replace(loaded(await desk(request)), caller=request.scope["caller"])
+
+
+async def tenant(request: Request) -> str:
+    """Whose things a request means: its key's tenant, and nothing that it says itself."""
+    found: str = request.scope["caller"].tenant
+    return found
 
 
 DeskDep = Annotated[Desk, Depends(desk)]

@@ -47,11 +47,13 @@ from service.errors import (
     AdapterLoadFailed,
     Draining,
     EngineFailed,
+    Forbidden,
     GenerationFailed,
     InvalidRequest,
     NotFound,
     Overloaded,
     ServiceError,
+    Unauthenticated,
     WrongState,
 )
 from service.retrieval.errors import (
@@ -163,6 +165,8 @@ _STATUS: Sequence[tuple[type[Exception], int, str]] = (
     (NotInstalled, 501, "not_installed"),
     (NotFound, 404, "not_found"),
     (WrongState, 400, "invalid_state"),
+    (Unauthenticated, 401, "invalid_api_key"),
+    (Forbidden, 403, "forbidden"),
     (Overloaded, 429, "overloaded"),
     (Loading, 503, "loading"),
     (Draining, 503, "draining"),
@@ -252,6 +256,11 @@ def _field(error: Exception) -> str | None:
 def _headers(error: Exception, status: int) -> dict[str, str]:
     if isinstance(error, Overloaded):
         return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
+    if isinstance(error, Unauthenticated):  # RFC 6750, section 3
+        return {"www-authenticate": "Bearer" + (' error="invalid_token"' if error.sent else "")}
+    if isinstance(error, Forbidden):
+        scope = " ".join(error.wanted)
+        return {"www-authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'}
     return {"retry-after": "5"} if status == 503 else {}
 
 

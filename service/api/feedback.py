@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
 from adapters.intervals import CONFIDENCE, Interval
+from service.api.access import Guarded, needs
 from service.api.deps import ServingDep
 from service.api.errors import Refused
 from service.api.wire import Fraction, Incoming, Outgoing, PathName, refusals
@@ -19,7 +20,7 @@ from service.experiments import ArmFigures, Difference, Experiment
 
 MAX_COMMENT = 2000  # characters
 
-router = APIRouter(tags=["experiments"])
+router = APIRouter(tags=["experiments"], route_class=Guarded)
 
 
 class FeedbackBody(Incoming):
@@ -107,6 +108,7 @@ class ExperimentView(Outgoing):
 @router.post(
     "/feedback", responses={200: {"model": FeedbackView}, **refusals(404, 413, 415, 422, 503, 507)}
 )
+@needs("infer")
 async def feedback(body: FeedbackBody, serving: ServingDep) -> JSONResponse:
     """Say how good a reply was. Requests that came through an alias are remembered for a week,
     the newest 100,000 of them."""
@@ -128,6 +130,7 @@ async def feedback(body: FeedbackBody, serving: ServingDep) -> JSONResponse:
     "/adapters/{name}/experiments/{alias}",
     responses={200: {"model": ExperimentView}, **refusals(404, 422, 503)},
 )
+@needs("adapters:read")
 async def experiment(name: PathName, alias: PathName, serving: ServingDep) -> JSONResponse:
     """What each version behind `name@alias` did: counts, latencies and feedback with their
     confidence intervals, and how much each differs from the control."""

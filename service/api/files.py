@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import Field
 
+from service.api.access import Guarded, needs
 from service.api.deps import DeskDep, ServingDep
 from service.api.errors import Refused
 from service.api.file_upload import PURPOSE, Arrived, received
@@ -18,7 +19,7 @@ from service.api.wire import Outgoing, PathName
 from service.jobs.files import TrainingFile, TrainingFiles
 
 MAX_PAGE = 10_000
-router = APIRouter(prefix="/v1/files", tags=["files"])
+router = APIRouter(prefix="/v1/files", tags=["files"], route_class=Guarded)
 
 _FORM: dict[str, Any] = {
     "requestBody": {
@@ -79,6 +80,7 @@ class FileDeleted(Outgoing):
     openapi_extra=_FORM,
     responses={200: {"model": FileView}, **openai_refusals(408, 413, 415, 422, 429, 503, 507)},
 )
+@needs("train")
 async def upload(request: Request, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Upload a file to train with: purpose `fine-tune`. The reply means that it is on the disk."""
     desk.admission.check()
@@ -91,6 +93,7 @@ async def upload(request: Request, desk: DeskDep, serving: ServingDep) -> JSONRe
 
 
 @router.get("", responses={200: {"model": FileList}, **openai_refusals(404, 422, 503)})
+@needs("train")
 async def list_files(
     serving: ServingDep,
     after: After = None,
@@ -105,6 +108,7 @@ async def list_files(
 
 
 @router.get("/{file_id}", responses={200: {"model": FileView}, **openai_refusals(404, 422, 503)})
+@needs("train")
 async def show(file_id: PathName, serving: ServingDep) -> JSONResponse:
     """One file."""
     return JSONResponse(view(await asyncio.to_thread(serving.jobs.files.get, file_id)))
@@ -118,6 +122,7 @@ async def show(file_id: PathName, serving: ServingDep) -> JSONResponse:
         **openai_refusals(404, 422, 503),
     },
 )
+@needs("train")
 async def content(file_id: PathName, serving: ServingDep) -> FileResponse:
     """Its bytes."""
     file = await asyncio.to_thread(serving.jobs.files.get, file_id)
@@ -128,6 +133,7 @@ async def content(file_id: PathName, serving: ServingDep) -> FileResponse:
 @router.delete(
     "/{file_id}", responses={200: {"model": FileDeleted}, **openai_refusals(404, 422, 503)}
 )
+@needs("train")
 async def delete(file_id: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Delete a file. Jobs that were made of it keep what they need."""
     await desk.slowly(serving.jobs.files.delete, file_id)

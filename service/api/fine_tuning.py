@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
+from service.api.access import Guarded, needs
 from service.api.deps import DeskDep, Serving, ServingDep, unless_gone
 from service.api.files import After, listed
 from service.api.fine_tuning_schema import (
@@ -37,7 +38,7 @@ from service.jobs.order import FileStamp, Order
 
 MAX_PAGE = 100
 MAX_EVENTS = 1000
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=Guarded)
 _REFUSALS = openai_refusals(400, 404, 503)
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 
@@ -49,6 +50,7 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
         **openai_refusals(404, 408, 413, 415, 422, 429, 503, 507),
     },
 )
+@needs("train")
 async def create(
     request: Request, body: JobBody, desk: DeskDep, serving: ServingDep
 ) -> JSONResponse:
@@ -65,30 +67,35 @@ async def create(
 
 
 @router.get("", responses={200: {"model": JobList}, **_REFUSALS})
+@needs("train")
 async def list_jobs(serving: ServingDep, after: After = None, limit: Limit = 20) -> JSONResponse:
     """The jobs, the newest first."""
     return JSONResponse(await asyncio.to_thread(_listed, serving.jobs, after, limit))
 
 
 @router.get("/{job_id}", responses={200: {"model": JobView}, **_REFUSALS})
+@needs("train")
 async def show(job_id: PathName, serving: ServingDep) -> JSONResponse:
     """One job: its state, where it is, and why it failed where it did."""
     return await _of(serving, serving.jobs.queue.get, job_id)
 
 
 @router.post("/{job_id}/cancel", responses={200: {"model": JobView}, **_REFUSALS})
+@needs("train")
 async def cancel(job_id: PathName, serving: ServingDep) -> JSONResponse:
     """Cancel a job. One that runs ends its step first."""
     return await _of(serving, serving.jobs.cancel, job_id)
 
 
 @router.post("/{job_id}/pause", responses={200: {"model": JobView}, **_REFUSALS})
+@needs("train")
 async def pause(job_id: PathName, serving: ServingDep) -> JSONResponse:
     """Pause a job. One that runs writes a checkpoint first, and goes on from it bit for bit."""
     return await _of(serving, serving.jobs.pause, job_id)
 
 
 @router.post("/{job_id}/resume", responses={200: {"model": JobView}, **_REFUSALS})
+@needs("train")
 async def resume(job_id: PathName, serving: ServingDep) -> JSONResponse:
     """Queue a paused job again, or one that failed once its data had been checked."""
     return await _of(serving, serving.jobs.resume, job_id)
@@ -99,6 +106,7 @@ async def resume(job_id: PathName, serving: ServingDep) -> JSONResponse:
     response_class=JSONResponse,
     responses={200: {"model": EventList, "content": {"text/event-stream": {}}}, **_REFUSALS},
 )
+@needs("train")
 async def events(
     job_id: PathName,
     serving: ServingDep,
@@ -116,6 +124,7 @@ async def events(
 
 
 @router.get("/{job_id}/checkpoints", responses={200: {"model": CheckpointList}, **_REFUSALS})
+@needs("train")
 async def checkpoints(
     job_id: PathName, serving: ServingDep, after: After = None, limit: Limit = 10
 ) -> JSONResponse:

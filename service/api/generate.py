@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
 from adapters.compose import MAX_PARTS, MAX_WEIGHT, Term, parse_terms
 from adapters.errors import InvalidAdapter
+from service.api.access import Guarded, needs
 from service.api.deps import Desk, DeskDep, Serving, ServingDep, TenantDep, unless_gone
 from service.api.generation import Collector, Origin, completion, stream_events
 from service.api.generation_schema import Completion, StreamEvent
@@ -42,7 +43,7 @@ from service.errors import InvalidRequest
 from service.grammars import MAX_SOURCE, Grammar
 from service.selection import MAX_REFERENCE
 
-router = APIRouter(tags=["generate"])
+router = APIRouter(tags=["generate"], route_class=Guarded)
 
 
 class Message(Incoming):
@@ -300,6 +301,7 @@ _ERRORS = refusals(404, 408, 413, 415, 422, 429, 500, 503)
 
 
 @router.post("/generate", responses={200: {"model": Completion}, **_ERRORS})
+@needs("infer")
 async def generate(
     body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> Response:
@@ -313,6 +315,7 @@ async def generate(
     "/generate_stream",
     responses={200: {"model": StreamEvent, "content": events_of("StreamEvent")}, **_ERRORS},
 )
+@needs("infer")
 async def generate_stream(
     body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> Response:
@@ -328,6 +331,7 @@ async def generate_stream(
 
 
 @router.post("/", responses={200: {"model": list[Completion]}, **_ERRORS})
+@needs("infer")
 async def compatible(
     body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> Response:

@@ -126,6 +126,8 @@ async def start(order: Order, request_id: str, desk: Desk, serving: Serving) -> 
 
     Raises what any of them does; nothing of the request remains then.
     """
+    if order.retrieval is not None:
+        serving.caller.check("rag")
     ticket = desk.admission.admit()
     try:
         order = await templated(order, serving)

@@ -11,12 +11,13 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ConfigDict, Field
 
+from service.api.access import Guarded, any_key, needs, open_to_all
 from service.api.deps import Desk, DeskDep, ServingDep, unless_gone
 from service.api.errors import Refused
 from service.api.wire import MAX_SEQUENCES, MAX_TOP_TOKENS, Incoming, Outgoing, refusals
 from service.errors import EngineFailed
 
-router = APIRouter(tags=["server"])
+router = APIRouter(tags=["server"], route_class=Guarded)
 
 
 class Health(Outgoing):
@@ -90,6 +91,7 @@ def _alive(desk: Desk) -> bool:
 
 
 @router.get("/health", responses={200: {"model": Health}, **refusals(500)})
+@open_to_all
 async def health(desk: DeskDep) -> JSONResponse:
     """Whether this process lives: true from its first moment until its engine fails."""
     if desk.admission.state == "ready" and not _alive(desk):
@@ -98,6 +100,7 @@ async def health(desk: DeskDep) -> JSONResponse:
 
 
 @router.get("/ready", responses={200: {"model": Readiness}, **refusals(503)})
+@open_to_all
 async def ready(desk: DeskDep) -> JSONResponse:
     """Whether requests are taken: the base is loaded, and the server is not stopping."""
     desk.admission.check()
@@ -107,6 +110,7 @@ async def ready(desk: DeskDep) -> JSONResponse:
 
 
 @router.get("/info", responses={200: {"model": Info}, **refusals(503)})
+@any_key
 async def info(desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """The base, its limits, and how it is computed."""
     from base.kernels import native_status
@@ -143,6 +147,7 @@ async def info(desk: DeskDep, serving: ServingDep) -> JSONResponse:
 
 
 @router.get("/metrics", response_class=Response)
+@open_to_all
 async def metrics(desk: DeskDep) -> Response:
     """Prometheus' text format."""
     # In a thread: residents are asked of the engine, between two of its steps.
@@ -153,6 +158,7 @@ async def metrics(desk: DeskDep) -> Response:
 @router.post(
     "/tokenize", responses={200: {"model": list[TokenPiece]}, **refusals(413, 415, 422, 503)}
 )
+@needs("infer")
 async def tokenize(body: TokenizeBody, request: Request, serving: ServingDep) -> JSONResponse:
     """The tokens of a text and where they stand in it, without special tokens."""
     pieces = await unless_gone(request, serving.assembly.pieces(body.inputs))

@@ -8,7 +8,9 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-router = APIRouter()
+from service.api.access import Guarded, open_to_all
+
+router = APIRouter(route_class=Guarded)
 
 # Everything is in the page itself; it may talk to this server only.
 _POLICY = (
@@ -18,6 +20,7 @@ _POLICY = (
 
 
 @router.get("/docs", include_in_schema=False)
+@open_to_all
 async def page() -> HTMLResponse:
     return HTMLResponse(_page(), headers={"content-security-policy": _POLICY})
 

@@ -23,6 +23,7 @@ from adapters.prompts.template import (
     MAX_VARIABLES,
     parse_template,
 )
+from service.api.access import Guarded, needs
 from adapters.prompts.variables import MAX_ITEMS, MAX_LENGTH, MAX_NUMBER, MAX_VALUES
 from service.api.deps import DeskDep, ServingDep
 from service.api.generate import Inputs
@@ -42,7 +43,7 @@ from service.api.wire import (
 from service.errors import InvalidRequest
 from service.prompt.templates import TemplateAsked, Templates
 
-router = APIRouter(prefix="/templates", tags=["templates"])
+router = APIRouter(prefix="/templates", tags=["templates"], route_class=Guarded)
 
 Json = dict[str, Any]
 Source = Annotated[str, Field(max_length=MAX_PART)]
@@ -228,6 +229,7 @@ class Rendered(Outgoing):
     tokens: int = Field(description="How many token ids.")
 
 
+@needs("adapters:write")
 @router.post("", status_code=201, responses={201: {"model": TemplateView}, **_WRITE_ERRORS})
 async def add(body: TemplateBody, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Keep a template as the next version of its name. It is parsed and tried first; the same
@@ -243,6 +245,7 @@ def _add(body: TemplateBody, templates: Templates) -> StoredTemplate:
     return templates.shelf.add(body.name, template)
 
 
+@needs("adapters:read")
 @router.get("", responses={200: {"model": TemplateList}, **_ERRORS})
 async def list_templates(serving: ServingDep) -> JSONResponse:
     """The newest version of every name."""
@@ -250,12 +253,14 @@ async def list_templates(serving: ServingDep) -> JSONResponse:
     return JSONResponse({"templates": [view(one) for one in found]})
 
 
+@needs("adapters:read")
 @router.get("/{name}", responses={200: {"model": TemplateDescriptionView}, **_ERRORS})
 async def show(name: InPath, serving: ServingDep) -> JSONResponse:
     """One template: `name`, `name@version` or `name@alias`."""
     return JSONResponse(await asyncio.to_thread(_described, name, serving.templates.shelf))
 
 
+@needs("adapters:read")
 @router.get("/{name}/versions", responses={200: {"model": TemplateVersions}, **_ERRORS})
 async def versions(name: InPath, serving: ServingDep) -> JSONResponse:
     """Every version of a name, oldest first, and its aliases."""
@@ -264,6 +269,7 @@ async def versions(name: InPath, serving: ServingDep) -> JSONResponse:
     return JSONResponse({"name": name, "versions": _listed(found[0]), "aliases": found[1]})
 
 
+@needs("adapters:read")
 @router.get("/{name}/diff", responses={200: {"model": TemplateDiff}, **_ERRORS})
 async def diff(
     name: InPath,
@@ -282,6 +288,7 @@ async def diff(
     return JSONResponse(_difference(one, other))
 
 
+@needs("infer", "adapters:read")
 @router.post("/{name}/render", responses={200: {"model": Rendered}, **_WRITE_ERRORS})
 async def render(
     name: InPath, body: RenderBody, request: Request, desk: DeskDep, serving: ServingDep
@@ -318,6 +325,7 @@ async def render(
     )
 
 
+@needs("adapters:write")
 @router.put(
     "/{name}/aliases/{alias}", responses={200: {"model": TemplateAliasView}, **_WRITE_ERRORS}
 )
@@ -329,6 +337,7 @@ async def set_alias(
     return JSONResponse({"name": name, "alias": alias, "version": body.version})
 
 
+@needs("adapters:write")
 @router.delete(
     "/{name}/aliases/{alias}", responses={200: {"model": TemplatesDeleted}, **_WRITE_ERRORS}
 )
@@ -336,6 +345,7 @@ async def drop_alias(name: InPath, alias: InPath, serving: ServingDep) -> JSONRe
     """Take an alias away."""
     await asyncio.to_thread(serving.templates.shelf.drop_alias, name, alias)
     return JSONResponse({"deleted": [f"{name}@{alias}"]})
+@needs("adapters:write")
 
 
 @router.delete("/{name}", responses={200: {"model": TemplatesDeleted}, **_WRITE_ERRORS})

@@ -1,29 +1,28 @@
 """`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as controllers on Kubernetes call vLLM's.
 
-Both are off (404) unless `admin_key` is set, and want it as a bearer. An adapter is loaded from a
+Both want a key with the scope `admin`, where the server has keys. An adapter is loaded from a
 directory beneath `adapter_root`, which the operator mounts; its checks are those of an upload.
 """
 
 from __future__ import annotations
 
-import hmac
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import ConfigDict, Field
 
 from adapters.errors import AdapterNotFound
+from service.api.access import Guarded, needs
 from service.api.adapters import delete_adapter
-from service.api.deps import Desk, DeskDep, Serving, ServingDep
-from service.api.errors import Refused
+from service.api.deps import DeskDep, Serving, ServingDep
 from service.api.openai.schema import Lenient
 from service.api.openai.served import not_found
 from service.api.openai_errors import openai_refusals
 from service.errors import InvalidRequest
 
-router = APIRouter(prefix="/v1", tags=["admin"])
+router = APIRouter(prefix="/v1", tags=["admin"], route_class=Guarded)
 
 AdapterName = Annotated[str, Field(min_length=1, max_length=64)]
 
@@ -54,13 +53,13 @@ class UnloadBody(Lenient):
     lora_name: AdapterName
 
 
-_ERRORS = openai_refusals(401, 404, 413, 415, 422, 429, 500, 503)
+_ERRORS = openai_refusals(404, 413, 415, 422, 429, 500, 503)
 
 
 @router.post("/load_lora_adapter", responses={200: {"content": {"text/plain": {}}}, **_ERRORS})
-async def load(body: LoadBody, request: Request, desk: DeskDep, serving: ServingDep) -> Response:
+@needs("admin")
+async def load(body: LoadBody, desk: DeskDep, serving: ServingDep) -> Response:
     """Check an adapter and serve it under its name. The reply comes when it can be asked for."""
-    check_key(request, desk)
     directory = beneath(desk.settings.adapter_root, body.lora_path)
     async with desk.uploads:
         await desk.slowly(_load, body, directory, serving)
@@ -68,29 +67,14 @@ async def load(body: LoadBody, request: Request, desk: DeskDep, serving: Serving
 
 
 @router.post("/unload_lora_adapter", responses={200: {"content": {"text/plain": {}}}, **_ERRORS})
-async def unload(
-    body: UnloadBody, request: Request, desk: DeskDep, serving: ServingDep
-) -> Response:
+@needs("admin")
+async def unload(body: UnloadBody, desk: DeskDep, serving: ServingDep) -> Response:
     """Delete an adapter. What runs on it finishes first; then the reply comes."""
-    check_key(request, desk)
     try:
         await desk.slowly(delete_adapter, body.lora_name, serving)
     except AdapterNotFound as error:
         raise not_found(body.lora_name) from error
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
-
-
-def check_key(request: Request, desk: Desk) -> None:
-    """Raise Refused: 404 where there is no key at all, 401 where another one came."""
-    key = desk.settings.admin_key
-    if key is None:
-        raise Refused(
-            404, "not_found", "this route is off: set admin_key, and send it as a bearer token"
-        )
-    given = request.headers.get("authorization", "")
-    want = f"Bearer {key.get_secret_value()}"
-    if not hmac.compare_digest(given.encode(), want.encode()):
-        raise Refused(401, "invalid_api_key", "send the server's admin_key as a bearer token")
 
 
 def beneath(root: Path | None, path: str) -> Path:

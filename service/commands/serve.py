@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-
 import typer
 
 from service.commands.flags import with_settings
@@ -24,13 +22,7 @@ def run(configuration: Configuration) -> None:
     """
     for variable in configuration.unknown:
         typer.echo(f"warning: {variable} is set, but there is no such setting", err=True)
-    host = configuration.settings.host
-    if not _is_loopback(host):
-        typer.echo(
-            f"warning: {host} can be reached from outside and there are no keys yet: whoever "
-            "reaches it can generate, upload and remove. Keep it behind a gateway that checks.",
-            err=True,
-        )
+    _check_closed(configuration.settings)
     if problem := shadowed():
         fail(problem, "Run `pip uninstall adapters`, then install nibble-serve again.")
     from service.app import serve  # imports torch: seconds, and only needed here
@@ -50,8 +42,30 @@ def _explain(status: object, settings: Settings) -> None:
         fail(f"cannot listen on {address}", "Take another port: --port 0 finds a free one.")
 
 
-def _is_loopback(host: str) -> bool:
+def _check_closed(settings: Settings) -> None:
+    """An address that others reach wants keys, or a word that it shall be open."""
+    if settings.local:
+        return
+    if settings.open:
+        typer.echo(
+            f"warning: {settings.host} can be reached from outside, and --open serves whoever "
+            "reaches it while there are no keys. Keep it behind a gateway that checks.",
+            err=True,
+        )
+    elif settings.admin_key is None and not _has_keys(settings):
+        fail(
+            f"{settings.host} can be reached from outside and there are no keys yet",
+            "Make one: `nibble keys create first --scopes admin`; or set NIBBLE_ADMIN_KEY; or, "
+            "behind a gateway that checks, say --open.",
+        )
+
+
+def _has_keys(settings: Settings) -> bool:
+    from adapters.errors import AdapterError
+    from service.access.keys import opened
+
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        with opened(settings) as keys:
+            return keys.any()
+    except AdapterError as error:
+        fail(str(error), "Is the database up, and NIBBLE_CATALOG its URL?")

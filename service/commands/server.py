@@ -35,7 +35,8 @@ def newest(client: Client) -> dict[str, dict[str, Any]]:
 def adapter_names(incomplete: str) -> list[str]:
     """For the shell's completion: the adapters of a running server, none where none answers."""
     try:
-        with Client(os.environ.get("NIBBLE_URL") or default_url(), timeout=2.0) as client:
+        url = os.environ.get("NIBBLE_URL") or default_url()
+        with Client(url, key=os.environ.get("NIBBLE_API_KEY"), timeout=2.0) as client:
             return [name for name in newest(client) if name.startswith(incomplete)]
     except (ConfigError, ClientError):
         return []
@@ -52,6 +53,8 @@ AdapterOption = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _NEXT_STEPS = {
+    401: "Set NIBBLE_API_KEY to a key of this server: `nibble keys create` makes one.",
+    403: "Set NIBBLE_API_KEY to a key that has it: `nibble keys create NAME --scopes …`",
     404: "`nibble adapters list` shows what is there.",
     429: "The queue is full: try again in a moment.",
     503: "The server is starting, stopping or out of resources: its log tells which.",
@@ -62,7 +65,7 @@ _NEXT_STEPS = {
 def connect(url: str | None, as_json: bool) -> Iterator[Client]:
     """A client of the server at `url`; whatever it raises ends the command with status 1."""
     try:
-        with Client(url or default_url()) as client:
+        with Client(url or default_url(), key=os.environ.get("NIBBLE_API_KEY")) as client:
             yield client
     except ConfigError as error:
         fail(str(error), status=2, as_json=as_json)

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 
 from adapters.errors import InvalidChat
 from adapters.template import own_template
+from service.api.access import Guarded, needs
 from service.api.deps import Desk, DeskDep, Serving, ServingDep, TenantDep, unless_gone
 from service.api.generation import Outcome, check_end, paired
 from service.api.intake import Chat, Order, Started, client_key, selected, start, templated
@@ -30,7 +31,7 @@ from service.engine.request import Finished, Token
 from service.errors import InvalidRequest, ServiceError
 from service.grammars import Grammar
 
-router = APIRouter(prefix="/v1/chat", tags=["openai"])
+router = APIRouter(prefix="/v1/chat", tags=["openai"], route_class=Guarded)
 
 Json = dict[str, Any]
 
@@ -56,6 +57,7 @@ class Reading:
         **openai_refusals(404, 408, 413, 415, 422, 429, 500, 503),
     },
 )
+@needs("infer")
 async def chat_completion(
     body: ChatBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> Response:

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
+from service.api.access import Guarded, needs
 from service.api.deps import Desk, DeskDep, Serving, ServingDep, unless_gone
 from service.api.generation import Outcome, check_end
 from service.api.intake import Order, Started, client_key, start
@@ -28,7 +29,7 @@ from service.api.wire import MAX_SEQUENCES, MAX_TOKENS, TokenId
 from service.engine.request import Finished, Token
 from service.errors import InvalidRequest, ServiceError
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=Guarded)
 
 Json = dict[str, Any]
 Text = Annotated[str, Field(min_length=1)]
@@ -121,6 +122,7 @@ class CompletionBody(Generating):
         **openai_refusals(404, 408, 413, 415, 422, 429, 500, 503),
     },
 )
+@needs("infer")
 async def text_completion(
     body: CompletionBody, request: Request, desk: DeskDep, serving: ServingDep
 ) -> Response:

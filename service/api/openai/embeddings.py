@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
+from service.api.access import Guarded, needs
 from service.api.deps import Desk, DeskDep, Serving, ServingDep, unless_gone
 from service.api.intake import Order, Started, client_key, start
 from service.api.openai.completions import Prompts, split
@@ -27,7 +28,7 @@ from service.api.openai.served import EMBEDDED, model_errors, terms_of
 from service.api.openai_errors import openai_refusals
 from service.engine.request import Finished, Sampling
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=Guarded)
 
 
 class EmbeddingBody(Lenient):
@@ -60,6 +61,7 @@ class EmbeddingBody(Lenient):
         **openai_refusals(404, 408, 413, 415, 422, 429, 500, 503),
     },
 )
+@needs("infer")
 async def embeddings(
     body: EmbeddingBody, request: Request, desk: DeskDep, serving: ServingDep
 ) -> Response:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from adapters.errors import AdapterNotFound, InvalidAdapter
 from adapters.manifest import AdapterManifest
+from service.api.access import Guarded, needs
 from service.api.adapters import delete_adapter
 from service.api.deps import DeskDep, Serving, ServingDep
 from service.api.openai.schema import MAX_MODEL
@@ -22,7 +23,7 @@ from service.api.wire import Outgoing
 from service.engine.request import AdapterRef
 from service.errors import InvalidRequest
 
-router = APIRouter(prefix="/v1/models", tags=["openai"])
+router = APIRouter(prefix="/v1/models", tags=["openai"], route_class=Guarded)
 
 _STARTED = int(time.time())
 
@@ -51,6 +52,7 @@ class ModelDeleted(Outgoing):
 
 
 @router.get("", responses={200: {"model": ModelList}, **openai_refusals(503)})
+@needs("infer", "adapters:read")
 async def listed(serving: ServingDep) -> JSONResponse:
     """The base first, then the newest version of each adapter by name."""
     newest: dict[str, AdapterManifest] = {}
@@ -64,6 +66,7 @@ async def listed(serving: ServingDep) -> JSONResponse:
 
 
 @router.get("/{model:path}", responses={200: {"model": ModelCard}, **openai_refusals(404, 503)})
+@needs("infer", "adapters:read")
 async def one(
     model: Annotated[str, Path(min_length=1, max_length=MAX_MODEL)],
     desk: DeskDep,
@@ -82,6 +85,7 @@ async def one(
 @router.delete(
     "/{model:path}", responses={200: {"model": ModelDeleted}, **openai_refusals(404, 422, 503)}
 )
+@needs("adapters:write")
 async def delete(
     model: Annotated[str, Path(min_length=1, max_length=MAX_MODEL)],
     desk: DeskDep,

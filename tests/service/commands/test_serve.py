@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from adapters.catalog import Catalog
+from service.access.keys import Keys
 from service.commands import serve
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,12 +50,32 @@ def test_a_namesake_package_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "warned"),
-    [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True)],
+    ("host", "refused"),
+    [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("::", True)],
 )
-def test_an_open_address_is_warned_about(
-    monkeypatch: pytest.MonkeyPatch, host: str, warned: bool
+def test_an_address_that_others_reach_wants_keys(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str, refused: bool
 ) -> None:
     monkeypatch.setattr(serve, "shadowed", lambda: "stop here")
-    done = CliRunner().invoke(serve.app, ["--host", host])
-    assert ("can be reached from outside" in done.stderr) == warned
+    given = ["--host", host, "--home", str(tmp_path)]
+    done = CliRunner().invoke(serve.app, given)
+    assert ("there are no keys yet" in done.stderr) == refused
+    assert ("nibble keys create" in done.stderr) == refused
+    assert ("stop here" in done.stderr) != refused
+    opened = CliRunner().invoke(serve.app, [*given, "--open"])
+    assert ("whoever reaches it" in opened.stderr) == refused
+    assert "stop here" in opened.stderr
+    bootstrap = CliRunner().invoke(serve.app, given, env={"NIBBLE_ADMIN_KEY": "a key of the chart"})
+    assert "stop here" in bootstrap.stderr
+
+
+def test_a_key_in_the_catalog_lets_it_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(serve, "shadowed", lambda: "stop here")
+    catalog = Catalog(str(tmp_path / "catalog.db"))
+    Keys(catalog).create("first", "default", ["admin"])
+    catalog.close()
+    done = CliRunner().invoke(serve.app, ["--host", "0.0.0.0", "--home", str(tmp_path)])
+    assert "stop here" in done.stderr
+    assert "reached from outside" not in done.stderr

@@ -1,0 +1,82 @@
+"""The gate: from what a request sends to who asks. No other place looks at a key."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import time
+from collections import OrderedDict
+
+from service.access.caller import ANYBODY, LOCAL, SCOPES, Caller
+from service.access.keys import TOKEN, Key, Keys, opens
+from service.errors import Unauthenticated
+
+# A key that another process has revoked opens for so long at most.
+SECONDS = 0.5
+REMEMBERED = 4096  # keys
+
+_MISSING = "send an API key: `Authorization: Bearer nbl_…`"
+_WRONG = "this API key opens nothing here: it is unknown, expired or revoked"
+
+
+class Gate:
+    """Who a request comes from. One event loop only; the catalog is asked in threads."""
+
+    def __init__(self, keys: Keys, admin_key: str | None = None, *, local: bool = True) -> None:
+        """`admin_key`: the operator's, from outside the catalog; every scope, tenant `default`.
+        `local`: only this machine reaches the server; says what is allowed while there is no key.
+        """
+        self.keys = keys
+        self._admin = None if admin_key is None else _hashed(admin_key)
+        self._without = LOCAL if local else ANYBODY
+        self._known: OrderedDict[str, tuple[float, Key | None]] = OrderedDict()
+        self._keyless = admin_key is None
+        self._looked = -SECONDS
+
+    async def caller(self, authorization: str | None) -> Caller:
+        """Raises Unauthenticated, StoreUnavailable."""
+        if await self._open():
+            return self._without
+        scheme, _, given = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not given.strip():
+            raise Unauthenticated(_MISSING, sent=False)
+        return await self._holder(given.strip())
+
+    def forget(self, key_id: str) -> None:
+        """Ask the catalog anew when this key comes next."""
+        self._known.pop(key_id, None)
+
+    async def _open(self) -> bool:
+        """Whether there has never been a key. Once there was one, that is not asked again."""
+        if self._keyless and time.monotonic() - self._looked >= SECONDS:
+            self._looked = time.monotonic()
+            self._keyless = not await asyncio.to_thread(self.keys.any)
+        return self._keyless
+
+    async def _holder(self, given: str) -> Caller:
+        # Always both: which of them a text might be shows in no time that it takes.
+        operator = self._admin is not None and hmac.compare_digest(_hashed(given), self._admin)
+        match = TOKEN.fullmatch(given)
+        key_id, secret = match.groups() if match else ("", given)
+        key = await self._find(key_id) if match else None
+        if opens(key, secret) and key is not None:
+            return key.caller
+        if operator:
+            return Caller(scopes=frozenset(SCOPES), key="admin_key")
+        raise Unauthenticated(_WRONG)
+
+    async def _find(self, key_id: str) -> Key | None:
+        until, key = self._known.get(key_id, (0.0, None))
+        if time.monotonic() >= until:
+            asked = time.monotonic()
+            key = await asyncio.to_thread(self.keys.find, key_id)
+            self._known[key_id] = (asked + SECONDS, key)
+            self._known.move_to_end(key_id)
+            if len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        return key
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
