@@ -27,6 +27,7 @@ WITHOUT_TORCH = (
     "adapters.manifest",
     "adapters.validate",
     "adapters.store",
+    "adapters.sandbox",
     "adapters.template",
     "service.cli",
     "service.client",

@@ -13,7 +13,8 @@ from typing import Any
 from adapters.errors import InvalidTemplate, InvalidVariables
 from adapters.prompts.template import PromptTemplate
 from adapters.prompts.variables import GIVEN, Value, checked_values
-from adapters.template import Message, fill_texts, names_in
+from adapters.sandbox import fill_texts, names_in
+from adapters.template import Message
 
 MAX_FILLED = 1 << 20  # characters of all parts together
 SLOT = "\ufdd0"  # stands for passages until they are there: no character, by Unicode

@@ -1,6 +1,6 @@
 """Templates rendered in a process that can be killed: short of memory, of time and of rights.
 
-A budget of work bounds what a template does step by step (`adapters.template`); this bounds what
+A budget of work bounds what a template does step by step (`adapters.sandbox`); this bounds what
 one step may do, and whatever a bound forgets. A process that does not answer in time is killed and
 another one takes its place; the request is refused, and nobody else notices.
 """
