@@ -14,12 +14,13 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from service.engine.guide import Guide
+from service.engine.vocabulary import Vocabulary
 from service.errors import InvalidRequest, Overloaded
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ MAX_SOURCE = 32 << 10  # characters
 MAX_CHOICES = 1024
 AT_ONCE = 1  # compilations; each may take a core for a second
 WAIT_SECONDS = 5.0
-REMEMBERED = 128
+REMEMBERED = 128  # grammars of one vocabulary
+VOCABULARIES = 8  # the base's and those of adapters; a large one takes tens of megabytes
 
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
@@ -64,23 +66,37 @@ class Grammar:
         return cls("json", text, field)
 
 
+@dataclass(slots=True)
+class _Known:
+    """What is kept for one vocabulary."""
+
+    tokenizer: LLTokenizer | None = None  # made with the first grammar
+    guides: OrderedDict[tuple[Kind, str], Guide] = field(default_factory=OrderedDict)
+
+
 class Grammars:
-    """Compiles for one tokenizer. Call `guide` from one event loop."""
+    """Compiles for the base's tokens, and for those of adapters that have their own.
+
+    Call `guide` from one event loop.
+    """
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: Iterable[int]) -> None:
-        """`tokenizer` of transformers; `vocabulary` is the width of the logits."""
-        self._source = tokenizer
-        self._vocabulary = vocabulary
+        """`tokenizer` of the base, as transformers has it; `vocabulary` is its logits' width."""
+        self._base = tokenizer
+        self._width = vocabulary
         self._ends = sorted(ends)
-        self._tokenizer: LLTokenizer | None = None
-        self._guides: OrderedDict[tuple[Kind, str], Guide] = OrderedDict()
+        self._vocabularies: OrderedDict[Vocabulary | None, _Known] = OrderedDict()
         self._lock = threading.Lock()
         self._turn = asyncio.Semaphore(AT_ONCE)
 
-    async def guide(self, grammar: Grammar) -> Guide:
-        """The compiled grammar. Raises InvalidRequest, or Overloaded when others compile."""
+    async def guide(self, grammar: Grammar, own: Vocabulary | None = None) -> Guide:
+        """The compiled grammar over an adapter's `own` tokens, or else over the base's.
+
+        Raises InvalidRequest, or Overloaded when others compile.
+        """
         key = (grammar.kind, grammar.source)
-        if found := self._known(key):
+        known = self._of(own)
+        if found := self._found(known, key):
             return found
         if len(grammar.source) > MAX_SOURCE:
             raise InvalidRequest(
@@ -93,26 +109,38 @@ class Grammars:
         except TimeoutError:
             raise Overloaded(f"other grammars are compiled since {WAIT_SECONDS:.0f} s") from None
         # Released when the thread is done, though the client may have gone long before.
-        work = asyncio.get_running_loop().run_in_executor(None, self._compile, grammar)
+        work = asyncio.get_running_loop().run_in_executor(None, self._compile, grammar, own, known)
         work.add_done_callback(lambda _: self._turn.release())
         made = await asyncio.shield(work)
         with self._lock:
-            self._guides[key] = made
-            if len(self._guides) > REMEMBERED:
-                self._guides.popitem(last=False)
+            known.guides[key] = made
+            if len(known.guides) > REMEMBERED:
+                known.guides.popitem(last=False)
         return made
 
-    def _known(self, key: tuple[Kind, str]) -> Guide | None:
+    def _of(self, own: Vocabulary | None) -> _Known:
         with self._lock:
-            if key in self._guides:
-                self._guides.move_to_end(key)
-            return self._guides.get(key)
+            known = self._vocabularies.setdefault(own, _Known())
+            self._vocabularies.move_to_end(own)
+            if len(self._vocabularies) > VOCABULARIES:
+                self._vocabularies.popitem(last=False)
+            return known
 
-    def _compile(self, grammar: Grammar) -> Guide:
-        if self._tokenizer is None:
-            self._tokenizer = _tokenizer(self._source, self._vocabulary, self._ends)
+    def _found(self, known: _Known, key: tuple[Kind, str]) -> Guide | None:
+        with self._lock:
+            if key in known.guides:
+                known.guides.move_to_end(key)
+            return known.guides.get(key)
+
+    def _compile(self, grammar: Grammar, own: Vocabulary | None, known: _Known) -> Guide:
+        if known.tokenizer is None:
+            known.tokenizer = (
+                LLTokenizer(TokenizerWrapper(_Spelled(own, self._ends)), eos_token=self._ends)
+                if own
+                else _tokenizer(self._base, self._width, self._ends)
+            )
         try:
-            matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=_LIMITS)
+            matcher = LLMatcher(known.tokenizer, _source(grammar), log_level=0, limits=_LIMITS)
             if not matcher.is_error():
                 matcher.compute_bitmask()  # what a first step costs, and whether there is one
         except (ValueError, RecursionError) as error:
@@ -124,12 +152,37 @@ class Grammars:
         return Guide(matcher)
 
 
-def _tokenizer(source: Any, vocabulary: int, ends: list[int]) -> LLTokenizer:
-    """From the JSON of the tokenizer behind transformers' own, with what was added to it."""
+def _tokenizer(source: Any, vocabulary: int | None, ends: list[int]) -> LLTokenizer:
+    """From the JSON of the tokenizer behind transformers' own, with what was added to it.
+
+    `vocabulary` None: as wide as its own tokens need.
+    """
     backend = type(source.backend_tokenizer).from_str(source.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
     return LLTokenizer(backend.to_str(), n_vocab=vocabulary, eos_token=ends)
+
+
+class _Spelled:
+    """An adapter's tokens by their bytes, as llguidance's TokenizerWrapper reads them.
+
+    From a JSON it takes every added token for a special one, that no grammar of texts can reach;
+    here those with a text are tokens like any other.
+    """
+
+    bos_token_id: int | None = None
+
+    def __init__(self, own: Vocabulary, ends: list[int]) -> None:
+        self._plain = _tokenizer(own.tokenizer, None, ends)
+        self.eos_token_id = ends[0] if ends else None
+        self.tokens = [self._plain.decode_bytes([i]) for i in range(self._plain.vocab_size)]
+        added = own.tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        for token, what in added.items():
+            self.tokens[token] = what.content.encode()
+        self.special_token_ids = sorted(added.keys() & own.special)
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._plain.tokenize_bytes(text)
 
 
 def _source(grammar: Grammar) -> str:

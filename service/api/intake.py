@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import Request
 
 from adapters.compose import FIELD, Term, parse_terms
-from adapters.errors import InvalidChat
+from adapters.errors import InvalidAdapter, InvalidChat
 from adapters.outcomes import Ending
 from adapters.prompts.shelf import StoredTemplate
 from adapters.prompts.template import SAMPLING
@@ -148,7 +148,8 @@ async def _started(
     # A cold adapter is on its way while the prompt is read.
     ticket.meanwhile(serving.engine.reserved(selection.ref if selection else None))
     serving = replace(serving, assembly=await serving.assembly.of(selection))
-    guide = await serving.grammars.guide(order.grammar) if order.grammar else None
+    own = serving.assembly.vocabulary
+    guide = await serving.grammars.guide(order.grammar, own) if order.grammar else None
     virtual = selection.ref.virtual_tokens if selection else 0
     limit = serving.engine.max_model_len - virtual
     prompt, retrieved = await _prompt(order, selection, serving, limit)
@@ -166,7 +167,7 @@ async def _started(
         n=order.n,
         prompt_logprobs=order.prompt_logprobs,
         pooled=order.pooled,
-        vocabulary=serving.assembly.vocabulary,
+        vocabulary=own,
     )
     stream = _submitted(generation, selection, serving)
     return Started(stream, generation, selection, serving.assembly, ticket, retrieved, order.stored)
@@ -198,6 +199,22 @@ async def selected(
     )
     serving.sums.note(found.ref)
     return found
+
+
+async def reader(
+    reference: str | None, client: str | None, desk: Desk, serving: Serving
+) -> tuple[Selection | None, Assembly]:
+    """What `adapter_id` names where nothing is generated, and the tokenizer that it reads with.
+
+    Raises InvalidRequest, AdapterNotFound, StoreUnavailable.
+    """
+    with _named(Names(adapter="adapter_id")):
+        try:
+            terms = parse_terms(reference) if reference else ()
+        except InvalidAdapter as error:
+            raise InvalidRequest(error.reason, error.where) from error
+        selection = await selected(terms, client, desk, serving)
+        return selection, await serving.assembly.of(selection)
 
 
 async def templated(order: Order, serving: Serving) -> Order:

@@ -14,7 +14,8 @@ from pydantic import ConfigDict, Field
 from service.api.access import Guarded, any_key, needs, open_to_all
 from service.api.deps import Desk, DeskDep, ServingDep, unless_gone
 from service.api.errors import Refused
-from service.api.wire import MAX_SEQUENCES, MAX_TOP_TOKENS, Incoming, Outgoing, refusals
+from service.api.intake import client_key, reader
+from service.api.wire import MAX_SEQUENCES, MAX_TOP_TOKENS, Incoming, Outgoing, Reference, refusals
 from service.errors import EngineFailed
 
 router = APIRouter(tags=["server"], route_class=Guarded)
@@ -68,6 +69,10 @@ class TokenizeBody(Incoming):
     model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "Once upon a time"}]})
 
     inputs: str = Field(min_length=1)
+    adapter_id: Reference | None = Field(
+        default=None,
+        description="As in `/generate`: an adapter with new tokens reads with its own tokenizer.",
+    )
 
 
 class TokenPiece(Outgoing):
@@ -156,12 +161,15 @@ async def metrics(desk: DeskDep) -> Response:
 
 
 @router.post(
-    "/tokenize", responses={200: {"model": list[TokenPiece]}, **refusals(413, 415, 422, 503)}
+    "/tokenize", responses={200: {"model": list[TokenPiece]}, **refusals(404, 413, 415, 422, 503)}
 )
 @needs("infer")
-async def tokenize(body: TokenizeBody, request: Request, serving: ServingDep) -> JSONResponse:
+async def tokenize(
+    body: TokenizeBody, request: Request, desk: DeskDep, serving: ServingDep
+) -> JSONResponse:
     """The tokens of a text and where they stand in it, without special tokens."""
-    pieces = await unless_gone(request, serving.assembly.pieces(body.inputs))
+    _, assembly = await reader(body.adapter_id, client_key(None, request), desk, serving)
+    pieces = await unless_gone(request, assembly.pieces(body.inputs))
     return JSONResponse(
         [{"id": p.id, "text": p.text, "start": p.start, "stop": p.stop} for p in pieces]
     )

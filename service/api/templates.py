@@ -11,7 +11,6 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
-from adapters.compose import parse_terms
 from adapters.errors import InvalidChat
 from adapters.prompts.shelf import MAX_REFERENCE, StoredTemplate, TemplateShelf
 from adapters.prompts.template import (
@@ -23,11 +22,11 @@ from adapters.prompts.template import (
     MAX_VARIABLES,
     parse_template,
 )
-from service.api.access import Guarded, needs
 from adapters.prompts.variables import MAX_ITEMS, MAX_LENGTH, MAX_NUMBER, MAX_VALUES
+from service.api.access import Guarded, needs
 from service.api.deps import DeskDep, ServingDep
 from service.api.generate import Inputs
-from service.api.intake import client_key, selected
+from service.api.intake import client_key, reader
 from service.api.templating import MAX_VERSION, Variables
 from service.api.wire import (
     MAX_TOKENS,
@@ -229,8 +228,8 @@ class Rendered(Outgoing):
     tokens: int = Field(description="How many token ids.")
 
 
-@needs("adapters:write")
 @router.post("", status_code=201, responses={201: {"model": TemplateView}, **_WRITE_ERRORS})
+@needs("adapters:write")
 async def add(body: TemplateBody, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Keep a template as the next version of its name. It is parsed and tried first; the same
     content again, as the newest version's, is that version."""
@@ -245,23 +244,23 @@ def _add(body: TemplateBody, templates: Templates) -> StoredTemplate:
     return templates.shelf.add(body.name, template)
 
 
-@needs("adapters:read")
 @router.get("", responses={200: {"model": TemplateList}, **_ERRORS})
+@needs("adapters:read")
 async def list_templates(serving: ServingDep) -> JSONResponse:
     """The newest version of every name."""
     found = await asyncio.to_thread(serving.templates.shelf.latest)
     return JSONResponse({"templates": [view(one) for one in found]})
 
 
-@needs("adapters:read")
 @router.get("/{name}", responses={200: {"model": TemplateDescriptionView}, **_ERRORS})
+@needs("adapters:read")
 async def show(name: InPath, serving: ServingDep) -> JSONResponse:
     """One template: `name`, `name@version` or `name@alias`."""
     return JSONResponse(await asyncio.to_thread(_described, name, serving.templates.shelf))
 
 
-@needs("adapters:read")
 @router.get("/{name}/versions", responses={200: {"model": TemplateVersions}, **_ERRORS})
+@needs("adapters:read")
 async def versions(name: InPath, serving: ServingDep) -> JSONResponse:
     """Every version of a name, oldest first, and its aliases."""
     shelf = serving.templates.shelf
@@ -269,8 +268,8 @@ async def versions(name: InPath, serving: ServingDep) -> JSONResponse:
     return JSONResponse({"name": name, "versions": _listed(found[0]), "aliases": found[1]})
 
 
-@needs("adapters:read")
 @router.get("/{name}/diff", responses={200: {"model": TemplateDiff}, **_ERRORS})
+@needs("adapters:read")
 async def diff(
     name: InPath,
     serving: ServingDep,
@@ -288,8 +287,8 @@ async def diff(
     return JSONResponse(_difference(one, other))
 
 
-@needs("infer", "adapters:read")
 @router.post("/{name}/render", responses={200: {"model": Rendered}, **_WRITE_ERRORS})
+@needs("infer", "adapters:read")
 async def render(
     name: InPath, body: RenderBody, request: Request, desk: DeskDep, serving: ServingDep
 ) -> JSONResponse:
@@ -302,9 +301,7 @@ async def render(
     asked = TemplateAsked(name, body.version, body.variables)
     made = await serving.templates.chat(asked, messages, field="")
     adapter = body.adapter_id or made.stored.template.adapter
-    terms = parse_terms(adapter) if adapter else ()
-    selection = await selected(terms, client_key(None, request), desk, serving)
-    assembly = await serving.assembly.of(selection)
+    selection, assembly = await reader(adapter, client_key(None, request), desk, serving)
     own = selection.template if selection else None
     try:
         text, ids = await assembly.rendered(made.messages, own, answer=made.answer)
@@ -325,10 +322,10 @@ async def render(
     )
 
 
-@needs("adapters:write")
 @router.put(
     "/{name}/aliases/{alias}", responses={200: {"model": TemplateAliasView}, **_WRITE_ERRORS}
 )
+@needs("adapters:write")
 async def set_alias(
     name: InPath, alias: InPath, body: TemplateAliasBody, serving: ServingDep
 ) -> JSONResponse:
@@ -337,18 +334,18 @@ async def set_alias(
     return JSONResponse({"name": name, "alias": alias, "version": body.version})
 
 
-@needs("adapters:write")
 @router.delete(
     "/{name}/aliases/{alias}", responses={200: {"model": TemplatesDeleted}, **_WRITE_ERRORS}
 )
+@needs("adapters:write")
 async def drop_alias(name: InPath, alias: InPath, serving: ServingDep) -> JSONResponse:
     """Take an alias away."""
     await asyncio.to_thread(serving.templates.shelf.drop_alias, name, alias)
     return JSONResponse({"deleted": [f"{name}@{alias}"]})
-@needs("adapters:write")
 
 
 @router.delete("/{name}", responses={200: {"model": TemplatesDeleted}, **_WRITE_ERRORS})
+@needs("adapters:write")
 async def remove(name: InPath, serving: ServingDep) -> JSONResponse:
     """Delete `name` with all its versions, or `name@version`. 409 while an alias points there, or
     an adapter was trained with it."""

@@ -109,5 +109,10 @@ def _load(body: LoadBody, directory: Path, serving: Serving) -> None:
                 "lora_name",
             )
     serving.store.add_directory(
-        body.lora_name, directory, serving.spec, serving.limits, serving.probe
+        body.lora_name,
+        directory,
+        serving.spec,
+        serving.limits,
+        serving.probe,
+        serving.assembly.tokens,
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Guide:
-    """A grammar over the base's tokens, at its start."""
+    """A grammar over the tokens of one vocabulary, at its start."""
 
     matcher: LLMatcher
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,38 @@ def test_new_tokens_are_written_and_may_stop(client: httpx.Client, pushed: dict[
     stopped = generated(client, "a", **hot, stop_token_ids=[new[0]["id"]])["details"]
     assert stopped["finish_reason"] == "eos_token"
     assert stopped["tokens"][-1]["id"] == new[0]["id"]
+
+
+def test_its_tokenizer_can_be_asked(client: httpx.Client, pushed: dict[str, Any]) -> None:
+    def ids(**more: str) -> list[int]:
+        reply = client.post("/tokenize", json={"inputs": TEXT, **more})
+        assert reply.status_code == 200, reply.text
+        pieces = reply.json()
+        assert all(one["text"] == TEXT[one["start"] : one["stop"]] for one in pieces)
+        return [one["id"] for one in pieces]
+
+    assert {VOCABULARY + 1, VOCABULARY + 4} <= set(ids(adapter_id="new-tokens"))
+    assert max(ids()) < VOCABULARY
+    assert ids(adapter_id="lora") == ids()
+    missing = client.post("/tokenize", json={"inputs": TEXT, "adapter_id": "nobody"})
+    assert missing.status_code == 404
+    bad = client.post("/tokenize", json={"inputs": TEXT, "adapter_id": "new-tokens:x"})
+    assert (bad.status_code, bad.json()["field"]) == (422, "adapter_id")
+
+
+def test_a_grammar_is_followed_with_the_new_tokens(
+    client: httpx.Client, pushed: dict[str, Any]
+) -> None:
+    """The regex has one way in the adapter's own tokens; the base must spell the same text."""
+    parameters = {"grammar": {"type": "regex", "value": "(<new[0-4]>){3}"}, "max_new_tokens": 40}
+    mine = generated(client, "a", adapter_id="new-tokens", **parameters)
+    theirs = generated(client, "a", **parameters)
+    for found in (mine, theirs):
+        assert re.fullmatch("(<new[0-4]>){3}", found["generated_text"])
+    assert all(token["id"] < VOCABULARY for token in theirs["details"]["tokens"])
+    hot = {"temperature": 100.0, "seed": 3, "adapter_id": "new-tokens"}
+    drawn = generated(client, "a", **parameters, **hot)["details"]["tokens"]
+    assert any(token["id"] >= VOCABULARY for token in drawn)
 
 
 def test_token_ids_of_clients_are_bounded_by_the_adapter(

@@ -15,6 +15,7 @@ from service.access.keys import Keys
 from service.api.vllm_admin import beneath
 from service.config import Settings
 from service.errors import InvalidRequest
+from tests.oracle import VOCABULARY, make_adapter
 from tests.service.api.conftest import Running
 
 KEY = "a-key-of-the-admin"
@@ -83,6 +84,17 @@ def test_load_serve_replace_unload(admin: httpx.Client, root: Path) -> None:
     assert admin.post("/v1/completions", json=asked).status_code == 404
     gone = admin.post("/v1/unload_lora_adapter", json={"lora_name": "new"})
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_new_tokens_are_loaded_with_the_tokenizer_beside_them(
+    admin: httpx.Client, root: Path, base_directory: Path
+) -> None:
+    make_adapter(root / "tokens", base_directory, "new_tokens_trained", seed=5, new_tokens=3)
+    reply = load(admin, "tokens", "tokens")
+    assert reply.status_code == 200, reply.text
+    asked = {"inputs": "a <new1>", "adapter_id": "tokens"}
+    assert VOCABULARY + 1 in [one["id"] for one in admin.post("/tokenize", json=asked).json()]
+    assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "tokens"}).status_code == 200
 
 
 @pytest.mark.parametrize(
