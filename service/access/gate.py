@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import math
 import time
 from collections import OrderedDict
 
@@ -32,7 +33,7 @@ class Gate:
         self._without = LOCAL if local else ANYBODY
         self._known: OrderedDict[str, tuple[float, Key | None]] = OrderedDict()
         self._keyless = admin_key is None
-        self._looked = -SECONDS
+        self._looked = -math.inf
 
     async def caller(self, authorization: str | None) -> Caller:
         """Raises Unauthenticated, StoreUnavailable."""
@@ -50,8 +51,10 @@ class Gate:
     async def _open(self) -> bool:
         """Whether there has never been a key. Once there was one, that is not asked again."""
         if self._keyless and time.monotonic() - self._looked >= SECONDS:
-            self._looked = time.monotonic()
+            # Noted once the answer is there: nobody may pass on one that is still on its way.
+            asked = time.monotonic()
             self._keyless = not await asyncio.to_thread(self.keys.any)
+            self._looked = asked
         return self._keyless
 
     async def _holder(self, given: str) -> Caller:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from adapters.catalog import Catalog
+from adapters.errors import StoreUnavailable
 from service.access import gate as gates
 from service.access.caller import SCOPES, Caller
 from service.access.gate import Gate
@@ -105,6 +106,29 @@ def test_the_first_key_closes_the_gate_and_its_end_does_not_open_it(
     for late in (gate, Gate(keys)):
         with pytest.raises(Unauthenticated):
             ask(late, None)
+
+
+def test_nobody_passes_while_the_first_request_still_asks_for_keys(keys: Keys) -> None:
+    keys.create("ci", "acme", ["infer"])
+    gate = Gate(keys)
+
+    async def together() -> list[Caller | BaseException]:
+        return await asyncio.gather(*(gate.caller(None) for _ in range(8)), return_exceptions=True)
+
+    assert [type(found) for found in asyncio.run(together())] == [Unauthenticated] * 8
+
+
+def test_a_catalog_that_does_not_answer_opens_nothing(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> bool:
+        raise StoreUnavailable("the catalog is away")
+
+    monkeypatch.setattr(keys, "any", fail)
+    gate = Gate(keys)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            ask(gate, None)
 
 
 def test_what_opens_nothing_is_told_the_same(keys: Keys) -> None:
