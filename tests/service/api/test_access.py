@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute, _IncludedRouter
 
+from adapters.catalog import Catalog
 from service.access.caller import SCOPES
 from service.access.gate import Gate
 from service.access.keys import Keys
@@ -66,14 +68,16 @@ def test_a_route_that_says_nothing_cannot_be_made() -> None:
 
 
 @pytest.fixture
-def closed(server: Running) -> Iterator[Keys]:
-    """The server with a gate of its own; what is made here opens it."""
+def closed(server: Running, tmp_path: Path) -> Iterator[Keys]:
+    """The server with a gate of its own; what is made here opens it. Its own catalog stays as it
+    is: once it knew a key, the server would be closed for good."""
     before = server.desk.serving
     assert before is not None
-    keys = Keys(before.store.catalog)
-    server.desk.serving = replace(before, gate=Gate(keys, "the operator's own key"))
-    yield keys
+    catalog = Catalog(str(tmp_path / "keys.db"))
+    server.desk.serving = replace(before, gate=Gate(Keys(catalog), "the operator's own key"))
+    yield Keys(catalog)
     server.desk.serving = before
+    catalog.close()
 
 
 def sending(server: Running, token: str | None) -> httpx.Client:
