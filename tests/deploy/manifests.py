@@ -26,7 +26,9 @@ def tool(name: str) -> str:
     here = ROOT / ".tools" / name
     found = str(here) if here.is_file() else shutil.which(name)
     if found is None:
-        pytest.skip(f"{name} is not installed (`make deploy-tools` fetches helm and kubectl)")
+        pytest.skip(
+            f"{name} is not installed (`make deploy-tools` fetches helm, kubectl and promtool)"
+        )
     return found
 
 

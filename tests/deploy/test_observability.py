@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,8 +94,30 @@ def test_the_chart_carries_both_unchanged() -> None:
     assert json.loads(config["data"]["nibble.json"]) == json.loads(DASHBOARD.read_text())
 
 
-def test_promtool_takes_the_rules() -> None:
+def promtool(*arguments: str) -> str:
     done = subprocess.run(
-        [tool("promtool"), "check", "rules", str(RULES)], capture_output=True, text=True, timeout=60
+        [tool("promtool"), *arguments], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_promtool_takes_the_rules() -> None:
+    assert "8 rules found" in promtool("check", "rules", str(RULES))
+
+
+def test_each_alert_fires_where_it_should_and_only_there() -> None:
+    cases = Path(__file__).with_name("rules_test.yaml")
+    assert "SUCCESS" in promtool("test", "rules", str(cases))
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    alerts = {rule["alert"] for group in groups for rule in group["rules"]}
+    assert alerts <= set(re.findall(r'alertname="(\w+)"', cases.read_text()))
+
+
+def test_promtool_takes_what_the_dashboard_asks(tmp_path: Path) -> None:
+    asked = [one for one in expressions() if not one.startswith("label_values")]
+    plain = [one.replace("$__rate_interval", "5m") for one in asked]
+    rules = [{"record": f"panel:{number}", "expr": one} for number, one in enumerate(plain)]
+    path = tmp_path / "dashboard.yaml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    assert f"{len(rules)} rules found" in promtool("check", "rules", str(path))
