@@ -11,6 +11,7 @@ config=$(b inspect --type image "$image")
 for wanted in '"User": "10001:10001"' '"Healthcheck"' '"StopSignal": "SIGTERM"'; do
   grep -qF "$wanted" <<<"$config" || { echo "the image has no $wanted" >&2; exit 1; }
 done
+size=$(b images --format '{{.Size}}' "$image")
 container=$(b from --pull-never "$image")
 root=$(b mount "$container")
 found=$(find "$root/opt/nibble" -name '*.safetensors' -size +32M)
@@ -33,7 +34,8 @@ text=$(curl -sf "$url/generate" -H 'content-type: application/json' \
 echo "$text"
 [ "$text" = '{"generated_text":"ul keshi hatto quelo bo wembi"}' ]
 
-server=$(pgrep -u 10001 -f 'nibble serve' | head -n 1)
+# The server itself: what buildah runs it with has its command line in its own.
+server=$(pgrep -u 10001 -f '^/opt/nibble/bin/python[^ ]* [^ ]*/nibble serve')
 [ "$(stat -c %u "/proc/$server")" = 10001 ]
 written=$(find "$root" -xdev -newer "$root/before" -type f -not -path "$root/data/*" \
   -not -path "$root/tmp/*" -not -path "$root/run/*" -not -path "$root/etc/*" | head)
@@ -44,4 +46,4 @@ wait "$runner" || status=$?
 [ "$status" = 0 ] || { echo "SIGTERM ended it with $status, not 0" >&2; exit 1; }
 trap - EXIT
 b rm "$container" >/dev/null
-echo "the image serves as uid 10001, generates, and stops on SIGTERM with 0; $(du -sh "$root/opt/nibble" 2>/dev/null | cut -f1)"
+echo "the image ($size) serves as uid 10001, generates, and stops on SIGTERM with 0"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the Dockerfile and runs what came out: serve as uid 10001, generate, SIGTERM. Root, Debian's
-# buildah and mmdebstrap are needed; no daemon is, and no registry. Ten minutes on two cores.
+# buildah and mmdebstrap are needed; no daemon is, and no registry. Ten minutes on two busy cores.
 #   BASE_TAR   a root filesystem to build on, instead of a new one by mmdebstrap
 #   WHEELS     a folder of wheels, instead of those that pip downloads first
 set -euo pipefail
@@ -34,4 +34,5 @@ mkdir "$work/context"
 git ls-files -z | tar --null --ignore-failed-read -T - -cf - | tar -xf - -C "$work/context"
 b bud --format docker --pull-never --volume "$wheels:/wheels:ro" --build-arg BASE=localhost/base \
   --build-arg PIP_FIND_LINKS=/wheels --build-arg PIP_NO_INDEX=1 -t nibble "$work/context"
+echo "built after $SECONDS s"
 deploy/image-run.sh "$work/store" "$work/run" nibble
