@@ -42,6 +42,15 @@ class ServerRefused(ClientError):
         self.status = status
         self.body = body
 
+    @property
+    def field(self) -> str | None:
+        """Which field of the request is at fault, by the server's own envelope or OpenAI's."""
+        if not isinstance(self.body, dict):
+            return None
+        error = self.body.get("error")
+        found = error.get("param") if isinstance(error, dict) else self.body.get("field")
+        return found if isinstance(found, str) else None
+
 
 class AdapterDirectoryIncomplete(ClientError):
     """A directory lacks one of the two files that PEFT's `save_pretrained` writes."""
@@ -130,7 +139,7 @@ class Client:
         return found
 
     def job(self, job_id: str, ask: str = "") -> dict[str, Any]:
-        """One job; `ask` cancel, pause or resume, what it then is."""
+        """One job; with `ask` cancel, pause, resume or publish, what it then is."""
         path = f"{JOBS}/{quote(job_id, safe='')}"
         found: dict[str, Any] = (
             self._call("POST", f"{path}/{ask}") if ask else self._call("GET", path)

@@ -145,7 +145,7 @@ def commands_page() -> str:
     lines += [
         "`nibble --install-completion` teaches the shell to complete commands, flags, and the",
         "adapters of a running server. With `--json` a result is JSON on standard output; so is",
-        'an error: `{"error": {"message": …, "next": …}}`.',
+        'an error: `{"error": {"message": …, "next": …, "field": …}}`.',
         "",
     ]
     for name in commands():

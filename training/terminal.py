@@ -65,7 +65,7 @@ def refusals(as_json: bool = False) -> Iterator[None]:
     except (TrainingError, UnservableBase) as error:
         if as_json:
             field = getattr(error, "field", None)
-            print_json({"refused": {"message": str(error), "field": field}})
+            print_json({"error": {"message": str(error), "next": "", "field": field}})
             raise typer.Exit(2) from None
         refuse(str(error))
 

@@ -6,7 +6,8 @@ import typer
 
 from adapters.errors import AdapterError
 from service.commands.flags import with_settings
-from service.commands.output import fail
+from service.commands.output import fail, print_json
+from service.commands.server import Json
 from service.config import Configuration
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -19,7 +20,7 @@ def _group() -> None:
 
 @app.command("migrate")
 @with_settings
-def migrate(configuration: Configuration) -> None:
+def migrate(configuration: Configuration, as_json: Json = False) -> None:
     """Bring the catalog's tables up to date, or make them; twice is harmless.
 
     A server does this itself when it starts. Before several start at once over one PostgreSQL, it
@@ -33,7 +34,12 @@ def migrate(configuration: Configuration) -> None:
     try:
         Catalog(settings.catalog).close()
     except AdapterError as error:
-        fail(str(error), "Is the database up, and NIBBLE_CATALOG its URL?")
+        step = "Is the database up, and NIBBLE_CATALOG its URL?"
+        fail(str(error), step, as_json=as_json)
     except ImportError as error:
-        fail(str(error), "A driver is missing: `pip install '.[postgres]'`")
-    typer.echo(f"{settings.shown()['catalog']}: revision {HEAD}")
+        fail(str(error), "A driver is missing: `pip install '.[postgres]'`", as_json=as_json)
+    shown = settings.shown()["catalog"]
+    if as_json:
+        print_json({"catalog": shown, "revision": HEAD})
+    else:
+        typer.echo(f"{shown}: revision {HEAD}")

@@ -29,10 +29,18 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     Console(markup=False, highlight=False, width=width).print(table)
 
 
-def fail(message: str, next_step: str = "", *, as_json: bool = False, status: int = 1) -> NoReturn:
+def fail(
+    message: str,
+    next_step: str = "",
+    *,
+    as_json: bool = False,
+    status: int = 1,
+    field: str | None = None,
+) -> NoReturn:
     """Print what went wrong and what to do about it, then end with `status`."""
     if as_json:
-        error: Mapping[str, str] = {"message": message, "next": next_step}
+        error: Mapping[str, str | None]
+        error = {"message": message, "next": next_step, "field": field}
         print_json({"error": error})
     else:
         typer.echo(f"nibble: {message}", err=True)

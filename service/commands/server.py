@@ -73,7 +73,8 @@ def connect(url: str | None, as_json: bool) -> Iterator[Client]:
         step = "Start one with `nibble serve`, or name another: --url http://HOST:PORT"
         fail(str(error), step, as_json=as_json)
     except ServerRefused as error:
-        fail(str(error), _NEXT_STEPS.get(error.status, ""), as_json=as_json)
+        step = _NEXT_STEPS.get(error.status, "")
+        fail(str(error), step, as_json=as_json, field=error.field)
     except ClientError as error:
         fail(str(error), as_json=as_json)
 

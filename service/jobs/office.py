@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from service.errors import InvalidRequest, Overloaded
+from service.errors import InvalidRequest, Overloaded, WrongState
 from service.jobs import progress
 from service.jobs.directory import CONFIG, prepare
 from service.jobs.files import TrainingFiles
 from service.jobs.history import Event, follow, history, page
 from service.jobs.job import Job, new_job_id
-from service.jobs.order import Order, named, settled
+from service.jobs.order import OUT, Order, named, settled
 from service.jobs.process import answer
 from service.jobs.publication import Publication
 from service.jobs.queue import Queue
@@ -43,7 +43,9 @@ class Office:
         self.queue = queue
         self._workshop = workshop
         self._max_jobs = max_jobs
+        self._publication = publication
         self._planning = threading.Lock()
+        self._publishing = threading.Lock()
         self._runner = Runner(queue, files, workshop, publication)
 
     def start(self) -> None:
@@ -109,6 +111,27 @@ class Office:
     def resume(self, job_id: str) -> Job:
         return self._told(self.queue.resume(job_id))
 
+    def publish(self, job_id: str) -> Job:
+        """Serve the adapter of a job that was not to publish it; published already, as it is.
+
+        Raises NotFound, WrongState, AdapterError.
+        """
+        with self._publishing:
+            job = self.queue.get(job_id)
+            if job.status != "succeeded":
+                raise WrongState(f"{job_id} is {job.status}: only what succeeded is published")
+            if job.adapter is not None:
+                return job
+            directory = self.directory(job)
+            if not (directory / OUT).is_dir():
+                raise WrongState(f"{job_id} has left no adapter on this server: train it again")
+            ends = progress.happened(directory, "finished")
+            done = ends[-1].data if ends else {}
+            adapter = self._publication.publish(job, directory, done)
+            self.queue.set(job_id, adapter=adapter)
+            self.queue.note(job_id, "info", f"Published: {adapter} serves from now on.")
+            return self.queue.get(job_id)
+
     def events(self, job_id: str, after: str | None, limit: int) -> tuple[list[Event], bool]:
         """The newest first."""
         job = self.queue.get(job_id)
@@ -143,7 +166,7 @@ class Office:
             )
         except TimeoutError as error:
             raise Overloaded(f"the server is too busy for that: {error}", 60.0) from None
-        refused = (found or {}).get("refused")
+        refused = (found or {}).get("error")
         if refused is not None:
             field = refused.get("field")
             param = f"config.{field}" if field else "training_file"

@@ -16,7 +16,7 @@ MOST_REJECTS = 5  # bad rows that a fault names
 def verdict(order: Order, status: int, said: str) -> Checked | Fault:
     """What the check of a job's data came to."""
     found = document(said) or {}
-    if refused := found.get("refused"):
+    if refused := found.get("error"):
         field = refused.get("field")
         param = f"config.{field}" if field else TRAINING
         return Fault(

@@ -37,7 +37,7 @@ def test_a_config_is_resolved_or_refused_by_field() -> None:
     status, found = said("config", "--set", "data.train=x", "--set", "method.kind=ia3", "--json")
     assert (status, found["config"]["method"]["kind"]) == (0, "ia3")
     status, found = said("config", "--set", "data.train=x", "--set", "optim.steps=0", "--json")
-    assert (status, found["refused"]["field"]) == (2, "optim.steps")
+    assert (status, found["error"]["field"]) == (2, "optim.steps")
 
 
 def test_a_plan_has_its_figures(base_directory: Path, data: Path) -> None:
@@ -77,7 +77,7 @@ def test_data_says_what_it_wrote_or_why_not(tmp_path: Path) -> None:
     status, found = said("data", "tickets", "--out", str(tmp_path), "--train-items", "5", "--json")
     assert (status, found["items"][f"{tmp_path}/train.jsonl"]) == (0, 5)
     status, found = said("data", "tikets", "--out", str(tmp_path), "--json")
-    assert (status, "tikets" in found["refused"]["message"]) == (2, True)
+    assert (status, "tikets" in found["error"]["message"]) == (2, True)
 
 
 def test_an_evaluation_is_figures(base_directory: Path, data: Path) -> None:

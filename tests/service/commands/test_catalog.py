@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ def test_tables_are_made_and_kept(tmp_path: Path) -> None:
         done = CliRunner().invoke(app, ["migrate", "--home", str(home)])
         assert done.exit_code == 0, done.output
         assert f"revision {HEAD}" in done.output
+    said = CliRunner().invoke(app, ["migrate", "--home", str(home), "--json"])
+    assert json.loads(said.output) == {"catalog": f"sqlite:///{home}/catalog.db", "revision": HEAD}
     engine = sa.create_engine(f"sqlite:///{home / 'catalog.db'}")
     assert sa.inspect(engine).has_table("adapters")
     engine.dispose()

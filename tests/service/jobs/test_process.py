@@ -99,7 +99,7 @@ def test_a_refusal_of_the_real_command_comes_back(tmp_path: Path) -> None:
     arguments = ("train", "config", "job.json", "--json")
     status, found, said = answer(arguments, tmp_path, Confinement(nice=0), seconds=120)
     assert status == 2, said
-    assert found["refused"]["field"] == "optim.steps"
+    assert found["error"]["field"] == "optim.steps"
 
 
 def test_what_is_no_document_is_none() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from adapters.errors import InvalidAdapter, StoreFull, StoreUnavailable
 from service.errors import EngineFailed, WrongState
 from service.jobs import progress
 from service.jobs.job import Job
+from service.jobs.office import Office
+from service.jobs.runner import Workshop
 from tests.service.jobs.conftest import Bench, keep, order_of
 
 
@@ -47,6 +50,30 @@ def test_from_its_files_to_an_adapter(bench: Bench, tmp_path: Path) -> None:
 def test_what_is_not_to_be_published_is_not(bench: Bench, tmp_path: Path) -> None:
     job = bench.until(begin(bench, tmp_path, publish=False), "succeeded")
     assert (job.adapter, bench.published.jobs) == (None, [])
+
+
+def test_what_was_not_published_can_be_later(bench: Bench, tmp_path: Path) -> None:
+    workshop = Workshop(bench.home / "jobs", "a base")
+    published: Any = bench.published
+    office = Office(bench.queue, bench.files, workshop, published, 8)
+    job = begin(bench, tmp_path, publish=False)
+    if bench.queue.get(job.id).status != "succeeded":
+        with pytest.raises(WrongState, match="only what succeeded"):
+            office.publish(job.id)
+    bench.until(job, "succeeded")
+    bench.published.error = InvalidAdapter("not finite", "lora_A")
+    with pytest.raises(InvalidAdapter):
+        office.publish(job.id)
+    bench.published.error = None
+    assert bench.queue.get(job.id).adapter is None
+    assert office.publish(job.id).adapter == "made@1"
+    assert office.publish(job.id).adapter == "made@1"
+    assert bench.published.jobs == [job.id], "once"
+    assert bench.messages(job)[-1] == "Published: made@1 serves from now on."
+    shutil.rmtree(bench.home / "jobs" / job.id)
+    bench.queue.set(job.id, adapter=None)
+    with pytest.raises(WrongState, match="no adapter on this server"):
+        office.publish(job.id)
 
 
 def test_bad_rows_end_it_with_their_line_and_field(bench: Bench, tmp_path: Path) -> None:
