@@ -1,7 +1,8 @@
 """Fine-tuning jobs over HTTP, in the shape of OpenAI's API, so that its SDK works unchanged.
 
-What OpenAI has no word for is there beside it: pause, resume, a plan instead of a job (`dry_run`),
-the whole schema of `nibble train` (`config`), and events as they happen (`stream=true`).
+What OpenAI has no word for is there beside it: pause, resume, publish, a plan instead of a job
+(`dry_run`), the whole schema of `nibble train` (`config`), and events as they happen
+(`stream=true`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from service.api.access import Guarded, needs
-from service.api.deps import DeskDep, Serving, ServingDep, unless_gone
+from service.api.deps import Desk, DeskDep, Serving, ServingDep, unless_gone
 from service.api.files import After, listed
 from service.api.fine_tuning_schema import (
     CheckpointList,
@@ -56,7 +57,7 @@ async def create(
 ) -> JSONResponse:
     """Queue a job; with `dry_run`, say what it would do and cost."""
     desk.admission.check()
-    order = await asyncio.to_thread(_order, body, serving, desk.settings.base)
+    order = await asyncio.to_thread(_order, body, serving, desk)
     office = serving.jobs
     if body.dry_run:
         plan = await unless_gone(request, desk.slowly(office.plan, order))
@@ -101,6 +102,19 @@ async def resume(job_id: PathName, serving: ServingDep) -> JSONResponse:
     return await _of(serving, serving.jobs.resume, job_id)
 
 
+@router.post(
+    "/{job_id}/publish",
+    responses={200: {"model": JobView}, **openai_refusals(400, 404, 422, 503, 507)},
+)
+@needs("train")
+async def publish(job_id: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
+    """Serve the adapter of a job that succeeded with `publish` false: checked and tried as an
+    upload is. One that is published stays as it is."""
+    async with desk.uploads:
+        job = await desk.slowly(serving.jobs.publish, job_id)
+    return await _of(serving, lambda _: job, job_id)
+
+
 @router.get(
     "/{job_id}/events",
     response_class=JSONResponse,
@@ -143,8 +157,8 @@ async def _told(office: Office, job: Job) -> AsyncIterator[dict[str, Any]]:
         yield _event(event)
 
 
-def _order(body: JobBody, serving: Serving, base: str) -> Order:
-    if body.model not in (base, serving.spec.id):
+def _order(body: JobBody, serving: Serving, desk: Desk) -> Order:
+    if body.model not in (desk.settings.base, serving.spec.id, *desk.settings.base_names):
         what = f"model {body.model[:80]!r} is not served here; {serving.spec.id!r} is"
         raise InvalidRequest(what, "model")
     training = _stamp(serving, body.training_file, "training_file")

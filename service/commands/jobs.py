@@ -1,4 +1,5 @@
-"""`nibble jobs`: train on a running server: create, list, show, follow, pause, resume, cancel."""
+"""`nibble jobs`: train on a running server: create, list, show, follow, pause, resume,
+cancel, publish."""
 
 from __future__ import annotations
 
@@ -111,6 +112,17 @@ def pause(job_id: JobId, url: Url = None, as_json: Json = False) -> None:
 def resume(job_id: JobId, url: Url = None, as_json: Json = False) -> None:
     """Let a paused job go on from its checkpoint, bit for bit; or a failed one, tried again."""
     _ask(job_id, "resume", url, as_json)
+
+
+@app.command()
+def publish(job_id: JobId, url: Url = None, as_json: Json = False) -> None:
+    """Serve the adapter of a job that was created with --no-publish."""
+    with connect(url, as_json) as client:
+        found = client.job(job_id, "publish")
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(f"{found['fine_tuned_model']} serves now")
 
 
 @app.command()

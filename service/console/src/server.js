@@ -1,5 +1,7 @@
 // Talking to the server: requests, refusals, events, uploads.
 
+import { access, credentials } from './access.svelte.js';
+
 export class Refusal extends Error {
   constructor(status, message, field, type) {
     super(message);
@@ -28,7 +30,9 @@ export async function request(path, { json, ...options } = {}) {
     options.headers = { ...options.headers, 'content-type': 'application/json' };
     options.body = JSON.stringify(json);
   }
+  options.headers = { ...options.headers, ...credentials() };
   const response = await fetch(path, options);
+  if (response.status === 401) access.refused = true;
   if (!response.ok) throw refusal(response.status, await response.text());
   return response;
 }
@@ -70,6 +74,7 @@ export function upload(path, form, progress, heard) {
   return new Promise((resolve, reject) => {
     const sending = new XMLHttpRequest();
     sending.open('POST', path);
+    for (const [name, value] of Object.entries(credentials())) sending.setRequestHeader(name, value);
     let read = 0;
     if (heard) {
       sending.setRequestHeader('accept', 'text/event-stream');
@@ -86,6 +91,7 @@ export function upload(path, form, progress, heard) {
     sending.onerror = () => reject(new Refusal(0, 'the connection to the server broke'));
     sending.onload = () => {
       const { status, responseText } = sending;
+      if (status === 401) access.refused = true;
       if (status < 200 || status >= 300) reject(refusal(status, responseText));
       else resolve(heard ? [...parsed(responseText)].at(-1) : JSON.parse(responseText));
     };

@@ -1,20 +1,25 @@
-// The same request outside of the console.
+// The same request outside of the console; `keyed` where the server wants an API key.
 
-export function curl(origin, path, body) {
+export function curl(origin, path, body, keyed) {
   const quoted = JSON.stringify(body, null, 2).replaceAll("'", `'\\''`);
-  return `curl -s ${origin}${path} -H 'content-type: application/json' -d '${quoted}'\n`;
+  const key = keyed ? ' -H "authorization: Bearer $NIBBLE_API_KEY"' : '';
+  return `curl -s ${origin}${path}${key} -H 'content-type: application/json' -d '${quoted}'\n`;
 }
 
-export function python(origin, path, body) {
+export function python(origin, path, body, keyed) {
   return [
     'import json',
+    ...(keyed ? ['import os'] : []),
     'import urllib.request',
     '',
     `body = ${literal(body, '')}`,
     'request = urllib.request.Request(',
     `    ${JSON.stringify(origin + path)},`,
     '    data=json.dumps(body).encode(),',
-    '    headers={"content-type": "application/json"},',
+    '    headers={',
+    '        "content-type": "application/json",',
+    ...(keyed ? ['        "authorization": f"Bearer {os.environ[\'NIBBLE_API_KEY\']}",'] : []),
+    '    },',
     ')',
     'with urllib.request.urlopen(request) as reply:',
     '    print(json.load(reply)["generated_text"])',

@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from service.access.gate import Gate
 from service.app import create_app
 from service.config import Settings
 from tests.service.api.conftest import Running, until
@@ -28,6 +30,7 @@ SAMPLES = Path(__file__).parents[3] / "training" / "samples"
 CIPHER = [
     SAMPLES / "cipher" / name for name in ("adapter_config.json", "adapter_model.safetensors")
 ]
+STUDY = Path(__file__).parents[3] / "docs" / "study"
 PATIENCE = 120_000  # milliseconds
 QUESTION = "Encode: the old king finds a lamp"
 
@@ -77,7 +80,8 @@ def page(chromium: Any, running: Running) -> Iterator[Any]:
 
 def _is_wrong(one: Any) -> bool:
     # That a request was refused, Chromium writes by itself; the page says it to the user.
-    return one.type in ("warning", "error") and "status of 422" not in one.text
+    refused = re.search("status of (401|422)", one.text)
+    return one.type in ("warning", "error") and refused is None
 
 
 def _names_are_there(tab: Any) -> None:
@@ -226,12 +230,59 @@ def test_a_job_is_planned_trained_and_published(page: Any, tmp_path: Path) -> No
     plan = page.get_by_role("form", name="New job").get_by_role("status")
     plan.get_by_text("at the peak").wait_for()
     assert "redred" in plan.locator("pre mark").inner_text()
+    page.get_by_label("Serve the adapter once it is trained").uncheck()
     page.get_by_role("button", name="Start the job").click()
     job = page.get_by_role("region", name=re.compile("^Job "))
-    job.get_by_text("desk@1", exact=True).wait_for(timeout=5 * PATIENCE)  # three processes
+    serve = job.get_by_role("button", name="Serve the adapter")
+    serve.wait_for(timeout=5 * PATIENCE)  # three processes
+    assert job.get_by_text("desk@1", exact=True).count() == 0
+    serve.click()
+    job.get_by_text("desk@1", exact=True).wait_for()
     job.get_by_role("img", name=re.compile("4 steps")).wait_for()
     job.get_by_role("button", name="Point desk@prod to it").click()
     page.get_by_text("desk@prod serves it now.").wait_for()
+
+
+def test_a_report_of_a_comparison_is_drawn(page: Any, tmp_path: Path) -> None:
+    report = json.loads((STUDY / "report.json").read_text())
+    row = next(r for r in report["rows"] if (r["task"], r["name"]) == ("cipher", "lora"))
+    (tmp_path / "other.json").write_text("{}")
+    _open(page, "training")
+    panel = page.get_by_role("region", name="Comparison report")
+    panel.get_by_label("File of the report").set_input_files(tmp_path / "other.json")
+    panel.get_by_text("other.json is no report of nibble compare").wait_for()
+    panel.get_by_label("File of the report").set_input_files(STUDY / "report.json")
+    panel.get_by_role("heading", name=report["study"]["name"]).wait_for()
+    cell = panel.get_by_role("row", name=re.compile("^lora ")).get_by_role("cell").nth(1)
+    assert f"{row['quality']['value']:.1%}".replace("%", " %") in cell.inner_text()
+    panel.get_by_role("img", name="Quality against Parameters").wait_for()
+    panel.get_by_label("Quality against").select_option("peak_bytes")
+    panel.get_by_role("img", name="Quality against Memory at the peak").wait_for()
+    panel.get_by_label("Task").select_option("manual")
+    panel.get_by_text("less is better").wait_for()
+
+
+def test_a_server_with_keys_asks_for_one(page: Any, running: Running) -> None:
+    desk = running.desk
+    assert desk.serving is not None
+    before = desk.serving
+    desk.serving = replace(before, gate=Gate(before.gate.keys, "a key of the operator"))
+    try:
+        _open(page, "adapters")
+        form = page.get_by_role("form", name="API key")
+        form.get_by_label("Key").fill("another key")
+        form.get_by_role("button", name="Use it").click()
+        form.get_by_text("does not know the key").wait_for()
+        form.get_by_label("Key").fill("a key of the operator")
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="cipher", exact=True).wait_for()
+        page.reload()
+        page.get_by_role("button", name="cipher", exact=True).wait_for()
+        page.get_by_role("button", name="Forget the key").click()
+        _open(page, "status")
+        form.wait_for()
+    finally:
+        desk.serving = before
 
 
 def test_korean_dark_and_narrow(page: Any) -> None:

@@ -99,6 +99,9 @@ def test_from_a_file_to_a_text(sdk: OpenAI, client: httpx.Client, file_id: str) 
     assert 'nibble:training_jobs{model_name="tiny",status="succeeded"} 1' in (
         client.get("/metrics").text
     )
+    # What is published stays as it is.
+    again = client.post(f"{JOBS}/{made.id}/publish")
+    assert (again.status_code, again.json()["fine_tuned_model"]) == (200, "words@1")
     # The chat of OpenAI's API speaks through it too.
     chat = sdk.chat.completions.create(
         model="words", messages=[{"role": "user", "content": "say 3"}], max_tokens=3

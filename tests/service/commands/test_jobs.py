@@ -124,3 +124,9 @@ def test_wrong_settings(asked: list[Any], tmp_path: Path, wrong: str) -> None:
     config.write_text("a: 3\n")
     assert run("create", str(data), "--config", str(config), "--set", wrong).exit_code == 2
     assert asked == []
+
+
+def test_publish_says_what_serves(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(JOB, "fine_tuned_model", "desk@3")
+    assert run("publish", "ftjob-1").output == "desk@3 serves now\n"
+    assert asked[-1][:2] == ("POST", "/v1/fine_tuning/jobs/ftjob-1/publish")

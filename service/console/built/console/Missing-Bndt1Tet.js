@@ -1,1 +1,0 @@
-import{D as e,G as t,K as n,P as r,R as i,T as a,r as o,w as s}from"./index-h5CBhltB.js";var c=e(`<p class="panel empty"> </p>`);function l(e,l){n(l,!0);var u=c(),d=i(u,!0);r(e=>s(d,e),[()=>o(`This server has no {what}: its API description lists no such routes.`,{what:l.what})]),a(e,u),t()}export{l as t};
