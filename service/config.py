@@ -222,10 +222,11 @@ class Settings(BaseSettings):
     )
     embedder_key: SecretStr | None = _setting("Key of an embedding server.", "Retrieval", None)
     reranker: str | None = _setting(
-        "URL of a reranking server: takes query and documents, answers relevance scores.",
+        "A cross-encoder: the URL of a reranking server (takes query and documents, answers "
+        "relevance scores), or a directory in the layout of sentence-transformers.",
         "Retrieval",
         None,
-        pattern=r"^https?://",
+        min_length=1,
     )
     reranker_model: str | None = _setting(
         "The model to ask a reranking server for.", "Retrieval", None

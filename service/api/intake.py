@@ -34,7 +34,7 @@ from service.grammars import Grammar
 from service.prompt import passages
 from service.prompt.assembly import Assembly
 from service.prompt.templates import FIELD as FIELD_TEMPLATE
-from service.prompt.templates import TemplateAsked
+from service.prompt.templates import TemplateAsked, TemplateChat
 from service.selection import Selection, select
 
 DEFAULT_NEW_TOKENS = 128
@@ -217,6 +217,30 @@ async def reader(
         return selection, await serving.assembly.of(selection)
 
 
+async def preview(
+    made: TemplateChat,
+    asked: Sequence[Mapping[str, Any]],
+    wanted: Wanted,
+    selection: Selection | None,
+    serving: Serving,
+) -> tuple[Sequence[Mapping[str, Any]], Retrieved]:
+    """The messages of a template's chat with the passages that a request would get.
+
+    `serving` has the tokenizer that reads them. Raises InvalidRequest, and what a search does.
+    """
+    order = Order(
+        Chat(made.messages, (), made.slotted, made.answer),
+        Sampling(),
+        question=str(asked[-1]["content"]) if asked else None,
+        names=Names(prompt="inputs"),
+    )
+    order = with_defaults(order, made.stored.template.sampling or {})
+    virtual = selection.ref.virtual_tokens if selection else 0
+    limit = serving.engine.max_model_len - virtual
+    quoted, told = await with_passages(order, wanted, selection, serving, limit)
+    return quoted.messages, told
+
+
 async def templated(order: Order, serving: Serving) -> Order:
     """The order with its prompt template filled in, and with the template's defaults.
 
@@ -295,13 +319,14 @@ async def _prompt(
     order: Order, selection: Selection | None, serving: Serving, limit: int
 ) -> tuple[tuple[int, ...], Retrieved | None]:
     if order.retrieval is not None:
-        return await _with_passages(order, order.retrieval, selection, serving, limit)
+        quoted, told = await with_passages(order, order.retrieval, selection, serving, limit)
+        return quoted.prompt, told
     return await _plain_prompt(order, selection, serving), None
 
 
-async def _with_passages(
+async def with_passages(
     order: Order, wanted: Wanted, selection: Selection | None, serving: Serving, limit: int
-) -> tuple[tuple[int, ...], Retrieved]:
+) -> tuple[passages.Quoted, Retrieved]:
     """The prompt after the passages that were found for it, as many as leave room for both."""
     given, names = order.prompt, order.names
     if isinstance(given, tuple):
@@ -329,7 +354,7 @@ async def _with_passages(
     )
     timings = answer.timings | {"prompt": round(time.perf_counter() - started, 6)}
     told = Retrieved(wanted, quoted.shown, quoted.dropped, quoted.tokens, timings)
-    return quoted.prompt, told
+    return quoted, told
 
 
 async def _plain_prompt(

@@ -14,6 +14,7 @@ questions are compared pair by pair: answers by McNemar's exact test, nDCG by a 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +22,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from adapters.prompts.quotation import SYSTEM, asked, block
 from base.mini import words
 from base.mini.facts import PERSON, Relation
-from base.mini.names import pool
+from base.mini.names import Split, pool
 from service.client import Client
 from service.retrieval.errors import installed
 
@@ -38,6 +40,7 @@ FACTS = 4  # about each person
 BATCH = 32
 SWAPS = 10_000  # of the permutation test
 SEED = 20
+GROUP = 100  # people among whom a lesson finds its other passages
 VALUES: Mapping[str, Sequence[str]] = {
     "job": words.JOBS,
     "food": words.FOODS,
@@ -60,12 +63,12 @@ class Item:
     answer: str = ""
 
 
-def people(count: int) -> list[Item]:
-    """Documents about people of the held-out part of the names, one question on each."""
-    rng = Random(SEED)
-    places = pool("place", "held_out")
+def people(count: int, part: Split = "held_out", seed: int = SEED) -> list[Item]:
+    """Documents about people of a part of the names, one question on each."""
+    rng = Random(seed)
+    places = pool("place", part)
     items = []
-    for name in rng.sample(pool("person", "held_out"), count):
+    for name in rng.sample(pool("person", part), count):
         kinds = [relation for relation in PERSON if relation.values in (*VALUES, "place")]
         chosen = rng.sample(kinds, FACTS)
         values = [rng.choice(VALUES.get(relation.values, places)) for relation in chosen]
@@ -77,6 +80,41 @@ def people(count: int) -> list[Item]:
         question = rng.choice(chosen[asked].asked).format(n=name)
         items.append(Item(name, " ".join(told), question, values[asked]))
     return items
+
+
+def lessons(count: int) -> Iterator[dict[str, Any]]:
+    """Rows to train an adapter that reads passages: other people, the prompt that is served.
+
+    Beside the right document stand two that tell the same kind of thing of somebody else, as a
+    search finds them. No name or place of the evaluation is among them.
+    """
+    made = 0
+    for seed in itertools.count(SEED + 1):
+        items = people(GROUP, "train", seed)
+        rng = Random(seed)
+        for item in items:
+            others = _alike(item, items, rng)
+            shown = sorted((item, *others), key=lambda one: one.document)
+            text = asked(block([one.text for one in shown]), item.question)
+            yield {
+                "messages": [
+                    {"role": "system", "content": SYSTEM},
+                    {"role": "user", "content": text},
+                    {"role": "assistant", "content": item.answer},
+                ]
+            }
+            made += 1
+            if made == count:
+                return
+
+
+def _alike(item: Item, items: Sequence[Item], rng: Random) -> list[Item]:
+    """The others that share the most words with the question, one of them drawn from the next."""
+    words_of = set(item.question.split())
+    rest = [one for one in items if one is not item]
+    rng.shuffle(rest)
+    rest.sort(key=lambda one: -len(words_of & set(one.text.split())))
+    return [rest[0], rng.choice(rest[1 : PASSAGES + 5])][: PASSAGES - 1]
 
 
 def _said(rng: Random, relation: Relation, name: str, value: str) -> str:

@@ -226,16 +226,39 @@ def evaluate(
 
 
 @app.command()
+def lessons(
+    path: Annotated[Path, typer.Argument(help="Where to write the rows (.jsonl).")],
+    count: Annotated[int, typer.Option(min=1, max=100_000, help="Rows.")] = 3000,
+) -> None:
+    """Write rows to train an adapter that reads passages; `evaluate --adapter` measures it."""
+    from service.bench.rag_evaluation import lessons as rows
+
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows(count):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    typer.echo(f"{count} rows in {path}")
+
+
+@app.command()
 def bench(
     sizes: Annotated[str, typer.Option(help="Numbers of chunks.")] = "1000,10000",
     ingest: Annotated[
         int, typer.Option(min=0, max=100_000, help="Chunks to cut, embed and write for real.")
     ] = 10_000,
     queries: Annotated[int, typer.Option(min=10, max=10_000, help="Questions for each.")] = 200,
+    pairs: Annotated[
+        int,
+        typer.Option(
+            min=0, max=40, help="On a running server: pairs of questions on the same passages."
+        ),
+    ] = 0,
+    url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Measure ingest and queries on this machine, without a server."""
+    """Measure ingest and queries on this machine, without a server; with --pairs also what the
+    second question on the same passages costs, on a running one."""
     from service.bench.rag_bench import rows, run
+    from service.bench.rag_pairs import measure, pair_rows
 
     try:
         wanted = [int(size) for size in sizes.split(",") if size.strip()]
@@ -243,10 +266,15 @@ def bench(
         fail(f"--sizes {sizes!r}: should be numbers, 1000,10000", status=2, as_json=as_json)
     with _progress(as_json) as progress:
         found = run(wanted, ingest, queries, progress)
+        if pairs:
+            with connect(url, as_json) as client:
+                found["pairs"] = measure(client, pairs, progress)
     if as_json:
         print_json(found)
-    else:
-        print_table(*rows(found))
+        return
+    print_table(*rows(found))
+    if pairs:
+        print_table(*pair_rows(found["pairs"]))
 
 
 # Parts --------------------------------------------------------------------------------------------

@@ -1,11 +1,4 @@
-"""Passages of documents into a prompt, as quotations and nothing else.
-
-    Passages:
-    [1] the first passage, whose further lines
-        stand further in
-    [2] the second
-
-    Question: what the user asked
+"""Passages of documents into a prompt, as quotations (`adapters/prompts/quotation.py`).
 
 What was retrieved has no authority, and what it says cannot look as if it had: no line of a
 passage begins where `[2]` or `Question:` could stand, so it cannot close its block; it is inserted
@@ -20,24 +13,16 @@ computes it once.
 from __future__ import annotations
 
 import asyncio
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from adapters.prompts.filling import SLOT
+from adapters.prompts.quotation import HEAD, LEAD, SYSTEM, asked, block, quoted
 from adapters.template import text_ids
 from service.errors import InvalidRequest
 from service.prompt.assembly import Assembly
 from service.retrieval.passage import Passage
-
-HEAD = "Passages:\n"
-LEAD = "\n\nQuestion: "
-INDENT = "\n    "
-# For a chat that has no system message of its own.
-SYSTEM = "Use only the given passages. If they do not contain the answer, say that you do not know."
-# Characters that turn around what others look like: they have no place in a quotation.
-_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +33,7 @@ class Quoted:
     shown: tuple[Passage, ...]
     dropped: tuple[Passage, ...]
     tokens: int  # that the passages added to the prompt
+    messages: tuple[Mapping[str, Any], ...] = ()  # of a chat: what its template rendered
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,32 +49,6 @@ class Chat:
     tools: Sequence[dict[str, Any]] | None = None
     slotted: Sequence[Mapping[str, Any]] | None = None
     answer: str = ""
-
-
-def block(passages: Sequence[Passage]) -> str:
-    """The text that quotes passages, without a line break at its end; nothing for none."""
-    if not passages:
-        return ""
-    return HEAD + "\n".join(f"[{i}] {quoted(p.text)}" for i, p in enumerate(passages, 1))
-
-
-def quoted(text: str) -> str:
-    """A passage's text with every further line set in: none begins at the margin."""
-    lines = (_plain(line).strip() for line in text.splitlines())
-    return INDENT.join(line for line in lines if line)
-
-
-def _plain(line: str) -> str:
-    return "".join(
-        " " if c == "\t" else c
-        for c in line
-        if c == "\t" or (unicodedata.category(c) != "Cc" and c not in _BIDI and not _is_tag(c))
-    )
-
-
-def _is_tag(character: str) -> bool:
-    """Invisible twins of ASCII, which tokenizers read and people do not."""
-    return 0xE0000 <= ord(character) <= 0xE007F
 
 
 def question_of(prompt: str | Chat) -> str:
@@ -119,11 +79,13 @@ async def quote(
     kept = await asyncio.to_thread(_fitting, passages, assembly, budget)
     while True:
         shown = tuple(sorted(kept, key=lambda passage: passage.place))
-        ids = await _ids(prompt, block(shown), assembly) if shown else bare
+        text = block([passage.text for passage in shown])
+        ids = await _ids(prompt, text, assembly) if shown else bare
         tokens = len(ids) - len(bare)
         if tokens <= budget or not kept:
             dropped = tuple(passage for passage in passages if passage not in kept)
-            return Quoted(ids, shown, dropped, tokens)
+            said = () if isinstance(prompt, str) else tuple(_with(prompt, text))
+            return Quoted(ids, shown, dropped, tokens, said)
         kept.pop()  # the sum of the parts was a little less than the whole
 
 
@@ -156,7 +118,7 @@ def _with(prompt: Chat, shown: str) -> list[dict[str, Any]]:
     messages = [dict(message) for message in prompt.messages]
     if shown:
         last = messages[_last_user(prompt)]
-        last["content"] = f"{shown}{LEAD}{last['content']}"
+        last["content"] = asked(shown, str(last["content"]))
     return messages
 
 

@@ -197,6 +197,9 @@ class Collection:
         expr = installed("lancedb.expr")
         mine = expr.col("key").isin([expr.lit(key) for key in keys])
         with self._write, _faults():
+            if not self._rows(mine, ["number"]):
+                self._table.add(rows)  # a merge would read the whole table, vectors too
+                return
             merge = self._table.merge_insert(["key", "number"])
             merge = merge.when_matched_update_all().when_not_matched_insert_all()
             done = merge.when_not_matched_by_source_delete(mine).execute(rows)

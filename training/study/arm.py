@@ -27,6 +27,8 @@ from training.recipe import Step, train
 from training.study.config import Reference, StudyConfig, TaskConfig
 from training.study.material import Material
 from training.study.prompts import Prompts
+from training.study.questions import Found
+from training.study.retrieved import found_by
 from training.tasks import Item
 
 Kind = Literal["reference", "trial", "final", "shuffled_labels", "zero_steps", "other_task"]
@@ -132,7 +134,8 @@ class _Work:
 
     def reference(self) -> dict[str, Any]:
         style: Reference = self.arm.name  # type: ignore[assignment]
-        found: dict[str, Any] = {"test": self.scores(self.material.test, style=style)}
+        passages = found_by(style, self.place.material(self.task.name))
+        found: dict[str, Any] = {"test": self.scores(self.material.test, None, style, passages)}
         if style == "zero_shot":
             found["retention"] = self.retention()
         return found
@@ -267,10 +270,14 @@ class _Work:
         return round(sum(one.nats for one in found) / sum(one.tokens for one in found), 5)
 
     def scores(
-        self, items: Sequence[Item], adapter: Attached | None = None, style: Reference = "zero_shot"
+        self,
+        items: Sequence[Item],
+        adapter: Attached | None = None,
+        style: Reference = "zero_shot",
+        passages: Found | None = None,
     ) -> dict[str, Any]:
         """Of each item: right or wrong by the metric, nats and tokens of the right answer."""
-        prompts = Prompts(self.base, self.task, self.material, style)
+        prompts = Prompts(self.base, self.task, self.material, style, passages)
         found = likelihoods(self.base, [prompts.example(i) for i in items], adapter=adapter)
         scores: dict[str, Any] = {
             "nats": [round(one.nats, 4) for one in found],

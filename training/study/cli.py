@@ -24,6 +24,7 @@ from training.study.config import StudyConfig, read_study
 from training.study.findings import Findings, find
 from training.study.markdown import markdown
 from training.study.page import page
+from training.study.retrieved import search
 from training.study.runner import prepare, results, run, write_json
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -64,6 +65,8 @@ def compare(
 
 
 def _run(study: StudyConfig, place: Place, limit: int | None) -> None:
+    if limit != 0:
+        search(study, place)
     started = time.monotonic()
 
     def began(arm: Arm, done: int, known: int) -> None:

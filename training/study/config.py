@@ -13,7 +13,7 @@ from training.errors import ConfigError
 from training.tasks import TASKS
 
 Metric = Literal["exact_match", "accuracy", "nats"]
-Reference = Literal["zero_shot", "few_shot", "gold_context", "bm25"]
+Reference = Literal["zero_shot", "few_shot", "gold_context", "bm25", "template", "dense", "hybrid"]
 Control = Literal["shuffled_labels", "zero_steps", "other_task"]
 NAME = r"^[a-z0-9][a-z0-9_.+-]{0,39}$"
 
@@ -59,6 +59,9 @@ class TaskConfig(_Frozen):
     batch_size: int | None = Field(default=None, ge=1, le=4096)
     shots: int = Field(default=6, ge=1, le=100, description="examples of the few-shot prompt")
     passages: int = Field(default=4, ge=1, le=100, description="that retrieval puts in a prompt")
+    template: Path | None = Field(
+        default=None, description="a prompt template (.yaml) for the reference `template`"
+    )
 
     @model_validator(mode="after")
     def _is_known(self) -> Self:
@@ -127,7 +130,17 @@ class StudyConfig(_Frozen):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {list(self.seeds)}: one is there twice")
         self._check_hypothesis(set(tried), names)
+        self._check_templates()
         return self
+
+    def _check_templates(self) -> None:
+        for task in self.tasks if "template" in self.references else ():
+            if task.template is None:
+                raise ValueError(
+                    f"task {task.name}: the reference `template` needs a `template`, a YAML file"
+                )
+            if task.metric == "nats":
+                raise ValueError(f"task {task.name}: a document is not asked through a template")
 
     def _check_hypothesis(self, methods: set[str], tasks: list[str]) -> None:
         said = self.hypothesis
@@ -171,6 +184,8 @@ def _anchor(values: dict[str, Any], folder: Path) -> None:
     if isinstance(values.get("retention"), str):
         values["retention"] = folder / values["retention"]
     for task in values.get("tasks") or ():
+        if isinstance(task, dict) and isinstance(task.get("template"), str):
+            task["template"] = folder / task["template"]
         table = task.get("table") if isinstance(task, dict) else None
         for key in ("train", "test"):
             if isinstance(table, dict) and isinstance(table.get(key), str):

@@ -48,6 +48,7 @@ class Row:
     tokens_per_second: float | None = None
     retention: Estimate | None = None
     serving_ms: float | None = None  # for each token
+    request: Mapping[str, Any] | None = None  # what one costs, by `requests`
     curves: tuple[tuple[tuple[float, float], ...], ...] = ()
 
 
@@ -117,11 +118,15 @@ def find(
     """`serving` is what `training.study.serving` measured."""
     served = dict(serving or {})
     times: Mapping[str, float] = served.get("ms_per_token", {})
+    requests: Mapping[str, Any] = served.get("requests", {})
     transfer = _transfer(study, results)
     rows = [
         row
         for task in study.tasks
-        for row in (*_references(study, task, results), *_methods(study, task, results, times))
+        for row in (
+            *_references(study, task, results, requests),
+            *_methods(study, task, results, times, requests),
+        )
     ]
     return Findings(
         study=study,
@@ -168,7 +173,9 @@ def rate_of(runs: Sequence[Sequence[int]]) -> Estimate:
     return Estimate(found.estimate, found.low, found.high)
 
 
-def _references(study: StudyConfig, task: TaskConfig, results: Results) -> list[Row]:
+def _references(
+    study: StudyConfig, task: TaskConfig, results: Results, requests: Mapping[str, Any]
+) -> list[Row]:
     rows = []
     for name in study.references:
         found = results.get(f"{task.name}.{name}")
@@ -185,6 +192,7 @@ def _references(study: StudyConfig, task: TaskConfig, results: Results) -> list[
                 items=len(found["test"]["nats"]),
                 peak_bytes=found["peak_bytes"],
                 retention=rate_of([kept]) if kept else None,
+                request=requests.get(f"{task.name}.{name}"),
             )
         )
     return rows
@@ -198,7 +206,11 @@ def finals(study: StudyConfig, task: TaskConfig, label: str, results: Results) -
 
 
 def _methods(
-    study: StudyConfig, task: TaskConfig, results: Results, times: Mapping[str, float]
+    study: StudyConfig,
+    task: TaskConfig,
+    results: Results,
+    times: Mapping[str, float],
+    requests: Mapping[str, Any],
 ) -> list[Row]:
     rows = []
     for method in study.methods:
@@ -224,6 +236,7 @@ def _methods(
                 tokens_per_second=_mean(run["tokens_per_second"] for run in found),
                 retention=rate_of(kept) if kept else None,
                 serving_ms=_mean(served) if served else None,
+                request=requests.get(found[0]["arm"]["id"]),
                 curves=tuple(tuple((p[0], p[1]) for p in run["curve"]) for run in found),
             )
         )

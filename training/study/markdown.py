@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from training.study.findings import Findings, figure
+from training.study.findings import Findings, Row, figure
 from training.study.words import (
     COLUMNS,
     METRICS,
+    REQUEST_COLUMNS,
     arm_name,
     budget_line,
     cells,
     intervals_note,
+    request_cells,
     verdict_line,
 )
 
@@ -30,13 +32,23 @@ def markdown(findings: Findings, made: str) -> str:
         if rows:
             shown = [cells(findings, task.metric, row) for row in rows]
             many = f"{rows[0].items:,} test items; {METRICS[task.metric]}."
-            parts += [f"## {task.name}", many, table(COLUMNS, shown)]
+            parts += [f"## {task.name}", many, table(COLUMNS, shown), *_requests(findings, rows)]
     parts.append(intervals_note())
     parts += _controls(findings) + _transfer(findings) + _trials(findings)
     if findings.refused:
         listed = [[name, why] for name, why in findings.refused.items()]
         parts += ["## Refused", table(("arm", "why"), listed)]
     return "\n\n".join(parts) + "\n"
+
+
+def _requests(findings: Findings, rows: Sequence[Row]) -> list[str]:
+    """What a request costs in each way, beside its quality."""
+    asked = [row for row in rows if row.request]
+    if not asked:
+        return []
+    many = f"One request of {asked[0].task}, the median of {(asked[0].request or {})['questions']}"
+    shown = [request_cells(findings, row) for row in asked]
+    return [f"{many}, one at a time on this machine:", table(REQUEST_COLUMNS, shown)]
 
 
 def _controls(findings: Findings) -> list[str]:

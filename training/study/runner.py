@@ -34,7 +34,9 @@ def prepare(study: StudyConfig, place: Place) -> None:
     kept = place.root / "study.json"
     now = study.model_dump(mode="json")
     if kept.is_file():
-        before = json.loads(kept.read_text(encoding="utf-8"))
+        # Through the schema: of a field that is new since, the study has the default.
+        text = kept.read_text(encoding="utf-8")
+        before = StudyConfig.model_validate_json(text).model_dump(mode="json")
         unlike = [key for key in now if key not in EXTENDABLE and before.get(key) != now[key]]
         if unlike:
             raise ConfigError(

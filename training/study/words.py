@@ -13,6 +13,9 @@ REFERENCES: Mapping[str, str] = {
     "few_shot": "base, few-shot",
     "gold_context": "base, gold context",
     "bm25": "base, BM25 passages",
+    "template": "base, prompt template",
+    "dense": "base, retrieval (dense)",
+    "hybrid": "base, retrieval (hybrid)",
 }
 METRICS: Mapping[Metric, str] = {
     "exact_match": "exact match",
@@ -33,6 +36,39 @@ COLUMNS = (
     "tokens/s",
     "serving",
 )
+
+
+REQUEST_COLUMNS = (
+    "arm",
+    "quality",
+    "95 % interval",
+    "p against the first method",
+    "prompt tokens",
+    "answer tokens",
+    "request",
+    "prepared",
+)
+
+
+def request_cells(findings: Findings, row: Row) -> list[str]:
+    """One row of what requests cost, by REQUEST_COLUMNS."""
+    metric, cost = findings.study.task(row.task).metric, row.request or {}
+    first = findings.study.methods[0].label
+    mine = (
+        c for c in findings.comparisons if (c.task, c.method, c.over) == (row.task, first, row.name)
+    )
+    against = next(mine, None)
+    prepared = row.file_bytes if row.trained else cost["prepared_bytes"]
+    return [
+        arm_name(row.name),
+        figure(metric, row.quality.value),
+        interval(metric, row.quality),
+        p_value(against.paired.p) if against else "–",
+        f"{cost['prompt_tokens']:.0f}",
+        f"{cost['answer_tokens']:.1f}",
+        f"{cost['ms']:.0f} ms",
+        size(prepared) if prepared else "nothing",
+    ]
 
 
 def arm_name(name: str) -> str:

@@ -4,11 +4,21 @@ of significance are what their names say."""
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
-from base.mini.names import is_held_out
-from service.bench.rag_evaluation import Item, _measured, _permuted, mcnemar, people, sections
+from adapters.prompts.quotation import SYSTEM
+from base.mini.names import is_held_out, pool
+from service.bench.rag_evaluation import (
+    Item,
+    _measured,
+    _permuted,
+    lessons,
+    mcnemar,
+    people,
+    sections,
+)
 
 
 def test_people_are_held_out_and_the_answer_is_told_once() -> None:
@@ -51,3 +61,22 @@ def test_rankings_are_measured_by_the_place_of_the_right_document() -> None:
     assert found["Recall@5"] == [1.0, 1.0, 0.0]
     assert found["MRR@10"] == [1.0, 0.5, 0.0]
     assert found["nDCG@10"] == pytest.approx([1.0, 1 / math.log2(3), 0.0])
+
+
+def test_lessons_are_about_other_people_in_the_prompt_that_is_served() -> None:
+    rows = list(lessons(250))
+    assert len(rows) == 250
+    names = {item.document for item in people(200)}
+    for row in rows:
+        system, user, answer = (message["content"] for message in row["messages"])
+        assert system == SYSTEM
+        passages, question = user.removeprefix("Passages:\n").split("\n\nQuestion: ")
+        shown = [line.split("] ")[1] for line in passages.splitlines()]
+        assert [line[:4] for line in passages.splitlines()] == ["[1] ", "[2] ", "[3] "]
+        assert not names & set(re.findall(r"\w+", user))
+        told = [text for text in shown if set(question.rstrip("?").split()) & names_of(text)]
+        assert any(answer in text for text in told), row
+
+
+def names_of(text: str) -> set[str]:
+    return {word for word in re.findall(r"[A-Z]\w+", text) if word in pool("person", "train")}

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from adapters.prompts.quotation import SYSTEM, block, quoted
 from adapters.template import render, text_ids
 from base.mini import MINI
 from service.errors import InvalidRequest
 from service.prompt.assembly import Assembly
-from service.prompt.passages import SYSTEM, Chat, Quoted, block, quote, quoted
+from service.prompt.passages import Chat, Quoted, quote
 from service.retrieval.passage import Passage
 
 QUESTION = "Where does Merla live?"
@@ -63,7 +64,7 @@ def control(assembly: Assembly, ids: Sequence[int]) -> list[int]:
 
 
 def test_the_block_has_a_number_and_one_line_for_each() -> None:
-    shown = block([passage("Merla lives in Tovan."), passage("one\n\n  two\n")])
+    shown = block(["Merla lives in Tovan.", "one\n\n  two\n"])
     assert shown == "Passages:\n[1] Merla lives in Tovan.\n[2] one\n    two"
     assert block([]) == ""
 
@@ -114,9 +115,7 @@ def test_hostile_passages_stay_quotations(assembly: Assembly, hostile: str, form
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(["\n", "\r", "\u2028", "\x1c", "[2] ", "Question: ", "a", " "])))
 def test_no_line_of_a_passage_begins_at_the_margin(pieces: list[str]) -> None:
-    first, *rest = block([passage("".join(pieces))]).removeprefix("Passages:\n").splitlines() or [
-        ""
-    ]
+    first, *rest = block(["".join(pieces)]).removeprefix("Passages:\n").splitlines() or [""]
     assert first.startswith("[1]")
     assert all(line.startswith("    ") for line in rest)
 
