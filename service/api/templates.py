@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
@@ -23,10 +24,11 @@ from adapters.prompts.template import (
     parse_template,
 )
 from adapters.prompts.variables import MAX_ITEMS, MAX_LENGTH, MAX_NUMBER, MAX_VALUES
-from service.api.access import Guarded, needs
-from service.api.deps import DeskDep, ServingDep
+from service.api.access import Guarded, caller_of, needs
+from service.api.deps import DeskDep, ServingDep, TenantDep
 from service.api.generate import Inputs
-from service.api.intake import client_key, reader
+from service.api.intake import client_key, preview, reader
+from service.api.retrieval import Retrieval, RetrievalDetails, Wanted
 from service.api.templating import MAX_VERSION, Variables
 from service.api.wire import (
     MAX_TOKENS,
@@ -208,6 +210,9 @@ class RenderBody(Incoming):
     adapter_id: Reference | None = Field(
         default=None, description="Whose chat template and tokens; the template's when left out."
     )
+    retrieval: Retrieval | None = Field(
+        default=None, description="Find passages as a request would, and show them in their place."
+    )
 
 
 class RenderedMessage(Outgoing):
@@ -223,6 +228,9 @@ class Rendered(Outgoing):
     digest: str
     adapter: str | None
     messages: list[RenderedMessage]
+    retrieval: RetrievalDetails | None = Field(
+        default=None, description="What was found, where `retrieval` asked for it."
+    )
     text: str = Field(description="Through the chat template, control tokens and all.")
     token_ids: list[int]
     tokens: int = Field(description="How many token ids.")
@@ -290,21 +298,36 @@ async def diff(
 @router.post("/{name}/render", responses={200: {"model": Rendered}, **_WRITE_ERRORS})
 @needs("infer", "adapters:read")
 async def render(
-    name: InPath, body: RenderBody, request: Request, desk: DeskDep, serving: ServingDep
+    name: InPath,
+    body: RenderBody,
+    request: Request,
+    desk: DeskDep,
+    serving: ServingDep,
+    tenant: TenantDep,
 ) -> JSONResponse:
-    """The exact text and token ids of a prompt, without generating anything."""
+    """The exact text and token ids of a prompt, without generating anything. With `retrieval` the
+    passages that a request would get are found, and stand where the template has a place for
+    them."""
+    wanted = Wanted(body.retrieval, tenant) if body.retrieval else None
+    if wanted is not None:
+        caller_of(request).check("infer", "rag")  # it shows what documents say
     messages: list[Json] = []
     if isinstance(body.inputs, str):
         messages = [{"role": "user", "content": body.inputs}]
     elif body.inputs is not None:
         messages = [{"role": m.role, "content": m.content} for m in body.inputs]
     asked = TemplateAsked(name, body.version, body.variables)
-    made = await serving.templates.chat(asked, messages, field="")
+    passages = wanted is not None
+    made = await serving.templates.chat(asked, messages, passages=passages, field="")
     adapter = body.adapter_id or made.stored.template.adapter
     selection, assembly = await reader(adapter, client_key(None, request), desk, serving)
     own = selection.template if selection else None
+    shown: Sequence[Mapping[str, Any]] = made.messages
     try:
-        text, ids = await assembly.rendered(made.messages, own, answer=made.answer)
+        if wanted is not None:
+            here = replace(serving, assembly=assembly)
+            shown, retrieval = await preview(made, messages, wanted, selection, here)
+        text, ids = await assembly.rendered(list(map(dict, shown)), own, answer=made.answer)
     except InvalidChat as error:
         raise InvalidRequest(str(error), "template") from error
     found = made.stored
@@ -314,10 +337,11 @@ async def render(
             "version": found.version,
             "digest": found.digest,
             "adapter": adapter,
-            "messages": [{"role": m["role"], "content": m["content"]} for m in made.messages],
+            "messages": [{"role": m["role"], "content": m["content"]} for m in shown],
             "text": text,
             "token_ids": ids,
             "tokens": len(ids),
+            **({"retrieval": retrieval.told()} if wanted is not None else {}),
         }
     )
 

@@ -112,6 +112,10 @@ def render(
     adapter: Annotated[
         str | None, typer.Option(help="Whose chat template; by default the template's adapter.")
     ] = None,
+    collection: Annotated[
+        str | None, typer.Option(help="Find passages there, as a request would.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many passages at most.")] = 4,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -122,6 +126,8 @@ def render(
         }
         body: dict[str, Any] = {"variables": dict(_value(one, kinds, as_json) for one in var or ())}
         body |= {"inputs": ask, "adapter_id": adapter}
+        if collection is not None:
+            body["retrieval"] = {"collection": collection, "k": k}
         found = client.render_template(name, body)
     if as_json:
         print_json(found)

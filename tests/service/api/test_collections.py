@@ -352,3 +352,41 @@ def test_a_canary_never_crosses_tenants(client: httpx.Client, server: Running) -
             client.delete("/collections/shared")
         client.delete("/collections/private")
         server.app.dependency_overrides.clear()
+
+
+# Templates ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("user", ["{{ passages }}\n\nAsked: {{ input }}", "Think. {{ input }}"])
+def test_a_template_shows_the_passages_that_a_request_gets(
+    client: httpx.Client, facts: str, user: str
+) -> None:
+    body = {"name": "reader", "user": user, "sampling": {"max_new_tokens": 2}}
+    assert client.post("/templates", json=body).status_code == 201
+    retrieval = {"collection": facts, "k": 2, "filter": {"year": {"lte": 2021}}}
+    asked = "Where does Merla live?"
+    try:
+        given = {"inputs": asked, "retrieval": retrieval}
+        shown = client.post("/templates/reader/render", json=given).json()
+        bare = client.post("/templates/reader/render", json={"inputs": asked}).json()
+        other = {**given, "retrieval": retrieval | {"collection": "nowhere"}}
+        missing = client.post("/templates/reader/render", json=other)
+        request = {
+            "inputs": asked,
+            "template": {"name": "reader"},
+            "retrieval": retrieval,
+            "parameters": {"decoder_input_details": True},
+        }
+        said = client.post("/generate", json=request).json()["details"]
+    finally:
+        client.delete("/templates/reader")
+    assert shown["token_ids"] == [token["id"] for token in said["prefill"]]
+    for told in (shown["retrieval"], said["retrieval"]):
+        told.pop("timings")
+    assert shown["retrieval"] == said["retrieval"]
+    last = shown["messages"][-1]["content"]
+    assert last.startswith("Passages:\n[1] Dorin lives in Kesh.")
+    assert last.endswith("Asked: " + asked if "Asked" in user else "Question: Think. " + asked)
+    assert "retrieval" not in bare
+    assert "Passages" not in bare["text"]
+    assert refusal(missing, 404)
