@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
+from adapters.errors import InvalidTemplate
 from service.api.access import Guarded, needs
 from service.api.deps import Desk, DeskDep, Serving, ServingDep, unless_gone
 from service.api.files import After, listed
@@ -35,7 +36,7 @@ from service.jobs import progress
 from service.jobs.history import Event
 from service.jobs.job import Job, new_job_id
 from service.jobs.office import Office, shown
-from service.jobs.order import FileStamp, Order
+from service.jobs.order import FileStamp, Order, TemplateStamp
 
 MAX_PAGE = 100
 MAX_EVENTS = 1000
@@ -164,7 +165,15 @@ def _order(body: JobBody, serving: Serving, desk: Desk) -> Order:
     training = _stamp(serving, body.training_file, "training_file")
     given = body.validation_file
     validation = None if given is None else _stamp(serving, given, "validation_file")
-    return order_of(body, training, validation, f"ft-{new_job_id()[-8:]}")
+    template = None
+    if body.template is not None:
+        try:
+            found = serving.templates.shelf.get(body.template)
+        except InvalidTemplate as error:
+            raise InvalidRequest(f"template: {error.reason}", "template") from error
+        text = found.template.as_yaml()
+        template = TemplateStamp(found.name, found.version, found.digest, text)
+    return order_of(body, training, validation, f"ft-{new_job_id()[-8:]}", template)
 
 
 def _stamp(serving: Serving, file_id: str, param: str) -> FileStamp:
@@ -212,6 +221,7 @@ def _view(job: Job, office: Office) -> dict[str, Any]:
         "metadata": dict(order.metadata),
         "integrations": [],
         "user_provided_suffix": order.suffix,
+        "template": None if order.template is None else str(order.template),
         "publish": order.publish,
         "config": config,
         "progress": None

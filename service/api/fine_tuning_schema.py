@@ -7,10 +7,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from adapters.prompts.shelf import MAX_REFERENCE
 from service.api.wire import MAX_SEED, Incoming, Outgoing
 from service.errors import InvalidRequest
 from service.jobs.job import Job, Status
-from service.jobs.order import MAX_EPOCHS, MOST, FileStamp, Order, allowed, method_kind
+from service.jobs.order import (
+    MAX_EPOCHS,
+    MOST,
+    FileStamp,
+    Order,
+    TemplateStamp,
+    allowed,
+    method_kind,
+)
 
 MAX_METADATA = 16
 Epochs = Annotated[int, Field(ge=1, le=MAX_EPOCHS)]
@@ -68,6 +77,13 @@ class JobBody(Incoming):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
         description="The adapter's name, in small letters; a name that exists gets a new version.",
     )
+    template: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_REFERENCE,
+        description="A prompt template of this server around every question: `name`, "
+        "`name@version` or `name@alias`, as it is now. Its variables are fields of the rows.",
+    )
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     metadata: dict[Key, Value] = Field(default={}, max_length=MAX_METADATA)
     config: dict[Key, Any] = Field(
@@ -118,6 +134,7 @@ class JobView(Outgoing):
     metadata: dict[str, str]
     integrations: list[Any]
     user_provided_suffix: str | None
+    template: str | None = Field(description="`name@version` of the prompt template, if any.")
     publish: bool
     config: dict[str, Any] | None = Field(description="The run's, once its data is checked.")
     progress: ProgressView | None
@@ -183,7 +200,11 @@ class PlanView(Outgoing):
 
 
 def order_of(
-    body: JobBody, training: FileStamp, validation: FileStamp | None, job_name: str
+    body: JobBody,
+    training: FileStamp,
+    validation: FileStamp | None,
+    job_name: str,
+    template: TemplateStamp | None = None,
 ) -> Order:
     """The order. Raises InvalidRequest; `job_name` is the adapter's where there is no suffix."""
     kind, hyper, own = _method(body.method)
@@ -212,6 +233,7 @@ def order_of(
         suffix=body.suffix,
         metadata=body.metadata,
         given_method=kind,
+        template=template,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from service.jobs.files import TrainingFiles
-from service.jobs.order import TRAINING, VALIDATION, FileStamp, Order, run_config
+from service.jobs.order import TEMPLATE, TRAINING, VALIDATION, FileStamp, Order, run_config
 
 CONFIG = "job.json"  # JSON is YAML
 
@@ -19,6 +19,8 @@ def prepare(order: Order, directory: Path, files: TrainingFiles, base: str) -> N
     Raises OSError where a file is not there.
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if order.template is not None:
+        _write(directory / TEMPLATE, order.template.definition)
     for name, stamp in ((TRAINING, order.training), (VALIDATION, order.validation)):
         if stamp is not None:
             link(stamp, directory / (name + stamp.suffix), files)
@@ -32,10 +34,14 @@ def link(stamp: FileStamp, to: Path, files: TrainingFiles) -> None:
 
 
 def write_config(directory: Path, config: Any) -> None:
+    _write(directory / CONFIG, json.dumps(config, ensure_ascii=False, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
     """Whole, or not at all."""
-    written = directory / f"{CONFIG}.tmp"
+    written = path.with_name(f"{path.name}.tmp")
     with written.open("w", encoding="utf-8") as file:
-        json.dump(config, file, ensure_ascii=False, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    written.replace(directory / CONFIG)
+    written.replace(path)

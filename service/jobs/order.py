@@ -18,6 +18,7 @@ from service.errors import InvalidRequest
 
 TRAINING, VALIDATION = "training_file", "validation_file"  # in the job's directory, with a suffix
 OUT = "adapter"  # there too
+TEMPLATE = "template.yaml"  # and the prompt template, where one is named
 SECTIONS = frozenset(("method", "optim", "eval", "budget", "data"))
 DATA = frozenset(
     (
@@ -41,6 +42,7 @@ _ELSEWHERE = {  # fields of the schema that a client sets otherwise, or not at a
     "base": "model",
     "data.train": TRAINING,
     "data.eval": VALIDATION,
+    "data.template": "template",
     "seed": "seed",
     "publish": "publish and suffix",
     "method.kind": "method.type",
@@ -61,6 +63,19 @@ class FileStamp:
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateStamp:
+    """A prompt template as it was when a job was made of it."""
+
+    name: str
+    version: int
+    digest: str
+    definition: str  # YAML
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """A job as it was ordered."""
 
@@ -77,6 +92,7 @@ class Order:
     suffix: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     given_method: str = "supervised"  # as the client called it
+    template: TemplateStamp | None = None  # around every question
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
@@ -88,6 +104,8 @@ class Order:
         for name in ("training", "validation"):
             if fields[name] is not None:
                 fields[name] = FileStamp(**fields[name])
+        if (template := fields.get("template")) is not None:
+            fields["template"] = TemplateStamp(**template)
         return cls(**fields)
 
 
@@ -185,6 +203,8 @@ def run_config(order: Order, base: str) -> dict[str, Any]:
         "train": TRAINING + order.training.suffix,
         "eval": None if order.validation is None else VALIDATION + order.validation.suffix,
     }
+    if order.template is not None:
+        config["data"]["template"] = TEMPLATE
     config["method"] = {**config.get("method", {}), "kind": order.method}
     return {**config, "base": base, "seed": order.seed, "out": OUT}
 
@@ -207,4 +227,6 @@ def named(order: Order, message: str) -> str:
     for local, stamp in ((TRAINING, order.training), (VALIDATION, order.validation)):
         if stamp is not None:
             message = message.replace(local + stamp.suffix, f"{local} {stamp.id}")
+    if order.template is not None:
+        message = message.replace(TEMPLATE, f"template {order.template}")
     return message

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.limits import Limits
+from adapters.prompts.shelf import PROVENANCE
 from adapters.store import (
     CONFIG_FILE,
     TEMPLATE_FILE,
@@ -58,6 +59,8 @@ def provenance(job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
         "fine_tuning_job": job.id,
         "training_file": _stamp(order.training),
         **({} if order.validation is None else {"validation_file": _stamp(order.validation)}),
+        # The digest keeps the template from being deleted under the adapter.
+        **({} if order.template is None else {PROVENANCE: order.template.digest}),
         # Of this machine: where the base lies. The manifest has the base's fingerprint.
         "config": {key: value for key, value in config.items() if key not in ("base", "out")},
         "run": {key: done[key] for key in ("steps", "tokens", "loss", "eval_loss") if key in done},

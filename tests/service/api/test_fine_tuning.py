@@ -54,6 +54,7 @@ def ended(sdk: OpenAI, job_id: str, *statuses: str) -> Any:
 
 def test_from_a_file_to_a_text(sdk: OpenAI, client: httpx.Client, file_id: str) -> None:
     """Upload, train, follow, generate: everything a user does, once, with the real training."""
+    template = client.post("/templates", json={"name": "asking", "user": "Now {{ input }}!"}).json()
     made = sdk.fine_tuning.jobs.create(
         model="tiny",
         training_file=file_id,
@@ -62,9 +63,10 @@ def test_from_a_file_to_a_text(sdk: OpenAI, client: httpx.Client, file_id: str) 
         seed=7,
         metadata={"team": "harbour"},
         method={"type": "dora", "dora": {"hyperparameters": {"rank": 2}}},  # type: ignore[typeddict-item]
-        extra_body={"config": QUICK},
+        extra_body={"config": QUICK, "template": "asking"},
     )
     assert made.status == "validating_files"
+    assert made.model_dump()["template"] == "asking@1"
     with client.stream("GET", f"{JOBS}/{made.id}/events", params={"stream": "true"}) as reply:
         lines = [line for line in reply.iter_lines() if line.startswith("data:")]
     told = [json.loads(line[5:]) for line in lines if "[DONE]" not in line]
@@ -96,6 +98,9 @@ def test_from_a_file_to_a_text(sdk: OpenAI, client: httpx.Client, file_id: str) 
         == sdk.files.retrieve(file_id).model_extra["sha256"]
     )  # type: ignore[index]
     assert shown["provenance"]["config"]["optim"]["steps"] == 3
+    # It learnt through the template, which stays for as long as the adapter does.
+    assert shown["provenance"]["prompt_template"] == template["digest"]
+    assert client.delete("/templates/asking").status_code == 409
     assert 'nibble:training_jobs{model_name="tiny",status="succeeded"} 1' in (
         client.get("/metrics").text
     )
@@ -107,6 +112,14 @@ def test_from_a_file_to_a_text(sdk: OpenAI, client: httpx.Client, file_id: str) 
         model="words", messages=[{"role": "user", "content": "say 3"}], max_tokens=3
     )
     assert chat.choices[0].message.role == "assistant"
+
+
+@pytest.mark.parametrize("name", ["nowhere", "../x"])
+def test_a_template_that_is_not_there_makes_no_job(sdk: OpenAI, file_id: str, name: str) -> None:
+    with pytest.raises(NotFoundError, match="does not exist"):
+        sdk.fine_tuning.jobs.create(
+            model="tiny", training_file=file_id, extra_body={"template": name}
+        )
 
 
 @pytest.mark.slow

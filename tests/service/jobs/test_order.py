@@ -8,7 +8,15 @@ import pytest
 
 from service.errors import InvalidRequest
 from service.jobs.files import TrainingFile
-from service.jobs.order import allowed, method_kind, named, run_config, settled
+from service.jobs.order import (
+    Order,
+    TemplateStamp,
+    allowed,
+    method_kind,
+    named,
+    run_config,
+    settled,
+)
 from tests.service.jobs.conftest import order_of
 
 FILE = TrainingFile("file-" + "0" * 24, "data.jsonl", "fine-tune", ".jsonl", 3, "0" * 64, 0.0)
@@ -83,3 +91,12 @@ def test_epochs_become_steps(packing: bool, steps: int) -> None:
 def test_messages_name_files_by_their_ids() -> None:
     told = named(order_of(FILE), "training_file.jsonl:3: prompt: a text is needed")
     assert told == f"training_file {FILE.id}:3: prompt: a text is needed"
+
+
+def test_a_template_is_kept_as_it_was_and_never_named_by_its_path() -> None:
+    stamp = TemplateStamp("asking", 2, "0" * 64, "user: '{{ input }}'")
+    order = order_of(FILE, template=stamp)
+    assert Order.from_json(order.to_json()) == order
+    assert run_config(order, "/base")["data"]["template"] == "template.yaml"
+    assert "template" not in run_config(order_of(FILE), "/base")["data"]
+    assert named(order, "template.yaml: user: line 1") == "template asking@2: user: line 1"
