@@ -59,8 +59,9 @@ from service.log import configure_logging
 from service.metrics import Metrics
 from service.retrieval.chunks import Chunker
 from service.retrieval.embedding import open_embedder
+from service.retrieval.errors import RetrievalError
 from service.retrieval.library import Library
-from service.retrieval.rerank import RemoteReranker, Reranker
+from service.retrieval.rerank import Reranker, open_reranker
 
 if TYPE_CHECKING:
     from adapters.manifest import AdapterManifest
@@ -184,6 +185,17 @@ def _open(desk: Desk, loaded: Serving) -> None:
     desk.serving = loaded
     loaded.jobs.start()
     desk.admission.open(lambda: loaded.engine.stats().waiting)
+    threading.Thread(target=_warm, args=(loaded,), name="nibble-warm", daemon=True).start()
+
+
+def _warm(loaded: Serving) -> None:
+    """What the first question to a collection would wait for, while others are served."""
+    started = time.monotonic()
+    try:
+        if loaded.library.warm():
+            logger.info("retrieval is warm", seconds=round(time.monotonic() - started, 2))
+    except RetrievalError as error:  # whoever asks will hear it
+        logger.warning("retrieval is not ready", reason=str(error))
 
 
 def _fail(app: FastAPI, reason: str) -> None:
@@ -300,7 +312,7 @@ def _reranker(settings: Settings) -> Reranker | None:
     if settings.reranker is None:
         return None
     key = settings.reranker_key.get_secret_value() if settings.reranker_key else None
-    return RemoteReranker(settings.reranker, settings.reranker_model, key)
+    return open_reranker(settings.reranker, settings.reranker_model, key)
 
 
 def _engine_config(settings: Settings) -> EngineConfig:

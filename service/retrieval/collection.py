@@ -8,6 +8,7 @@ when a delete is acknowledged. It also clears what a killed process left behind.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from service.errors import ServiceError
 from service.retrieval.errors import CollectionUnavailable, DocumentNotFound, installed
 from service.retrieval.fields import PREFIX, FieldType, Group, expression
 from service.retrieval.latch import Latch
@@ -28,6 +30,7 @@ if TYPE_CHECKING:  # a server that retrieves nothing starts without it
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_SAID = re.compile(r"<Message>(.*?)</Message>")
 METADATA = b"nibble"  # of the table's schema: what the collection remembers
 OWN = ("key", "document", "number", "sought", "skip", "start", "stop", "heading", "tokens")
 AGE = timedelta(milliseconds=1)  # of old versions; zero would drop the same, with a warning
@@ -322,14 +325,21 @@ class Found:
 class _faults:
     """What the store raises when the disk or the bucket fails, as our error."""
 
+    kinds: tuple[type[Exception], ...] = (OSError, RuntimeError)
+
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | RuntimeError) and not isinstance(
-            error, CollectionUnavailable
-        ):
-            reason = str(error).partition("\n")[0][:300]
-            raise CollectionUnavailable(f"the collection's files: {reason}") from error
+        if isinstance(error, self.kinds) and not isinstance(error, ServiceError):
+            said = _SAID.search(str(error))  # by a bucket, in XML
+            reason = said[1] if said else str(error).partition("\n")[0]
+            raise CollectionUnavailable(f"the collection's files: {reason[:300]}") from error
+
+
+class opening(_faults):
+    """The same where the store itself is asked: of a bucket it raises ValueError too."""
+
+    kinds = (OSError, RuntimeError, ValueError)
 
 
 def _metadata(row: Mapping[str, Any]) -> dict[str, Value]:

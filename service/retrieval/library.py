@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from service.errors import InvalidRequest
 from service.retrieval.chunks import DEFAULT_TOKENS, Chunker
-from service.retrieval.collection import METADATA, Character, Collection, schema
+from service.retrieval.collection import METADATA, Character, Collection, opening, schema
 from service.retrieval.embedding import Embedder
 from service.retrieval.errors import (
     CollectionExists,
@@ -58,6 +58,23 @@ class Library:
             if tenant not in self._shelves:
                 self._shelves[tenant] = Shelf(_place(self._url, tenant), self)
             return self._shelves[tenant]
+
+    def warm(self) -> bool:
+        """Import, open and load what the first question would wait for, where there is a
+        collection; whether there was. Raises what that question would raise."""
+        shelves = [self.shelf(tenant) for tenant in self._tenants()]
+        if not any(shelf.names() for shelf in shelves):
+            return False
+        self.embedder.embed(["The first question is not to wait."])
+        return True
+
+    def _tenants(self) -> list[str]:
+        """Who has a directory here; of a bucket nobody can say, so the one that always is."""
+        place = Path(_place(self._url, "."))
+        if "://" in self._url and not self._url.startswith("file:"):
+            return ["default"]
+        inside = sorted(place.iterdir()) if place.is_dir() else []
+        return [one.name for one in inside if one.is_dir() and NAME.match(one.name)]
 
 
 class Shelf:
@@ -115,7 +132,8 @@ class Shelf:
             if len(present) >= MAX_COLLECTIONS:
                 raise InvalidRequest(f"there are {MAX_COLLECTIONS} collections already", "name")
             told = json.dumps(character.told).encode()
-            table = self._connected().create_table(name, schema=schema(character, told))
+            with opening():
+                table = self._connected().create_table(name, schema=schema(character, told))
             self._open[name] = Collection(table, character, local=self._local)
             self._open[name].settle()
             return self._open[name]
@@ -147,10 +165,12 @@ class Shelf:
         self.collection(name)
         with self._lock:
             self._open.pop(name, None)
-            self._connected().drop_table(name)
+            with opening():
+                self._connected().drop_table(name)
 
     def _opened(self, name: str) -> Collection:
-        table = self._connected().open_table(name)
+        with opening():
+            table = self._connected().open_table(name)
         told = (table.schema.metadata or {}).get(METADATA)
         if told is None:
             raise CollectionUnavailable(f"{name!r} is a table, but no collection of this program")
@@ -162,9 +182,12 @@ class Shelf:
 
     def _names(self) -> set[str]:
         names: set[str] = set()
+        if self._local and not any(Path(self._place).glob("*.lance")):
+            return names  # without importing what would say the same
         token: str | None = None
         while True:
-            page = self._connected().list_tables(page_token=token, limit=200)
+            with opening():
+                page = self._connected().list_tables(page_token=token, limit=200)
             names.update(page.tables)
             token = page.page_token
             if not token:

@@ -142,3 +142,29 @@ def test_deleting_touches_no_other_tenant(tenants: Library) -> None:
     tenants.shelf("acme").collection("docs").remove(["canary.md"])
     tenants.shelf("acme2").delete("docs")
     assert tenants.shelf("default").collection("docs").count() == (1, 1)
+
+
+# Starts ------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_imported_where_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(module: str) -> Any:
+        raise AssertionError(f"{module} was imported")
+
+    monkeypatch.setattr("service.retrieval.library.installed", never)
+    embedder = WordEmbedder()
+    library = make_library(tmp_path, embedder)
+    assert library.shelf("default").names() == []
+    assert not library.warm()
+    assert embedder.asked == 0
+
+
+def test_what_the_first_question_waits_for_is_there_after_a_start(tmp_path: Path) -> None:
+    make_library(tmp_path).shelf("default").create("docs")
+    embedder = WordEmbedder()
+    library = make_library(tmp_path, embedder)
+    assert library.warm()
+    assert embedder.asked == 1
+    assert library.shelf("default")._database is not None
