@@ -37,6 +37,10 @@ def create(
     method: Annotated[
         str | None, typer.Option(help="lora, dora, ia3, …: `nibble train run --help` lists them.")
     ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="A prompt template of the server around every question: name@version."),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="YAML, as of `nibble train`.")
     ] = None,
@@ -60,6 +64,7 @@ def create(
             "validation_file": client.upload_file(validation)["id"] if validation else None,
             "suffix": name,
             "method": {"type": method} if method else None,
+            "template": template,
             "seed": seed,
             "config": overrides,
             "publish": publish,
