@@ -84,6 +84,7 @@ def test_create_uploads_and_orders(asked: list[Any], tmp_path: Path) -> None:
         "method": {"type": "dora"},
         "seed": None,
         "config": {"optim": {"steps": 5, "batch_size": 4}},
+        "template": None,
         "publish": True,
         "dry_run": False,
     }
