@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Row = Sequence[object]
 MODES = ("dense", "lexical", "hybrid")
+NONE = "without passages"
 PASSAGES = 3  # in the prompt
 DEPTH = 50  # passages of a search, for the ranking of documents
 FACTS = 4  # about each person
@@ -232,7 +233,8 @@ def _answers(
     client: Client, task: _filled, adapter: str | None, progress: Progress
 ) -> dict[str, Any]:
     """Exact match of each way of asking, and what passages change, pair by pair."""
-    arms = ["without passages", "gold", *MODES] + ([f"hybrid, {adapter}"] if adapter else [])
+    plain = [NONE, "gold", *MODES]
+    arms = plain + [f"{arm}, {adapter}" for arm in plain if adapter]
     bar = progress.add_task(f"{task.name}: answers", total=len(arms) * len(task.items))
     hits: dict[str, list[bool]] = {}
     seconds: dict[str, list[float]] = {}
@@ -248,7 +250,10 @@ def _answers(
             "exact match": _mean([float(hit) for hit in hits[arm]]),
             "retrieval seconds, median": sorted(seconds[arm])[len(seconds[arm]) // 2],
             "p against gold": None if arm == "gold" else mcnemar(hits[arm], hits["gold"]),
-            "p against none": None if arm == arms[0] else mcnemar(hits[arm], hits[arms[0]]),
+            "p against none": None if arm == NONE else mcnemar(hits[arm], hits[NONE]),
+            "p against the same, no adapter": mcnemar(hits[arm], hits[arm.partition(",")[0]])
+            if arm not in plain
+            else None,
         }
         for arm in arms
     }
@@ -259,13 +264,14 @@ def _asked(
 ) -> tuple[str, float]:
     messages = [{"role": "user", "content": item.question}]
     parameters: dict[str, Any] = {"max_new_tokens": 24, "details": True}
-    if arm == "without passages":
-        return str(client.generate(messages, parameters)["generated_text"]), 0.0
-    retrieval: dict[str, Any] = {"collection": name, "k": PASSAGES, "mode": arm.partition(",")[0]}
-    if arm == "gold":
-        retrieval |= {"mode": "dense", "k": 1, "filter": {"document": item.document}}
-    if "," in arm:
+    way, adapted, _ = arm.partition(",")
+    if adapted:
         parameters["adapter_id"] = adapter
+    if way == NONE:
+        return str(client.generate(messages, parameters)["generated_text"]), 0.0
+    retrieval: dict[str, Any] = {"collection": name, "k": PASSAGES, "mode": way}
+    if way == "gold":
+        retrieval |= {"mode": "dense", "k": 1, "filter": {"document": item.document}}
     reply = client.generate(messages, parameters, retrieval)
     seconds: float = reply["details"]["retrieval"]["timings"]["total"]
     return str(reply["generated_text"]), seconds
@@ -309,13 +315,21 @@ def tables(found: Mapping[str, Any]) -> Iterator[tuple[Sequence[str], list[Row]]
         yield columns, [(mode, *values.values()) for mode, values in of["modes"].items()]
         yield ("nDCG@10", "p"), list(of["nDCG@10, p"].items())
     yield (
-        ("answers", "exact match", "p against none", "p against gold", "retrieval, median s"),
+        (
+            "answers",
+            "exact match",
+            "p against none",
+            "p against gold",
+            "p against no adapter",
+            "retrieval, median s",
+        ),
         [
             (
                 arm,
                 of["exact match"],
                 _or_dash(of["p against none"]),
                 _or_dash(of["p against gold"]),
+                _or_dash(of["p against the same, no adapter"]),
                 of["retrieval seconds, median"],
             )
             for arm, of in found["people"]["answered"].items()

@@ -205,9 +205,7 @@ def evaluate(
     topics: Annotated[
         int, typer.Option(min=0, max=200, help="Known-item questions to Python's documentation.")
     ] = 200,
-    adapter: Annotated[
-        str | None, typer.Option(help="Also with this adapter, on the best retrieval.")
-    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="Each way also with this adapter.")] = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
