@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 import torch
 import typer
@@ -28,7 +27,9 @@ from training.evaluation.card import entry, store
 from training.evaluation.prompts import find_template
 from training.evaluation.questions import read_questions
 from training.evaluation.scorecard import Metric, Question, Scores, compare, fitting, score
+from training.evaluation.shots import Shots, read_shots
 from training.evaluation.significance import Estimate, Paired
+from training.terminal import print_json, refuse
 
 TEMPLATE_FILE = "chat_template.jinja"
 BASE = "base"
@@ -36,19 +37,57 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 
+class Asked(NamedTuple):
+    """A way of asking."""
+
+    suffix: str  # of a system's name
+    prompt: str | None = None
+    template: PromptTemplate | None = None
+    shots: Shots | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class System:
-    """What is measured: the base or an adapter, with a system prompt, a template or neither."""
+    """What is measured: the base or an adapter, asked plainly, with a system prompt, a template
+    or examples."""
 
     name: str
     adapter: Path | None
     prompt: str | None
     template: PromptTemplate | None = None
+    shots: Shots | None = None
 
     @property
     def told(self) -> str | None:
         """What a card says of how it was asked."""
+        if self.shots is not None:
+            return self.shots.told
         return f"template sha256:{self.template.digest}" if self.template else self.prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is asked of every system, and how it is scored."""
+
+    data: Path
+    metrics: tuple[Metric, ...]  # none: those that fit the answers
+    labels: tuple[str, ...] | None
+    columns: Mapping[str, str]
+    variables: frozenset[str]  # fields of the rows that templates take
+    limit: int | None
+    max_new_tokens: int | None
+    max_length: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Scores by system, and how many questions each was asked."""
+
+    scores: dict[str, Scores]
+    questions: dict[str, int]
+    first: str  # what the others are tested against
+    against: dict[str, dict[str, Paired]]
 
 
 @app.command()
@@ -70,6 +109,12 @@ def evaluate(
     store_home: Annotated[
         Path | None,
         typer.Option("--store", envvar="NIBBLE_HOME", help="Home of the server that has them."),
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="Ask with so many answered examples too.")
+    ] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="The file whose first rows --shots takes.")
     ] = None,
     base: Annotated[str, typer.Option(help="mini, a directory, or a hub id.")] = "mini",
     metric: Annotated[
@@ -98,53 +143,80 @@ def evaluate(
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all answers.")] = False,
 ) -> None:
-    """Measure adapters and prompts on the same questions, with 95 % intervals and paired tests.
+    """Measure adapters and ways of asking on the same questions: 95 % intervals, paired tests.
 
     The first system is what the others are tested against: the base, unless --no-with-base.
     """
     try:
-        metrics = _metrics(metric)
-        model = load_base(
-            MINI if base == "mini" else base, dtype=_dtype(), precision=_precision(precision)
-        )
-        if model.tokenizer is None:
-            raise TrainingError(f"base {base} has no tokenizer, so nothing can be asked")
-        labels = [label.strip() for label in choices.split(",")] if choices else None
-        found: dict[str, Scores] = {}
-        numbers: dict[str, int] = {}
         templates = {one: find_template(one, store_home) for one in template or ()}
-        fields = {v.name for one in templates.values() for v in one.variables}
-        systems = _systems(adapter or [], system or [], with_base, templates)
-        for one in systems:
-            questions = read_questions(
-                data,
-                model.tokenizer,
-                max_length=max_length,
-                template=_template(one.adapter),
-                columns=_columns(column or []),
-                system=one.prompt,
-                limit=limit,
-                prompt=one.template,
-                variables=fields,
-            )
-            asked = metrics or fitting(questions)
-            numbers[one.name] = len(questions)
-            found[one.name] = _score(
-                model, one, questions, asked, labels, max_new_tokens, batch_size
-            )
-        first = systems[0].name
-        against = {name: compare(s, found[first]) for name, s in found.items() if name != first}
+        order = Order(
+            data=data,
+            metrics=_metrics(metric),
+            labels=tuple(label.strip() for label in choices.split(",")) if choices else None,
+            columns=_columns(column or []),
+            variables=frozenset(v.name for one in templates.values() for v in one.variables),
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            batch_size=batch_size,
+        )
+        few = _shots(shots, examples, order.columns)
+        systems = _systems(adapter or [], system or [], with_base, templates, few)
+        model = _model(base, precision)
+        found = _measured(model, systems, order)
         if keep:
-            _keep(model, data, systems, found, numbers, first, against)
+            _keep(model, data, systems, found)
     except (TrainingError, UnservableBase, AdapterError, ValueError) as error:
-        Console(stderr=True).print(f"[bold red]refused:[/] {escape(str(error))}", highlight=False)
-        raise typer.Exit(2) from None
+        refuse(str(error))
     if as_json:
-        typer.echo(json.dumps(_as_json(found, first, against), ensure_ascii=False))
+        print_json(_as_json(found))
     else:
-        console.print(_table(found, data, numbers[first]))
-        if against:
-            console.print(_tests(against, first))
+        console.print(_table(found, data))
+        if found.against:
+            console.print(_tests(found))
+
+
+def _model(base: str, precision: str) -> Base:
+    source = MINI if base == "mini" else base
+    model = load_base(source, dtype=_dtype(), precision=_precision(precision))
+    if model.tokenizer is None:
+        raise TrainingError(f"base {base} has no tokenizer, so nothing can be asked")
+    return model
+
+
+def _shots(count: int | None, file: Path | None, columns: Mapping[str, str]) -> Shots | None:
+    if count is None and file is None:
+        return None
+    if count is None or file is None:
+        given, other = (
+            ("--shots", "--examples FILE") if file is None else ("--examples", "--shots N")
+        )
+        raise TrainingError(f"{given} needs {other}: how many examples, and of which file")
+    return read_shots(file, count, columns)
+
+
+def _measured(model: Base, systems: Sequence[System], order: Order) -> Measured:
+    """Every system on the same questions; the first is what the others are tested against."""
+    found: dict[str, Scores] = {}
+    numbers: dict[str, int] = {}
+    for one in systems:
+        questions = read_questions(
+            order.data,
+            model.tokenizer,
+            max_length=order.max_length,
+            template=_template(one.adapter),
+            columns=order.columns,
+            system=one.prompt,
+            limit=order.limit,
+            prompt=one.template,
+            variables=order.variables,
+            shots=one.shots,
+        )
+        numbers[one.name] = len(questions)
+        found[one.name] = _score(model, one, questions, order)
+    first = systems[0].name
+    against = {name: compare(s, found[first]) for name, s in found.items() if name != first}
+    return Measured(found, numbers, first, against)
 
 
 def _dtype() -> str:
@@ -173,22 +245,27 @@ def _systems(
     prompts: Sequence[str],
     with_base: bool,
     templates: Mapping[str, PromptTemplate],
+    shots: Shots | None,
 ) -> list[System]:
-    """The base and the adapters, each plain, with each prompt and with each template. Without the
-    base and adapters, templates alone. Raises TrainingError where there is nothing to measure, or
-    two would have one name."""
-    if not adapters and not with_base and not templates:
+    """The base and the adapters, each plain, with each prompt, with each template and with shots.
+    Without the base and adapters, templates and shots alone. Raises TrainingError where there is
+    nothing to measure, or two would have one name."""
+    if not adapters and not with_base and not templates and not shots:
         raise TrainingError("nothing to measure: name an --adapter, or leave out --no-with-base")
     models: list[tuple[str, Path | None]] = [(BASE, None)] if with_base or not adapters else []
     names = [path.resolve().name for path in adapters]
     for path, name in zip(adapters, names, strict=True):
         models.append((name if names.count(name) == 1 and name != BASE else str(path), path))
-    asked: list[tuple[str, str | None, PromptTemplate | None]] = [("", None, None)]
-    asked += [(f" + prompt {number}", text, None) for number, text in enumerate(prompts, start=1)]
-    asked += [(f" + {name}", None, one) for name, one in templates.items()]
+    asked = [Asked("")]
+    asked += [Asked(f" + prompt {number}", text) for number, text in enumerate(prompts, start=1)]
+    asked += [Asked(f" + {name}", template=one) for name, one in templates.items()]
+    asked += [Asked(f" + {len(shots.turns)} shots", shots=shots)] if shots else []
     if not adapters and not with_base:
         asked = asked[1:]
-    found = [System(a + b, path, text, t) for (a, path), (b, text, t) in product(models, asked)]
+    found = [
+        System(name + way.suffix, path, way.prompt, way.template, way.shots)
+        for (name, path), way in product(models, asked)
+    ]
     if len({one.name for one in found}) < len(found):
         raise TrainingError(f"an adapter is named twice: {', '.join(map(str, adapters))}")
     return found
@@ -210,15 +287,7 @@ def _template(adapter: Path | None) -> str | None:
     return path.read_text(encoding="utf-8") if path and path.is_file() else None
 
 
-def _score(
-    model: Base,
-    system: System,
-    questions: Sequence[Question],
-    metrics: Sequence[Metric],
-    labels: Sequence[str] | None,
-    max_new_tokens: int | None,
-    batch_size: int,
-) -> Scores:
+def _score(model: Base, system: System, questions: Sequence[Question], order: Order) -> Scores:
     attached = checkpoint.load(system.adapter, model) if system.adapter else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     try:
@@ -228,11 +297,11 @@ def _score(
             return score(
                 model,
                 questions,
-                metrics,
+                order.metrics or fitting(questions),
                 adapter=attached,
-                choices=labels,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
+                choices=order.labels,
+                max_new_tokens=order.max_new_tokens,
+                batch_size=order.batch_size,
                 report=lambda done: progress.update(bar, completed=done),
             )
     finally:
@@ -240,20 +309,13 @@ def _score(
             attached.detach()
 
 
-def _keep(
-    model: Base,
-    data: Path,
-    systems: Sequence[System],
-    found: dict[str, Scores],
-    numbers: dict[str, int],
-    first: str,
-    against: dict[str, dict[str, Paired]],
-) -> None:
+def _keep(model: Base, data: Path, systems: Sequence[System], found: Measured) -> None:
     for one in systems:
         if one.adapter is not None:
-            tests = {first: against[one.name]} if one.name in against else {}
-            made = entry(model, data, numbers[one.name], found[one.name], tests, one.told)
-            store(one.adapter, made)
+            against = found.against.get(one.name)
+            tests = {} if against is None else {found.first: against}
+            scores, questions = found.scores[one.name], found.questions[one.name]
+            store(one.adapter, entry(model, data, questions, scores, tests, one.told))
 
 
 def _shown(name: str, figure: Estimate) -> str:
@@ -262,7 +324,8 @@ def _shown(name: str, figure: Estimate) -> str:
     return f"{figure.value:.1%}\n{figure.low:.1%} to {figure.high:.1%}"
 
 
-def _table(found: dict[str, Scores], data: Path, questions: int) -> Table:
+def _table(measured: Measured, data: Path) -> Table:
+    found, questions = measured.scores, measured.questions[measured.first]
     names = list(dict.fromkeys(name for scores in found.values() for name in scores.figures))
     table = Table(title=f"{escape(str(data))}: {questions:,} questions", title_justify="left")
     for name in ("", *names):
@@ -274,11 +337,11 @@ def _table(found: dict[str, Scores], data: Path, questions: int) -> Table:
     return table
 
 
-def _tests(against: dict[str, dict[str, Paired]], first: str) -> Table:
-    table = Table(title=f"less {escape(first)}, on the same questions", title_justify="left")
+def _tests(found: Measured) -> Table:
+    table = Table(title=f"less {escape(found.first)}, on the same questions", title_justify="left")
     for head in ("", "figure", "difference", "95 % interval", "p", "test"):
         table.add_column(head)
-    for system, tests in against.items():
+    for system, tests in found.against.items():
         for name, paired in sorted(tests.items()):
             d = paired.difference
             if name == "perplexity":
@@ -291,17 +354,16 @@ def _tests(against: dict[str, dict[str, Paired]], first: str) -> Table:
     return table
 
 
-def _as_json(
-    found: dict[str, Scores], first: str, against: dict[str, dict[str, Paired]]
-) -> dict[str, Any]:
+def _as_json(found: Measured) -> dict[str, Any]:
+    tests = found.against
     return {
-        "against": first,
+        "against": found.first,
         "systems": {
             name: {
                 "figures": {key: asdict(figure) for key, figure in scores.figures.items()},
-                "tests": {key: asdict(paired) for key, paired in against.get(name, {}).items()},
+                "tests": {key: asdict(paired) for key, paired in tests.get(name, {}).items()},
                 "said": list(scores.said),
             }
-            for name, scores in found.items()
+            for name, scores in found.scores.items()
         },
     }

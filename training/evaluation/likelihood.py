@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from base.load import Base
-from training.data import IGNORED, Example, collate, pad_id
+from training.data import Example
+from training.data.batches import IGNORED, collate, pad_id
 from training.methods import Attached
 
 WORTH = 48  # tokens: a shorter common beginning is not worth a cache

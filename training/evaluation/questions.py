@@ -11,6 +11,7 @@ from training.data import Encoding, Example, read_rows
 from training.data.shape import Turn, chosen, turns
 from training.errors import DataError
 from training.evaluation.scorecard import Question
+from training.evaluation.shots import Shots
 
 
 def read_questions(
@@ -24,11 +25,13 @@ def read_questions(
     limit: int | None = None,
     prompt: PromptTemplate | None = None,
     variables: Collection[str] = (),
+    shots: Shots | None = None,
 ) -> list[Question]:
     """Every answer in the file, at most `limit`. Raises DataError, with place and field.
 
     `prompt` is a prompt template around every question; `variables` are fields of the rows that
-    templates take, of this one or of those that it is compared with.
+    templates take, of this one or of those that it is compared with. `shots` stand before each
+    question and are none themselves.
     """
     encoding = Encoding(tokenizer, max_length, template=template, prompt=prompt)
     known = {variable.name for variable in prompt.variables} if prompt else set()
@@ -37,9 +40,12 @@ def read_questions(
         rest = {name: value for name, value in given.items() if name not in variables}
         own = {name: given[name] for name in sorted(known & given.keys())}
         row = _with_system(own | chosen(rest, columns or {}), system)
+        if shots is not None:
+            row = shots.before(place, row)
         answers = turns(place, encoding.parted(row)[0])
         made = encoding.examples(place, row).examples
-        found += _questions(answers, made)
+        shown = shots.answers if shots else 0
+        found += _questions(answers[shown:], made[shown:])
         if limit is not None and len(found) >= limit:
             return found[:limit]
     if not found:

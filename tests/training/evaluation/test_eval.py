@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from adapters.evaluation import FILE
 from training.data import Example
-from training.errors import ConfigError
+from training.errors import ConfigError, DataError
 from training.evaluation.card import KEPT, store
 from training.evaluation.cli import app
 from training.evaluation.scorecard import Question, fitting
+from training.evaluation.shots import read_shots
 from training.showcase import SAMPLES
 from training.tasks import TASKS
 
@@ -75,6 +76,67 @@ def test_prompts_side_by_side_and_nothing_kept(tickets: Path, adapter: Path) -> 
     assert list(found["systems"]) == ["tickets", "tickets + prompt 1"]
     assert plain != prompted
     assert (adapter / FILE).read_bytes() == before
+
+
+def test_shots_stand_before_the_questions_of_base_and_adapter(
+    tickets: Path, adapter: Path, tmp_path: Path
+) -> None:
+    shown = tmp_path / "train.jsonl"
+    rows = [json.dumps(item.row) for item in TASKS["tickets"].items("train", 3, seed=5)]
+    shown.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    found = run(
+        tickets, "--adapter", adapter, "--shots", 2, "--examples", shown,
+        "--metric", "perplexity", "--limit", 4,
+    )  # fmt: skip
+    names = ["base", "base + 2 shots", "tickets", "tickets + 2 shots"]
+    assert list(found["systems"]) == names
+    base, shot, trained, _ = (
+        s["figures"]["perplexity"]["value"] for s in found["systems"].values()
+    )
+    assert trained < shot < base  # examples help, and training more
+    assert found["systems"]["base + 2 shots"]["tests"]["perplexity"]["difference"]["value"] < 0
+    kept = json.loads((adapter / FILE).read_text(encoding="utf-8"))["evaluations"]
+    assert [one["system"] for one in kept[-2:]] == [None, "2 shots of train.jsonl"]
+
+    for more, said in (
+        (["--shots", "2"], "--shots needs --examples"),
+        (["--shots", "4", "--examples", str(shown)], "3 examples, and --shots 4 needs as many"),
+        (["--shots", "1", "--examples", str(tickets)], "its answer would be shown"),
+    ):
+        done = CliRunner().invoke(app, [str(tickets), *more])
+        assert done.exit_code == 2
+        assert said in " ".join(done.output.split())
+
+
+def test_shots_come_as_the_questions_do(tmp_path: Path) -> None:
+    def file(name: str, *rows: dict[str, Any]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    plain = file("plain.jsonl", {"prompt": "1+1=", "completion": "2"})
+    said = [
+        {"role": "system", "content": "add"},
+        {"role": "user", "content": "1+1"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2+2"},
+        {"role": "assistant", "content": "4"},
+    ]
+    chat = file("chat.jsonl", {"messages": said})
+    row = {"prompt": "3+4=", "completion": "7"}
+    assert read_shots(plain, 1).before("here", row)["prompt"] == "1+1=2\n\n3+4="
+    shots = read_shots(chat, 1)
+    asked = {"instruction": "3+4", "output": "7"}
+    told = [message["content"] for message in shots.before("here", asked)["messages"]]
+    assert (told, shots.answers) == (["1+1", "2", "2+2", "4", "3+4", "7"], 2)
+    own = [{"role": "system", "content": "be brief"}, *said[1:]]
+    own[1] = {"role": "user", "content": "5+5"}
+    told = [message["content"] for message in shots.before("here", {"messages": own})["messages"]]
+    assert told[:3] == ["be brief", "1+1", "2"]
+    with pytest.raises(DataError, match=r"here: the questions are plain prompts, and chat\.jsonl"):
+        shots.before("here", row)
+    with pytest.raises(DataError, match="a document asks nothing"):
+        shots.before("here", {"text": "words"})
 
 
 def test_labels_are_chosen_by_likelihood(tmp_path: Path) -> None:
