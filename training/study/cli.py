@@ -40,17 +40,25 @@ def compare(
         int | None, typer.Option(min=0, help="Run at most so many more; 0: only the report.")
     ] = None,
     serve: Annotated[bool, typer.Option(help="Time each kept adapter on a server.")] = True,
+    serving_only: Annotated[
+        bool,
+        typer.Option("--serving-only", help="Run no arm: time the adapters that are kept, again."),
+    ] = False,
 ) -> None:
     """Compare methods with one budget: learning rates by validation, seeds, references, controls.
 
     Every arm has a process and a result file of its own. A study that was stopped goes on with the
-    arms that are missing; the report is written again each time.
+    arms that are missing; the report is written again each time. Times of serving are true where
+    nothing else runs: --serving-only takes them once the machine is quiet.
     """
+    if serving_only and (arms is not None or not serve):
+        raise typer.BadParameter("--serving-only runs no arms and serves: leave out the other")
     try:
         found, place = read_study(study), Place(out)
         prepare(found, place)
-        _run(found, place, arms)
-        if serve and found.serving and arms is None:
+        if not serving_only:
+            _run(found, place, arms)
+        if serving_only or (serve and found.serving and arms is None):
             from training.study.serving import measure
 
             write_json(place.root / "serving.json", measure(found, place))

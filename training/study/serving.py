@@ -37,10 +37,12 @@ PROMPT = "Once there was a small town by the river."
 def measure(study: StudyConfig, place: Place) -> dict[str, Any]:
     """`ms_per_token` by the arm's id, and "base"; `refused` says which uploads were, and why.
 
-    One adapter of each method and task is timed, the first seed's. Raises TrainingError where no
-    server comes up.
+    One adapter of each method and task is timed, the first seed's. Raises TrainingError where
+    there is none, or no server comes up.
     """
     chosen = _chosen(study, place)
+    if not chosen:
+        raise TrainingError(f"{place.root}: no adapter is kept there that could be timed")
     with _server(study) as client:
         refused = {}
         for arm, folder in chosen.items():

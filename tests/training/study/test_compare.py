@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from training.errors import ConfigError, TrainingError
 from training.study import cli, runner, serving
@@ -168,13 +169,29 @@ def test_chance_is_what_the_most_frequent_answer_gets(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_adapters_are_timed_where_they_are_served(ended: tuple[StudyConfig, Place]) -> None:
     study, place = ended
-    found = serving.measure(study, place)
+    file = place.root.parent / "study.yaml"
+    file.write_text(json.dumps(study.model_dump(mode="json")), encoding="utf-8")  # YAML too
+    arms = {path: path.stat().st_mtime_ns for path in (place.root / "arms").iterdir()}
+    asked = [str(file), "--out", str(place.root), "--serving-only"]
+    done = CliRunner().invoke(cli.app, asked)
+    assert done.exit_code == 0, done.output
+    assert {path: path.stat().st_mtime_ns for path in (place.root / "arms").iterdir()} == arms
+    found = json.loads((place.root / "serving.json").read_text(encoding="utf-8"))
     assert set(found["ms_per_token"]) == {"base", "particles.lora.s0", "manual.lora.s0"}
     assert all(0 < ms < 1000 for ms in found["ms_per_token"].values())
     assert found["refused"] == {}
     row = find(study, runner.results(place), found).of("manual", "lora")
     assert row is not None
     assert row.serving_ms == found["ms_per_token"]["manual.lora.s0"]
+
+
+def test_nothing_is_served_where_nothing_was_kept(tmp_path: Path) -> None:
+    study = small(tmp_path)
+    with pytest.raises(TrainingError, match="no adapter is kept there"):
+        serving.measure(study, Place(tmp_path / "empty"))
+    asked = [str(tmp_path / "study.yaml"), "--out", str(tmp_path), "--serving-only", "--arms", "0"]
+    done = CliRunner().invoke(cli.app, asked)
+    assert (done.exit_code, "runs no arms" in done.output) == (2, True)
 
 
 @pytest.mark.slow
