@@ -20,7 +20,7 @@ from tempfile import TemporaryFile
 from time import time
 from typing import Any
 
-from adapters import evaluation
+from adapters import evaluation, origin
 from adapters.blobs import BlobStore, StagedBlob, Step, disk_errors, open_blobs
 from adapters.catalog import DIGEST, Catalog, check_alias, check_name
 from adapters.errors import (
@@ -359,7 +359,8 @@ class AdapterStore:
             most = limits.max_tokenizer_bytes
             tokens = replace(tokens, own=read_small(directory / TOKENIZER_FILE, most, "tokenizer"))
         own = tokens.own if tokens else None
-        known = self._unchanged(name, config, weights, template, spec, own)
+        told = read_provenance(directory)
+        known = self._unchanged(name, config, weights, template, spec, own, told)
         return known or self.add(
             name,
             config,
@@ -367,7 +368,7 @@ class AdapterStore:
             template,
             spec,
             limits,
-            provenance=read_evaluation(directory),
+            provenance=told,
             probe=probe,
             tokens=tokens,
         )
@@ -380,6 +381,7 @@ class AdapterStore:
         template: str | None,
         spec: BaseSpec,
         tokenizer: bytes | None,
+        told: Mapping[str, Any],
     ) -> AdapterManifest | None:
         """The newest version, where these very files made it: no need to check again."""
         try:
@@ -392,8 +394,9 @@ class AdapterStore:
             return None
         if newest.provenance.get(CONFIG_SHA256) != hashlib.sha256(config).hexdigest():
             return None
-        told = _told(tokenizer).get(TOKENIZER_SHA256)
-        if newest.provenance.get(TOKENIZER_SHA256) != told:
+        if newest.provenance.get(TOKENIZER_SHA256) != _told(tokenizer).get(TOKENIZER_SHA256):
+            return None
+        if newest.provenance.get(evaluation.KEY) != told.get(evaluation.KEY):
             return None
         with open_regular(weights) as fd:
             same = os.fstat(fd).st_size == newest.weights_bytes
@@ -415,16 +418,19 @@ def read_small(path: Path, limit: int, where: str) -> bytes:
     return raw
 
 
-def read_evaluation(directory: Path) -> dict[str, Any]:
-    """The part of a provenance that evaluation.json gives; empty where there is none.
+def read_provenance(directory: Path) -> dict[str, Any]:
+    """The part of a provenance that training.json and evaluation.json give, where they are.
 
     Raises InvalidAdapter, TooLarge.
     """
-    path = directory / evaluation.FILE
-    if not path.exists():
-        return {}
-    raw = read_small(path, evaluation.MAX_BYTES, evaluation.KEY)
-    return {evaluation.KEY: evaluation.checked(raw)}
+    found = {}
+    if (directory / origin.FILE).exists():
+        raw = read_small(directory / origin.FILE, evaluation.MAX_BYTES, origin.KEY)
+        found = origin.checked(raw)
+    if (directory / evaluation.FILE).exists():
+        raw = read_small(directory / evaluation.FILE, evaluation.MAX_BYTES, evaluation.KEY)
+        found[evaluation.KEY] = evaluation.checked(raw)
+    return found
 
 
 @contextmanager

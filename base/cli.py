@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
 from enum import StrEnum
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from base.mini import MINI
+
+if TYPE_CHECKING:
+    from base.mini.precision import Movement
 
 GROUP = "nibble.base_builds"  # what an installed package brings: a Typer app of one command each
 app = typer.Typer(help="Make bases, and measure the embedded one.", no_args_is_help=True)
@@ -40,6 +47,7 @@ KNOWN = {
 }
 Which = Annotated[Name, typer.Argument(help="The embedded base.")]
 Where = Annotated[Path, typer.Option(help="The directory of the model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 
 
 @builds.command(name="mini")
@@ -51,6 +59,7 @@ def build_mini(
         float | None, typer.Option(min=0.1, help="End the schedule by then, however slow.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    as_json: Json = False,
 ) -> None:
     """The embedded base: train it from a seed, on a GPU where there is one."""
     # Before torch loads: a thread that spins at a barrier starves the other one on a busy machine.
@@ -59,12 +68,25 @@ def build_mini(
     from base.mini.build import build as train
 
     console = Console()
+    aside = redirect_stdout(sys.stderr) if as_json else nullcontext()  # its progress
     try:
-        train(out, seed=seed, budget=Budget(steps or STEPS, minutes), resume=resume)
+        with aside:
+            train(out, seed=seed, budget=Budget(steps or STEPS, minutes), resume=resume)
     except ValueError as error:
-        console.print(f"[red]{error}")
+        if as_json:
+            _print_json({"refused": {"message": str(error)}})
+        else:
+            console.print(f"[red]{error}")
         raise typer.Exit(2) from error
-    console.print(f"mini is in {out}")
+    if as_json:
+        _print_json({"out": str(out)})
+    else:
+        console.print(f"mini is in {out}")
+
+
+def _print_json(value: object) -> None:
+    """One line for programs."""
+    typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 def _register(point: EntryPoint) -> None:
@@ -103,25 +125,29 @@ def evaluate(
     items: Annotated[
         int, typer.Option(min=1, help="With fast or a KV dtype: held-out items of each sort.")
     ] = 25,
+    as_json: Json = False,
 ) -> None:
     """Measure the base on held-out data, fp32 and NF4 side by side."""
     if precision is Precision.fast or kv_dtype:
-        _compare(directory, items, kv_dtype)
+        _compare(directory, items, kv_dtype, as_json)
         return
     from base.mini import card as model_card
     from base.mini.evaluate import evaluate as measure
 
     result = measure(directory)
-    table = Table("held out", "fp32", "NF4", title=name.value)
-    for group in ("context", "tasks", "loss"):
-        for row, value in result["fp32"][group].items():
-            table.add_row(f"{group}: {row}", f"{value:.3f}", f"{result['nf4'][group][row]:.3f}")
-    Console().print(table)
+    if as_json:
+        _print_json(result)
+    else:
+        table = Table("held out", "fp32", "NF4", title=name.value)
+        for group in ("context", "tasks", "loss"):
+            for row, value in result["fp32"][group].items():
+                table.add_row(f"{group}: {row}", f"{value:.3f}", f"{result['nf4'][group][row]:.3f}")
+        Console().print(table)
     if card:
         model_card.write(directory)
 
 
-def _compare(directory: Path, items: int, kv_dtype: KVDtype | None) -> None:
+def _compare(directory: Path, items: int, kv_dtype: KVDtype | None, as_json: bool) -> None:
     """Print what `fast`, or a KV cache of another dtype, moves; the status is 1 where that is too
     much for a default."""
     from base.mini.evaluate import Size
@@ -134,6 +160,15 @@ def _compare(directory: Path, items: int, kv_dtype: KVDtype | None) -> None:
         import torch
 
         moved = compare_kv(directory, getattr(torch, kv_dtype.value), size)
+    if as_json:
+        _print_json({**asdict(moved), "summary": moved.summary, "within": moved.within_bound})
+    else:
+        _show(moved, kv_dtype, BOUND)
+    if not moved.within_bound:
+        raise typer.Exit(1)
+
+
+def _show(moved: Movement, kv_dtype: KVDtype | None, bound: float) -> None:
     other = kv_dtype.value if kv_dtype else "fast"
     title = "keys and values" if kv_dtype else "precision"
     table = Table("held out", "exact", other, "movement", title=title)
@@ -149,14 +184,16 @@ def _compare(directory: Path, items: int, kv_dtype: KVDtype | None) -> None:
     console.print(f"error, of the norm: {errors}")
     figures = ", ".join(f"{name} {100 * value:+.2f} %" for name, value in moved.summary.items())
     verdict = "within" if moved.within_bound else "beyond"
-    console.print(f"moved: {figures}: {verdict} the {100 * BOUND} % that a default may cost")
-    if not moved.within_bound:
-        raise typer.Exit(1)
+    console.print(f"moved: {figures}: {verdict} the {100 * bound} % that a default may cost")
 
 
 @app.command()
-def card(name: Which, directory: Where = MINI) -> None:
+def card(name: Which, directory: Where = MINI, as_json: Json = False) -> None:
     """Write the model card from what was measured."""
     from base.mini import card as model_card
 
-    Console().print(model_card.write(directory))
+    written = model_card.write(directory)
+    if as_json:
+        _print_json({"card": str(written)})
+    else:
+        Console().print(written)

@@ -61,7 +61,9 @@ class KeptTokenizer:
         offsets = {"offset_mapping": found.offsets} if return_offsets_mapping else {}
         return {"input_ids": found.ids, **offsets}
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> list[int]:
+        """Nothing is said of a text longer than the model, `verbose` or not."""
+        del verbose
         ids: list[int] = self.backend_tokenizer.encode(
             text, add_special_tokens=add_special_tokens
         ).ids

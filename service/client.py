@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import httpx
 
-from adapters import evaluation
+from adapters import evaluation, origin
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -177,7 +177,8 @@ class Client:
         merged_dtype: str | None = None,
     ) -> dict[str, Any]:
         """Upload what PEFT's `save_pretrained` or AdapterHub's `save_adapter` wrote as safetensors,
-        and `chat_template.jinja`, `tokenizer.json` and `evaluation.json` if they are there.
+        and `chat_template.jinja`, `tokenizer.json`, `evaluation.json` and `training.json` if they
+        are there.
 
         The weights are streamed from disk. Returns the server's description of the new version.
         """
@@ -200,9 +201,10 @@ class Client:
             if (directory / TOKENIZER_NAME).is_file():
                 tokenizer = stack.enter_context((directory / TOKENIZER_NAME).open("rb"))
                 files["tokenizer"] = (TOKENIZER_NAME, tokenizer, "application/json")
-            if (directory / evaluation.FILE).is_file():
-                measured = stack.enter_context((directory / evaluation.FILE).open("rb"))
-                files[evaluation.KEY] = (evaluation.FILE, measured, "application/json")
+            for part in (evaluation, origin):
+                if (directory / part.FILE).is_file():
+                    told = stack.enter_context((directory / part.FILE).open("rb"))
+                    files[part.KEY] = (part.FILE, told, "application/json")
             found: dict[str, Any] = self._call(
                 "POST",
                 "/adapters",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from rich.table import Table
 
 from training.config import BuildConfig, assignments, read_schema
-from training.terminal import console, refusals
+from training.terminal import console, print_json, quiet, refusals
 
 full = typer.Typer(add_completion=False)
 dapt = typer.Typer(add_completion=False)
@@ -28,6 +29,10 @@ Config = Annotated[Path | None, typer.Argument(help="YAML; flags win over it.")]
 Base = Annotated[
     str | None, typer.Option("--base", help="mini, a directory, or a hub id.", show_default="mini")
 ]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="As for nibble train run; for dapt .txt, .md, .jsonl, or a folder of them."),
+]
 Held = Annotated[Path | None, typer.Option("--eval", help="The same, held out.")]
 Rate = Annotated[float | None, typer.Option("--lr", show_default="0.0001")]
 Out = Annotated[Path | None, typer.Option(help="Where the base goes.", show_default="new-base")]
@@ -42,55 +47,47 @@ Settings = Annotated[
     typer.Option("--set", help="Any field of the schema: --set data.max_length=256."),
 ]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 
 
-@full.command()
-def build_full(
-    config: Config = None,
-    base: Base = None,
-    data: Annotated[Path | None, typer.Option(help="As for nibble train run.")] = None,
-    eval_data: Held = None,
-    learning_rate: Rate = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    seed: int | None = None,
-    out: Out = None,
-    general: General = None,
-    task: Tasks = None,
-    settings: Settings = None,
-    resume: Resume = False,
-) -> None:
-    """Train every weight of a base in floating point: a new base, and a table before and after.
+def _command(defaults: Mapping[str, Any]) -> Callable[..., None]:
+    """The options that both builds have, over the defaults of one."""
+
+    def build(
+        config: Config = None,
+        base: Base = None,
+        data: Data = None,
+        eval_data: Held = None,
+        learning_rate: Rate = None,
+        steps: int | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        out: Out = None,
+        general: General = None,
+        task: Tasks = None,
+        settings: Settings = None,
+        resume: Resume = False,
+        as_json: Json = False,
+    ) -> None:
+        _build(locals(), defaults)
+
+    return build
+
+
+full.command(
+    help="""Train every weight of a base in floating point: a new base, and a table before and
+    after.
 
     Ctrl-C ends after the running step and leaves a base that is served, and a checkpoint.
     """
-    _build(locals(), FULL)
-
-
-@dapt.command()
-def build_dapt(
-    config: Config = None,
-    base: Base = None,
-    data: Annotated[
-        Path | None, typer.Option(help=".txt, .md, .jsonl, or a folder of them.")
-    ] = None,
-    eval_data: Held = None,
-    learning_rate: Rate = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    seed: int | None = None,
-    out: Out = None,
-    general: General = None,
-    task: Tasks = None,
-    settings: Settings = None,
-    resume: Resume = False,
-) -> None:
-    """Go on with the pretraining of a base on raw text of a domain; every token bears loss.
+)(_command(FULL))
+dapt.command(
+    help="""Go on with the pretraining of a base on raw text of a domain; every token bears loss.
 
     Documents share rows and do not see each other; 5 % of the text is held out unless --eval or
     data.split says otherwise. Ctrl-C leaves a base that is served, and a checkpoint.
     """
-    _build(locals(), DAPT)
+)(_command(DAPT))
 
 
 _FLAGS = {
@@ -107,7 +104,8 @@ _FLAGS = {
 
 
 def _build(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    with refusals():
+    as_json = bool(given["as_json"])
+    with refusals(as_json), quiet(as_json):
         wanted = {field: given[flag] for flag, field in _FLAGS.items()}
         files = assignments(given["task"] or [])
         wanted |= {f"measure.tasks.{name}": file for name, file in files.items()}
@@ -116,7 +114,9 @@ def _build(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         from training.base_build import build, lines
 
         done, table = build(found, given["resume"])
-    if table:
+    if as_json:
+        print_json({"out": found.out, **done.figures(), "table": [asdict(row) for row in table]})
+    elif table:
         shown = Table(found.out.name, "before", "after", "after, over NF4")
         for line in lines(table):
             shown.add_row(*line)

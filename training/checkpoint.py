@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
-from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -19,7 +17,6 @@ from training.methods import Attached
 from training.methods.bottleneck import BottleneckAdapter, variant_of
 from training.methods.files import CONFIG, WEIGHTS, fill
 from training.methods.low_rank import KINDS, LowRankAdapter
-from training.methods.peft_methods import PeftAdapter
 
 
 def load(source: Path, base: Base) -> Attached:
@@ -90,6 +87,11 @@ def _load_bottleneck(source: Path, fields: dict[str, Any], base: Base) -> Attach
 
 
 def _load_peft(source: Path, fields: dict[str, Any], base: Base) -> Attached:
+    import peft  # takes seconds, and our own layers do without
+    from peft.utils import set_peft_model_state_dict
+
+    from training.methods.peft_methods import PeftAdapter
+
     tensors = _tensors(source)
     try:
         config = peft.PeftConfig.from_peft_type(**fields)

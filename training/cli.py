@@ -19,7 +19,7 @@ from base.mini import MINI
 from training.config import AnyMethod, assignments, read_config
 from training.errors import TrainingError
 from training.tasks import TASKS
-from training.terminal import bar, console, print_json, progress, refusals
+from training.terminal import bar, console, print_json, progress, quiet, refusals
 
 if TYPE_CHECKING:  # each command imports what it needs: PEFT takes seconds, and few need it
     from base.load import Base
@@ -66,17 +66,21 @@ def run(
     go_on: Annotated[
         bool, typer.Option("--continue", help="The same where there is one; else begin.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Train one adapter and write it in PEFT's format (method full: a new base).
 
     Ctrl-C ends after the running step and leaves the adapter and a checkpoint.
     """
     from training import session
+    from training.distributed import leads
 
-    with refusals():
+    with refusals(as_json), quiet(as_json):
         flags = _flags(locals())
         found = read_config(config, {**flags, **assignments(settings or [])})
         done = session.run(found, resume, go_on)
+    if as_json and leads():
+        print_json({"out": found.out, **done.figures()})
     if done.ended == "asked":
         raise typer.Exit(130)
 
@@ -335,16 +339,25 @@ def _sample(base: Base, sample: showcase.Sample, out: Path) -> None:
 
 
 def _tokenizer(source: str) -> Any:
-    """The base's tokenizer alone."""
+    """The base's tokenizer alone; as it was kept, without transformers, from the second time on."""
+    from base.fingerprint import default_cache_dir
+    from base.kept_tokenizer import TokenizerFile
+
+    directory = locate(str(MINI) if source == "mini" else source, None).directory
+    file = TokenizerFile(default_cache_dir(), directory)
+    kept = file.read()
+    if kept is not None:
+        return kept
     from transformers import AutoTokenizer
 
-    found = locate(str(MINI) if source == "mini" else source, None)
     try:
-        return AutoTokenizer.from_pretrained(
-            found.directory, local_files_only=True, trust_remote_code=False
+        made = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # each tokenizer class fails in its own way
         raise UnservableBase(f"the tokenizer cannot be loaded: {error}") from error
+    file.save(made)
+    return made
 
 
 def _answer(base: Base, item: Example) -> str:

@@ -287,6 +287,11 @@ class TrainConfig(_Frozen):
     """One run. A run with the same config on the same machine gives the same weights."""
 
     base: str = Field(default="mini", description="the embedded base, a directory, or a hub id")
+    double_quant: bool = Field(
+        default=False,
+        description="quantise the NF4 scales once more, as QLoRA does: as the server that the "
+        "adapter is for, since it is another base",
+    )
     data: DataConfig
     method: AnyMethod = MethodConfig()
     optim: OptimConfig = OptimConfig()
@@ -372,6 +377,15 @@ def read_schema(
             f"eval.{wanted[0]}",
         )
     return config
+
+
+def as_now(fields: Mapping[str, Any]) -> TrainConfig | None:
+    """A config that an earlier version wrote, with the defaults of what has come since; None where
+    it has a field that is gone."""
+    try:
+        return TrainConfig.model_validate(fields)
+    except ValidationError:
+        return None
 
 
 def _wrong(error: ValidationError) -> ConfigError:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from base.load import Base
-from training.data import pad_id
+from training.data.batches import pad_id
 from training.methods import Attached
 
 WORTH_CUTTING = 0.75  # a batch goes on without its ended rows once so few are left

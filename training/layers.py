@@ -16,17 +16,19 @@ from torch.nn import functional as F
 from base.kernels import Weight, nf4_backward, nf4_training_product
 from base.nf4 import NF4Linear
 from training.errors import MethodError
-from training.swiglu import parts_of, product
+from training.rematerialise import Made, made_of
 
 Init = Literal["zero", "pissa", "olora"]
+_CACHED = 1 << 16  # numbers of each tensor that are read at a time: 256 KiB
 
 
 class _Product(torch.autograd.Function):
     """u = W x + s B (A x), then y = u, or y = g ⊙ u with g = m / n and a constant n.
 
-    One node instead of a dozen: beside the factors only x is kept, or the `parts` that it is made
-    of (training/swiglu.py), and u where there is a g. A x is computed again, which costs r
-    columns. x [T, in], A [r, in], B [out, r], m and n [out].
+    One node instead of a dozen: beside the factors only x is kept, or the parts that it is `made`
+    of (training/rematerialise.py), and y where there is a g: ∂L/∂m = Σ (∂L/∂y ⊙ u) / n, and u is
+    y / g. A x is computed again, which costs r columns. x [T, in], A [r, in], B [out, r], m and
+    n [out].
     """
 
     @staticmethod
@@ -39,30 +41,33 @@ class _Product(torch.autograd.Function):
         n: Tensor | None,
         weight: Weight,
         scale: float,
-        parts: tuple[Tensor, Tensor] | None,
+        made: Made | None,
     ) -> Tensor:
         u = nf4_training_product(x, weight)
         if u.dtype is B.dtype:
             u.addmm_(x @ A.t(), B.t(), alpha=scale)
         else:
             u = u + ((x.to(A.dtype) @ A.t()) @ B.t()) * scale
-        ctx.weight, ctx.scale, ctx.gained = weight, scale, m is not None
-        read = (x, None) if parts is None else parts
+        ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
+        ctx.make = None if made is None else made.make
+        ctx.divides = m is not None and bool((m == 0).any())  # then y does not tell u
+        read = (x,) if made is None else made.parts
         if m is None or n is None:
-            ctx.save_for_backward(*read, A, B)
+            ctx.save_for_backward(A, B, None, None, None, *read)
             return u.to(x.dtype)
-        ctx.save_for_backward(*read, A, B, u, m, n)
-        return (u * (m / n)).to(x.dtype)
+        kept = u.to(x.dtype) if ctx.divides else None
+        y = (u * (m / n) if ctx.divides else u.mul_(m / n)).to(x.dtype)
+        ctx.save_for_backward(A, B, m, n, y if kept is None else kept, *read)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, other, A, B, *gain = ctx.saved_tensors
-        x = x if other is None else product(x, other)
+        A, B, m, n, kept, *read = ctx.saved_tensors
+        x = read[0] if ctx.make is None else ctx.make(*read).view(ctx.shape)
         grad, grad_m = grads[0], None
-        if ctx.gained:
-            u, m, n = gain
-            grad_m = (grad * u).sum(dim=0) / n
-            grad = (grad * (m / n)).to(grad.dtype)
+        if kept is not None:
+            grad, total = _gained(grad, kept, m / n)
+            grad_m = total / (n if ctx.divides else m)
         wide = grad.to(B.dtype)
         inner = (wide @ B).mul_(ctx.scale)  # [T, r]
         x32 = x.to(A.dtype)
@@ -76,6 +81,18 @@ class _Product(torch.autograd.Function):
             else:
                 grad_x = (grad_x + inner @ A).to(x.dtype)
         return grad_x, grad_A, grad_B, grad_m, None, None, None, None
+
+
+def _gained(grad: Tensor, kept: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """g ⊙ grad and the sum of grad ⊙ kept over the rows, [T, out] and [out], some rows at a time
+    so that they are read from the cache."""
+    scaled, total = torch.empty_like(grad), torch.zeros_like(g)
+    rows = max(1, _CACHED // grad.shape[-1])
+    pieces = zip(*(torch.split(t, rows) for t in (grad, kept, scaled)), strict=True)
+    for piece, other, out in pieces:
+        total += (piece * other).sum(dim=0, dtype=g.dtype)
+        torch.mul(piece, g, out=out)
+    return scaled, total
 
 
 class LoraLinear(nn.Module):
@@ -133,10 +150,7 @@ class LoraLinear(nn.Module):
     def _whole(self, x: Tensor, m: Tensor | None = None, n: Tensor | None = None) -> Tensor:
         A, B = self.factors()
         rows = x.reshape(-1, x.shape[-1])
-        parts = parts_of(x)
-        if parts is not None:
-            parts = (parts[0].view_as(rows), parts[1].view_as(rows))
-        y: Tensor = _Product.apply(rows, A, B, m, n, self.base.weight, self.scale, parts)  # type: ignore[no-untyped-call]
+        y: Tensor = _Product.apply(rows, A, B, m, n, self.base.weight, self.scale, made_of(x))  # type: ignore[no-untyped-call]
         y = y if self.base.bias is None else y + self.base.bias
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from base.load import Base
-from training.data import IGNORED, TrainBatch
+from training.data.batches import IGNORED, TrainBatch
 from training.methods.method import Attached
 
 LOGITS_BYTES = 1 << 27  # of logits at a time

@@ -22,7 +22,8 @@ from rich.text import Text
 from base.load import Base
 from base.machine import inspect
 from training.config import TrainConfig
-from training.data import Example, TrainBatch, length_of
+from training.data import Example, length_of
+from training.data.batches import TrainBatch
 from training.data.report import highlighted
 from training.methods import attach
 from training.recipe import Run

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from adapters import evaluation
+from adapters import evaluation, origin
 from adapters.errors import AdapterError
 from adapters.limits import Limits
 from adapters.lowering import lower
 from adapters.manifest import AdapterManifest
 from adapters.prompts.shelf import PROVENANCE, SUFFIXES, read_template
-from adapters.store import TEMPLATE_FILE, AdapterStore, read_evaluation, read_small
+from adapters.store import TEMPLATE_FILE, AdapterStore, read_provenance, read_small
 from base.load import Base
 from training.config import PublishConfig, TrainConfig
 from training.errors import PublishError
 from training.methods.files import CONFIG, WEIGHTS
+from training.recipe import Trained
 
 SECONDS = 600.0  # the server's checks and trial run included
 
@@ -45,7 +48,9 @@ def publish(config: TrainConfig, base: Base) -> str:
 
 
 def _upload(wanted: PublishConfig, out: Path) -> str:
-    """Over HTTP, as `nibble adapters push` does."""
+    """Over HTTP, as `nibble adapters push` does, with the key in NIBBLE_API_KEY."""
+    key = os.environ.get("NIBBLE_API_KEY")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     template = out / TEMPLATE_FILE
     fields = {"name": wanted.name}
     if template.is_file():
@@ -55,10 +60,11 @@ def _upload(wanted: PublishConfig, out: Path) -> str:
             "config": stack.enter_context((out / CONFIG).open("rb")),
             "weights": stack.enter_context((out / WEIGHTS).open("rb")),
         }
-        if (out / evaluation.FILE).is_file():
-            files[evaluation.KEY] = stack.enter_context((out / evaluation.FILE).open("rb"))
+        for part in (evaluation, origin):
+            if (out / part.FILE).is_file():
+                files[part.KEY] = stack.enter_context((out / part.FILE).open("rb"))
         url = f"{str(wanted.url).rstrip('/')}/adapters"
-        reply = httpx.post(url, data=fields, files=files, timeout=SECONDS)
+        reply = httpx.post(url, data=fields, files=files, headers=headers, timeout=SECONDS)
     if reply.is_error:
         raise PublishError(f"{out} was refused by {url}: {_reason(reply)}")
     body = reply.json()
@@ -90,7 +96,7 @@ def _put(wanted: PublishConfig, home: Path, config: TrainConfig, base: Base) -> 
             template.read_text(encoding="utf-8") if template.is_file() else None,
             base.spec,
             limits,
-            provenance={**provenance(config), **read_evaluation(out)},
+            provenance=read_provenance(out),
             probe=trial,
         )
     finally:
@@ -98,15 +104,25 @@ def _put(wanted: PublishConfig, home: Path, config: TrainConfig, base: Base) -> 
     return f"{found.name}@{found.version}"
 
 
-def provenance(config: TrainConfig) -> dict[str, Any]:
-    """How the adapter came about: its config, and the digest of each file of its data."""
-    fields = config.model_dump(mode="json", exclude={"out", "publish"})
+def note_origin(config: TrainConfig, done: Trained) -> None:
+    """Write training.json beside the adapter: its config, the digest of each file of its data and
+    what the run did. Of paths only the last part, for the rest says where they lay on a machine."""
+    fields = config.model_dump(mode="json", exclude={"out", "publish", "logs"})
+    for name in ("train", "eval", "template"):
+        if fields["data"][name] is not None:
+            fields["data"][name] = Path(fields["data"][name]).name
+    if Path(config.base).is_dir():
+        fields["base"] = Path(config.base).resolve().name
     files = {"train": config.data.train, "eval": config.data.eval}
-    found = {PROVENANCE: digest} if (digest := _prompt_digest(config.data.template)) else {}
-    return found | {
+    found: dict[str, Any] = {
         "config": fields,
         "data": {part: _digest(path) for part, path in files.items() if path is not None},
+        "run": done.figures(),
     }
+    if digest := _prompt_digest(config.data.template):
+        found[PROVENANCE] = digest
+    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    (config.out / origin.FILE).write_text(text, encoding="utf-8")
 
 
 def _prompt_digest(path: Path | None) -> str | None:

@@ -13,22 +13,19 @@ import torch
 from torch import Tensor
 
 from base.load import Base
+from training.allocator import return_large_tensors
+from training.attention import by_document
 from training.config import OptimConfig, TrainConfig
-from training.data import (
-    Batches,
-    Example,
-    collate,
-    length_of,
-    pad_id,
-    refuse_if_mixed,
-)
+from training.data import Example, length_of
+from training.data.batches import Batches, TrainBatch, collate, pad_id
+from training.data.packing import refuse_if_mixed
 from training.distributed import ALONE, World, part_of, whole
 from training.errors import ConfigError
 from training.loss import batch_loss, head_of
 from training.methods import METHODS, Attached
 from training.optimizers import optimizer
 from training.recompute import recomputed, refuse_if_not_recomputable
-from training.swiglu import lean
+from training.rematerialise import lean
 
 FLOOR = 0.1  # of the rate, where the cosine ends
 
@@ -57,6 +54,12 @@ class Trained:
     eval_loss: float | None  # of the weights that are kept
     ended: str = "steps"  # or "tokens", "minutes", "patience", "asked"
     best_step: int | None = None  # whose weights are kept, where the run was evaluated on its way
+    published: str | None = None  # name@version, where it went to a store or a server
+
+    def figures(self) -> dict[str, Any]:
+        """All there is of it, for JSON, which has no NaN."""
+        found = {name: value for name, value in asdict(self).items() if value is not None}
+        return {k: v for k, v in found.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
 @dataclass(slots=True)
@@ -83,6 +86,7 @@ class Run:
         config: TrainConfig,
         world: World = ALONE,
     ) -> None:
+        return_large_tensors()
         self.base, self.adapter, self.config, self.world = base, adapter, config, world
         self.parameters = adapter.parameters()
         world.start_alike(self.parameters)
@@ -111,7 +115,7 @@ class Run:
         self.adapter.train(True)
         (loss_tokens,) = world.sums(batch.loss_tokens)
         # The mean over the tokens of all processes is the sum of their parts of it.
-        with lean(self.base.model), self._twice():  # on the way back too
+        with lean(self.base.model), self._attention(batch), self._twice():  # on the way back too
             loss = batch_loss(self.base, batch, self.adapter) * (batch.loss_tokens / loss_tokens)
             penalty = self.adapter.penalty()
             total = loss if penalty is None else loss + penalty / world.size
@@ -133,6 +137,12 @@ class Run:
         return Step(
             progress.step, progress.losses[-1], learning_rate, progress.tokens, progress.seconds
         )
+
+    def _attention(self, batch: TrainBatch) -> AbstractContextManager[None]:
+        """Virtual tokens come with a mask, and with positions of their own."""
+        if self.adapter.virtual_tokens:
+            return nullcontext()
+        return by_document(self.base.model, batch.input_ids.shape[1])
 
     def _twice(self) -> AbstractContextManager[None]:
         again = self.config.optim.checkpointing

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from training.config import TrainConfig
+from training.config import TrainConfig, as_now
 from training.errors import ConfigError
 from training.recipe import Step
 from training.tree import read_tree, write_tree
@@ -62,12 +62,12 @@ class RunDirectory:
             raise ConfigError(f"{self.checkpoint}: no checkpoint to resume from") from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.checkpoint}: {error}") from None
-        now = _decisive(config)
-        unlike = sorted(key for key in now if kept["config"].get(key) != now[key])
+        now, then = _decisive(config), _filled(kept["config"])
+        unlike = sorted(key for key in now if then.get(key) != now[key])
         if unlike:
             raise ConfigError(
                 f"{self.checkpoint} was made with another {unlike[0]}: "
-                f"{kept['config'].get(unlike[0])!r}, now {now[unlike[0]]!r}"
+                f"{then.get(unlike[0])!r}, now {now[unlike[0]]!r}"
             )
         self._cut_log(kept["run"]["progress"]["step"])
         state: dict[str, Any] = kept["run"]
@@ -106,4 +106,12 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 def _decisive(config: TrainConfig) -> dict[str, Any]:
     """What must not change between a run and its continuation."""
     fields: dict[str, Any] = config.model_dump(mode="json")
-    return {key: fields[key] for key in ("base", "data", "method", "optim", "eval", "seed")}
+    decisive = ("base", "double_quant", "data", "method", "optim", "eval", "seed")
+    return {key: fields[key] for key in decisive}
+
+
+def _filled(kept: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its run, with the defaults of fields that are younger than it: a
+    new field's default is how a run went before. As it is where a field is no longer known."""
+    config = as_now(kept)
+    return kept if config is None else _decisive(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from base.load import Base, load_base, load_float
 from base.mini import MINI
 from training.config import TrainConfig
 from training.data import Prepared, prepare
-from training.distributed import world
+from training.distributed import World, world
 from training.errors import ConfigError
 from training.interrupts import interrupts
-from training.methods import METHODS, attach
+from training.methods import METHODS, Attached, attach
 from training.recipe import Step, Trained, train
 from training.run_directory import RunDirectory
 from training.terminal import bar, console, progress
@@ -40,7 +40,7 @@ def run(
     `before` sees the base as it is loaded, in the process that writes.
     """
     here = world()
-    console.quiet = not here.leads
+    console.quiet = console.quiet or not here.leads
     directory = RunDirectory(config.out, writes=here.leads)
     asked_for(config)
     resume = resume or (go_on and directory.checkpoint.exists())
@@ -58,6 +58,30 @@ def run(
     adapter = attach(base, config)
     if state is None:
         directory.begin(config)
+    done = _trained(config, here, directory, base, adapter, found, state)
+    _leave(config, here, adapter, found, done)
+    directory.happened("finished", **done.figures())
+    if config.publish is not None and done.ended != "asked" and here.leads:
+        from training.publish import publish
+
+        where = publish(config, base)
+        directory.happened("published", adapter=where)
+        done = replace(done, published=where)
+        console.print(f"published as {where}")
+    console.print(outcome(config, done))
+    return done
+
+
+def _trained(
+    config: TrainConfig,
+    here: World,
+    directory: RunDirectory,
+    base: Base,
+    adapter: Attached,
+    found: Prepared,
+    state: dict[str, Any] | None,
+) -> Trained:
+    """The steps, logged in the run's directory, on the terminal and by its trackers."""
     started_at = 0 if state is None else state["progress"]["step"]
     directory.happened(
         "started",
@@ -83,7 +107,7 @@ def run(
             directory.keep(config, state)
             directory.happened("checkpoint", step=state["progress"]["step"])
 
-        done = train(
+        return train(
             base,
             adapter,
             found.train,
@@ -95,34 +119,35 @@ def run(
             asked_to_stop=asked,
             world=here,
         )
+
+
+def _leave(
+    config: TrainConfig, here: World, adapter: Attached, found: Prepared, done: Trained
+) -> None:
+    """Write the adapter, or the base, and what belongs beside it."""
     if here.leads:
         _save_template(config.out / TEMPLATE_FILE, found.template)
         prompt = found.prompt.as_yaml() if found.prompt else None
         _save_template(config.out / PROMPT_FILE, prompt)
     if here.leads or here.sharded:
         adapter.save(config.out)
-    directory.happened("finished", **asdict(done))
-    if config.publish is not None and done.ended != "asked" and here.leads:
-        from training.publish import publish
+    if here.leads and not METHODS[config.method.kind].makes_base:
+        from training.publish import note_origin
 
-        where = publish(config, base)
-        directory.happened("published", adapter=where)
-        console.print(f"published as {where}")
-    console.print(outcome(config, done))
-    return done
+        note_origin(config, done)
 
 
-def load(source: str) -> Base:
+def load(source: str, double_quant: bool = False) -> Base:
     """In fp32 on a CPU, in what the device computes best elsewhere."""
     dtype = "auto" if torch.cuda.is_available() else "float32"
-    return load_base(MINI if source == "mini" else source, dtype=dtype)
+    return load_base(MINI if source == "mini" else source, dtype=dtype, double_quant=double_quant)
 
 
 def load_for(config: TrainConfig) -> Base:
     """The base as the run's method needs it: in NF4, or in fp32 where it is to learn itself."""
     if METHODS[config.method.kind].makes_base:
         return load_float(MINI if config.base == "mini" else config.base)
-    return load(config.base)
+    return load(config.base, config.double_quant)
 
 
 def check_sharding(config: TrainConfig) -> None:

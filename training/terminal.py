@@ -70,6 +70,16 @@ def refusals(as_json: bool = False) -> Iterator[None]:
         refuse(str(error))
 
 
+@contextmanager
+def quiet(on: bool = True) -> Iterator[None]:
+    """Within it, nothing for people is said: one line of JSON will be."""
+    before, console.quiet = console.quiet, on or console.quiet
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 def print_json(value: object) -> None:
     """One line for programs."""
     typer.echo(json.dumps(value, ensure_ascii=False, default=str))

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
-from adapters import evaluation
+from adapters import evaluation, origin
 from adapters.errors import AdapterNotFound
 from adapters.manifest import AdapterManifest, MergedDtype, Placement
 from adapters.store import AdapterDescription
@@ -64,6 +64,11 @@ _FORM: dict[str, Any] = {
                             "type": "string",
                             "format": "binary",
                             "description": "evaluation.json, kept with the version's provenance",
+                        },
+                        "training": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "training.json, kept with the version's provenance",
                         },
                         "placement": {"type": "string", "enum": list(get_args(Placement))},
                         "merged_dtype": {"type": "string", "enum": list(get_args(MergedDtype))},
@@ -346,7 +351,10 @@ def created(manifest: AdapterManifest) -> JSONResponse:
 
 
 def _add(arrived: Upload, serving: Serving) -> AdapterManifest:
-    measured = arrived.fields.get("evaluation")
+    told = arrived.fields.get(origin.KEY)
+    provenance = origin.checked(told) if told else {}
+    if measured := arrived.fields.get(evaluation.KEY):
+        provenance[evaluation.KEY] = evaluation.checked(measured)
     return serving.store.add(
         arrived.text("name") or "",
         arrived.fields["config"],
@@ -356,7 +364,7 @@ def _add(arrived: Upload, serving: Serving) -> AdapterManifest:
         serving.limits,
         placement=_one_of(arrived, "placement", get_args(Placement), "unmerged"),
         merged_dtype=_one_of(arrived, "merged_dtype", get_args(MergedDtype), "bfloat16"),
-        provenance={evaluation.KEY: evaluation.checked(measured)} if measured else None,
+        provenance=provenance,
         probe=serving.probe,
         tokens=replace(serving.assembly.tokens, own=arrived.fields.get("tokenizer")),
     )

@@ -21,7 +21,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 
-from adapters import evaluation
+from adapters import evaluation, origin
 from adapters.limits import Limits
 from service.api.errors import Refused
 from service.api.form import StreamedForm
@@ -109,7 +109,7 @@ def _boundary(request: Request) -> bytes:
             415,
             "unsupported_media",
             "an upload is multipart/form-data with the parts name, config, weights and, if wanted, "
-            "template, tokenizer, evaluation, placement, merged_dtype",
+            "template, tokenizer, evaluation, training, placement, merged_dtype",
         )
     return boundary
 
@@ -147,7 +147,8 @@ class _Form(StreamedForm):
             "config": limits.max_config_bytes,
             "template": limits.max_template_bytes,
             "tokenizer": limits.max_tokenizer_bytes,
-            "evaluation": evaluation.MAX_BYTES,
+            evaluation.KEY: evaluation.MAX_BYTES,
+            origin.KEY: evaluation.MAX_BYTES,
             "weights": limits.max_weights_bytes,
         }
         super().__init__(boundary, self._bounds, ", ".join(sorted(self._bounds)))

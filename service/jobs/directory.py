@@ -13,7 +13,9 @@ from service.jobs.order import TEMPLATE, TRAINING, VALIDATION, FileStamp, Order,
 CONFIG = "job.json"  # JSON is YAML
 
 
-def prepare(order: Order, directory: Path, files: TrainingFiles, base: str) -> None:
+def prepare(
+    order: Order, directory: Path, files: TrainingFiles, base: str, double_quant: bool = False
+) -> None:
     """The job's directory: links to its files, which outlive the files' deletion, and its config.
 
     Raises OSError where a file is not there.
@@ -24,7 +26,7 @@ def prepare(order: Order, directory: Path, files: TrainingFiles, base: str) -> N
     for name, stamp in ((TRAINING, order.training), (VALIDATION, order.validation)):
         if stamp is not None:
             link(stamp, directory / (name + stamp.suffix), files)
-    write_config(directory, run_config(order, base))
+    write_config(directory, run_config(order, base, double_quant))
 
 
 def link(stamp: FileStamp, to: Path, files: TrainingFiles) -> None:

@@ -68,9 +68,10 @@ class Office:
         if self.queue.waiting() >= self._max_jobs:
             raise Overloaded(f"{self._max_jobs} jobs have not ended (max_jobs): cancel some", 60.0)
         job_id = new_job_id()
-        directory = self._workshop.directory(job_id)
+        shop = self._workshop
+        directory = shop.directory(job_id)
         try:
-            prepare(order, directory, self.files, self._workshop.base)
+            prepare(order, directory, self.files, shop.base, shop.double_quant)
             self._ask(order, directory, ("train", "config", CONFIG, "--json"), CONFIG_SECONDS)
             job = self.queue.add(order, job_id)
         except BaseException:
@@ -84,8 +85,9 @@ class Office:
         if not self._planning.acquire(blocking=False):
             raise Overloaded("another plan is being made; try again in a moment", 10.0)
         try:
+            shop = self._workshop
             with self._temporary() as directory:
-                prepare(order, directory, self.files, self._workshop.base)
+                prepare(order, directory, self.files, shop.base, shop.double_quant)
                 asked = ("train", "plan", CONFIG, "--json")
                 found = self._ask(order, directory, asked, PLAN_SECONDS)
         finally:

@@ -30,6 +30,7 @@ def open_office(settings: Settings, publication: Publication) -> Office:
     workshop = Workshop(
         home=settings.home / "jobs",
         base=str(locate(settings.base_source, settings.revision).directory),
+        double_quant=settings.double_quant,
         confinement=Confinement(
             nice=settings.job_nice,
             threads=settings.job_threads or max(1, machine.cores // 2),

@@ -40,6 +40,7 @@ MAX_EPOCHS = 1000
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ELSEWHERE = {  # fields of the schema that a client sets otherwise, or not at all
     "base": "model",
+    "double_quant": "model",
     "data.train": TRAINING,
     "data.eval": VALIDATION,
     "data.template": "template",
@@ -195,7 +196,7 @@ def method_kind(given: str) -> str:
     return "lora" if given == "supervised" else given
 
 
-def run_config(order: Order, base: str) -> dict[str, Any]:
+def run_config(order: Order, base: str, double_quant: bool = False) -> dict[str, Any]:
     """The config of a run in the job's own directory, before its epochs are steps."""
     config = dict(order.config)
     config["data"] = {
@@ -206,7 +207,8 @@ def run_config(order: Order, base: str) -> dict[str, Any]:
     if order.template is not None:
         config["data"]["template"] = TEMPLATE
     config["method"] = {**config.get("method", {}), "kind": order.method}
-    return {**config, "base": base, "seed": order.seed, "out": OUT}
+    served = {"base": base, "double_quant": double_quant}  # what it is to be published to
+    return {**config, **served, "seed": order.seed, "out": OUT}
 
 
 def settled(order: Order, config: Mapping[str, Any], examples: int, tokens: int) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Workshop:
     confinement: Confinement = field(default_factory=Confinement)
     at_once: int = 1
     max_minutes: float = 24 * 60.0
+    double_quant: bool = False  # as the base serves
 
     def directory(self, job_id: str) -> Path:
         return self.home / job_id
@@ -200,7 +201,8 @@ class Runner:
     def _check(self, job: Job) -> None:
         directory = self._workshop.directory(job.id)
         try:
-            prepare(job.order, directory, self._files, self._workshop.base)
+            shop = self._workshop
+            prepare(job.order, directory, self._files, shop.base, shop.double_quant)
         except (OSError, NotFound) as error:
             fault = Fault("file_missing", f"Its files are not there: {error}", TRAINING)
             self._queue.fail(job.id, fault, before=("validating_files",))

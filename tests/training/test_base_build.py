@@ -64,8 +64,11 @@ def test_a_build_that_is_interrupted_leaves_a_base_and_goes_on_to_the_same_bits(
 ) -> None:
     flags = ["--base", str(base_directory), "--data", str(domain), "--steps", "4"]
     flags += ["--batch-size", "4", "--set", "data.max_length=32", "--set", "data.raw=true"]
-    whole = runner.invoke(full, [*flags, "--out", str(tmp_path / "whole")])
+    whole = runner.invoke(full, [*flags, "--out", str(tmp_path / "whole"), "--json"])
     assert whole.exit_code == 0, whole.output
+    said = json.loads(whole.output)  # the one line that there is
+    table = json.loads((tmp_path / "whole" / "evaluation.json").read_text())["table"]
+    assert (said["steps"], said["table"]) == (4, table)
     step = Run.step
 
     def interrupted(self: Run) -> Step:

@@ -10,7 +10,7 @@ from base import random_model
 from training.bench import rounds
 from training.bench.arm import Turn
 from training.bench.stream import Shape, batches, unpacked
-from training.data import IGNORED
+from training.data.batches import IGNORED
 
 SHAPE = Shape(rows=2, length=64)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +89,32 @@ def test_an_evaluation_is_figures(base_directory: Path, data: Path) -> None:
     status, found = said("eval", str(good), *flags)
     assert (status, found["total"]) == (0, 1)
     assert found["interval"][0] <= found["exact_match"] <= found["interval"][1]
+
+
+def test_a_run_says_what_it_did(base_directory: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "good.jsonl", tmp_path / "out"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    flags = ["--base", str(base_directory), "--data", str(data), "--out", str(out), "--steps", "2"]
+    done = CliRunner().invoke(app, ["run", *flags, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)  # the one line that there is
+    assert (found["out"], found["steps"], found["ended"]) == (str(out), 2, "steps")
+    told = json.loads((out / "training.json").read_text())
+    assert told["run"]["loss"] == found["loss"]
+    assert told["config"]["base"] == base_directory.name
+    status, found = said("run", *flags, "--json", "--set", "optim.steps=0")
+    assert (status, found["refused"]["field"]) == (2, "optim.steps")
+
+
+def test_a_second_check_imports_neither_torch_nor_transformers(
+    base_directory: Path, data: Path
+) -> None:
+    said("check", str(data), "--base", str(base_directory), "--json")  # keeps the tokenizer
+    program = (
+        "import sys; from training.cli import app\n"
+        f"try: app(['check', {str(data)!r}, '--base', {str(base_directory)!r}, '--json'])\n"
+        "except SystemExit as end: print(end.code, {'torch', 'transformers'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    report, last = done.stdout.strip().splitlines()
+    assert (json.loads(report)["data"][0]["bad"], last) == (1, "1 set()"), done.stderr

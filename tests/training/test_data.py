@@ -9,15 +9,8 @@ import pytest
 
 from adapters.template import render_chat
 from base.load import Base
-from training.data import (
-    IGNORED,
-    Batches,
-    Example,
-    collate,
-    encode,
-    examples,
-    read_rows,
-)
+from training.data import Example, encode, examples, read_rows
+from training.data.batches import IGNORED, Batches, collate
 from training.errors import DataError
 
 CHAT = [

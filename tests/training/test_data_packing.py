@@ -13,16 +13,9 @@ from hypothesis import strategies as st
 from base.load import Base
 from tests.training.runs import run_of
 from training.config import TrainConfig
-from training.data import (
-    IGNORED,
-    Batches,
-    Example,
-    TrainBatch,
-    collate,
-    collate_packed,
-    refuse_if_mixed,
-)
-from training.data.packing import bins
+from training.data import Example
+from training.data.batches import IGNORED, Batches, TrainBatch, collate, collate_packed
+from training.data.packing import bins, refuse_if_mixed
 from training.errors import ConfigError
 from training.loss import batch_loss
 from training.methods import attach

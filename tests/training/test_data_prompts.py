@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters.catalog import Catalog
+from adapters.origin import FILE, checked
 from adapters.prompts.filling import filled_chat
 from adapters.prompts.shelf import PROVENANCE, TemplateShelf
 from adapters.prompts.template import PromptTemplate, parse_template
@@ -23,7 +24,8 @@ from training.config import DataConfig, TrainConfig
 from training.data import Encoding, prepare
 from training.errors import ConfigError, DataError
 from training.evaluation.cli import app
-from training.publish import provenance
+from training.publish import note_origin
+from training.recipe import Trained
 
 CHAT: list[dict[str, Any]] = [
     {"role": "user", "content": "Hello </s> {{ 7 * 7 }}"},
@@ -123,7 +125,11 @@ def test_a_run_names_a_template_file(tmp_path: Path) -> None:
         "<|user|>Who is Dorin?</s><|assistant|>a smith</s>",
     ]
     run = TrainConfig.model_validate({"data": config.model_dump(), "out": tmp_path / "out"})
-    assert provenance(run)[PROVENANCE] == found.prompt.digest
+    run.out.mkdir()
+    note_origin(run, Trained(1, 1, 0.1, 1, loss=float("nan"), eval_loss=None))
+    told = checked((run.out / FILE).read_bytes())
+    assert told[PROVENANCE] == found.prompt.digest
+    assert told["config"]["data"]["template"] == "who.yaml"
     rows(config.train, {"person": "Merlana", "completion": "a baker"})
     with pytest.raises(DataError, match="person: has 7 characters; at most 5"):
         prepare(config, _tokenizer())

@@ -19,7 +19,8 @@ from base.load import Base, load_float
 from tests.training.processes import in_two
 from tests.training.runs import run_of
 from training.config import TrainConfig
-from training.data import Batches, Example
+from training.data import Example
+from training.data.batches import Batches
 from training.distributed import ALONE, World, world
 from training.errors import ConfigError
 from training.interrupts import interrupts

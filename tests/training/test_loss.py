@@ -13,7 +13,8 @@ from base.load import Base, load_base
 from tests.base.tiny import CONFIGS, SIZES, save_tiny
 from tests.training.runs import run_of
 from training import loss
-from training.data import Example, TrainBatch, collate, collate_packed
+from training.data import Example
+from training.data.batches import TrainBatch, collate, collate_packed
 from training.methods import attach
 from training.recipe import Run
 

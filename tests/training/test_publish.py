@@ -16,7 +16,8 @@ from tests.training.runs import run_of
 from training.config import PublishConfig, TrainConfig, read_config
 from training.errors import ConfigError, PublishError
 from training.methods import attach
-from training.publish import publish
+from training.publish import note_origin, publish
+from training.recipe import Trained
 
 
 def made(base: Base, tmp_path: Path, **where: Any) -> TrainConfig:
@@ -35,6 +36,7 @@ def made(base: Base, tmp_path: Path, **where: Any) -> TrainConfig:
         torch.nn.init.normal_(parameter, std=0.02)
     adapter.save(config.out)
     adapter.detach()
+    note_origin(config, Trained(3, 70, 0.5, 9, loss=0.25, eval_loss=None))
     return config
 
 
@@ -46,7 +48,9 @@ def test_into_a_store_with_where_it_came_from(base: Base, tmp_path: Path) -> Non
     found = store.resolve("made")
     store.close()
     assert found.provenance["config"]["method"]["rank"] == 2
+    assert found.provenance["config"]["data"]["train"] == "data.jsonl", "not where it lay"
     assert len(found.provenance["data"]["train"]) == 64
+    assert (found.provenance["run"]["steps"], found.provenance["run"]["loss"]) == (3, 0.25)
 
 
 def test_what_a_server_says_is_told(
@@ -56,15 +60,19 @@ def test_what_a_server_says_is_told(
     sent: list[dict[str, Any]] = []
 
     def post(url: str, **given: Any) -> httpx.Response:
-        files = {name: json.loads(f.read()) for name, f in given["files"].items() if name[0] == "c"}
-        sent.append({"url": url, **given["data"], **files})
+        names = ("config", "training")
+        files = {name: json.loads(given["files"][name].read()) for name in names}
+        sent.append({"url": url, **given["data"], **files, "headers": given["headers"]})
         body = {"name": "made", "version": 3} if len(sent) == 1 else {"error": "rank 2 is no rank"}
         return httpx.Response(201 if len(sent) == 1 else 422, json=body)
 
     monkeypatch.setattr(httpx, "post", post)
+    monkeypatch.setenv("NIBBLE_API_KEY", "nbl_secret")
     assert publish(config, base) == "made@3"
+    assert sent[0]["headers"] == {"authorization": "Bearer nbl_secret"}
     assert (sent[0]["url"], sent[0]["name"]) == ("http://server.example/adapters", "made")
     assert sent[0]["config"]["peft_type"] == "LORA"
+    assert sent[0]["training"]["config"]["method"]["rank"] == 2
     with pytest.raises(PublishError, match="rank 2 is no rank"):
         publish(config, base)
 

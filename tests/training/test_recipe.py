@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from base.load import Base
 from training.config import DataConfig, MethodConfig, OptimConfig, TrainConfig
-from training.data import Example, collate
+from training.data import Example
+from training.data.batches import collate
 from training.evaluate import exact_match
 from training.loss import batch_loss
 from training.methods import attach

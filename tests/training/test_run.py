@@ -19,13 +19,15 @@ from base.load import Base
 from tests.training.runs import run_of
 from training.cli import app
 from training.config import TrainConfig
-from training.data import Batches, Example
+from training.data import Example
+from training.data.batches import Batches
 from training.errors import ConfigError
 from training.methods import attach
 from training.methods.files import WEIGHTS
 from training.plan import make_plan
 from training.recipe import Step, mean_loss, train
 from training.run_directory import RunDirectory
+from training.tree import read_tree, write_tree
 
 STOP = 2
 PAIRS = [Example((10 + i, 50 + 3 * i, 90 + i, STOP), 1) for i in range(12)]
@@ -146,6 +148,25 @@ def test_a_checkpoint_of_another_run_is_refused(base: Base, tmp_path: Path) -> N
     directory.keep(config, _train(base, config)[1])
     with pytest.raises(ConfigError, match=r"another optim.*'steps': 2.*'steps': 3"):
         directory.resume(run_of(optim={"steps": 3}))
+
+
+def test_a_checkpoint_that_is_older_than_a_field_of_the_schema_goes_on_with_its_default(
+    base: Base, tmp_path: Path
+) -> None:
+    directory = RunDirectory(tmp_path)
+    config = run_of(optim={"steps": 2})
+    directory.begin(config)
+    directory.keep(config, _train(base, config)[1])
+    kept = read_tree(directory.checkpoint)
+    del kept["config"]["optim"]["checkpointing"], kept["config"]["double_quant"]
+    write_tree(directory.checkpoint, kept)
+    assert directory.resume(config)["progress"]["step"] == 2
+    with pytest.raises(ConfigError, match=r"another optim.*False.*'checkpointing': True"):
+        directory.resume(run_of(optim={"steps": 2, "checkpointing": True}))
+    kept["config"]["optim"]["momentum"] = 0.9  # a field that is no longer there
+    write_tree(directory.checkpoint, kept)
+    with pytest.raises(ConfigError, match=r"another double_quant: None, now False"):
+        directory.resume(config)
 
 
 def test_patience_ends_a_run_and_the_best_weights_are_kept(base: Base) -> None:

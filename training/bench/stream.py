@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from training.data import IGNORED, Batches, Example, TrainBatch
+from training.data import Example
+from training.data.batches import IGNORED, Batches, TrainBatch
 
 MEDIAN, SPREAD = 74, 0.9  # of the lengths, log-normal: what instruction data looks like
 WORDS = 200  # that the examples are made of, so that there is something to learn

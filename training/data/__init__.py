@@ -9,36 +9,29 @@ dataset          a run's files: bad rows counted, duplicates, held-out part
 report           what was found in a file
 batches          padded batches of similar length, with a cursor
 packing          short examples in one row, kept apart by their positions
+
+The last two compute with torch, which takes seconds to import, and are not offered here.
 """
 
 from __future__ import annotations
 
-from training.data.batches import IGNORED, Batches, TrainBatch, collate, collate_packed, pad_id
 from training.data.corpus import Corpus, length_of
 from training.data.dataset import Prepared, prepare, survey
 from training.data.encoding import Encoding, Example, encode, examples
-from training.data.packing import refuse_if_mixed
 from training.data.report import Report
 from training.data.source import Row, read_rows
 
 __all__ = [
-    "IGNORED",
-    "Batches",
     "Corpus",
     "Encoding",
     "Example",
     "Prepared",
     "Report",
     "Row",
-    "TrainBatch",
-    "collate",
-    "collate_packed",
     "encode",
     "examples",
     "length_of",
-    "pad_id",
     "prepare",
     "read_rows",
-    "refuse_if_mixed",
     "survey",
 ]

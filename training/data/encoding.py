@@ -148,7 +148,7 @@ class Encoding:
         said = encode(self.tokenizer, turn.answer)
         control = set(said) & set(self.tokenizer.all_special_ids)
         if control:
-            spelt = self.tokenizer.convert_ids_to_tokens(sorted(control))
+            spelt = [self.tokenizer.decode([token]) for token in sorted(control)]
             raise DataError(
                 f"{place}: {turn.field}: the answer spells {spelt}, which would be control tokens"
             )

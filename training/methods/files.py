@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,14 +15,6 @@ from base.load import Base
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-
-
-def write(out: Path, base: Base, config: peft.PeftConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write config and weights to the directory `out`, which is made."""
-    out.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(out))
-    write_config(out, json.loads((out / CONFIG).read_text(encoding="utf-8")))
-    write_weights(out, base, tensors)
 
 
 def write_config(out: Path, fields: dict[str, Any]) -> None:

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 from torch import Tensor, nn
 
 from base.load import Base
 from training.config import MethodConfig, TrainConfig
 from training.layers import DoraLinear, LoraLinear
 from training.methods.attached_model import AttachedModel
-from training.methods.files import fill, write
+from training.methods.files import fill, write_config, write_weights
 from training.methods.method import Method
 from training.methods.targets import last_part, put, targets
 
@@ -82,18 +81,27 @@ class LowRankAdapter(AttachedModel):
 
     def save(self, out: Path) -> None:
         """An adapter that did not start at zero is saved as one of twice its rank."""
+        write_config(out, self.fields())
+        write_weights(out, self.base, self.tensors())
+
+    def fields(self) -> dict[str, Any]:
+        """PEFT's adapter_config.json; what it does not say is PEFT's default."""
         config = self.config
-        fields = peft.LoraConfig(
-            r=self._saved_rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=sorted({last_part(path) for path in self.layers}),
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=self.base.spec.id,
-            inference_mode=True,
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base.spec.id,
+            "inference_mode": True,
+            "r": self._saved_rank,
+            "lora_alpha": config.alpha,
+            "lora_dropout": config.dropout,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "target_modules": sorted({last_part(path) for path in self.layers}),
+            "modules_to_save": None,
+            **{name: False for kind in KINDS.values() for name in kind.peft_fields},
             **KINDS[config.kind].peft_fields,
-        )
-        write(out, self.base, fields, self.tensors())
+        }
 
     @property
     def _saved_rank(self) -> int:

@@ -6,6 +6,7 @@ stands behind a `FrozenLinear`, an nn.Linear to it. What is saved is what PEFT i
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,8 +23,7 @@ from base.nf4 import NF4Linear
 from training import config as schema
 from training.config import TrainConfig
 from training.errors import MethodError
-from training.methods.files import write
-from training.methods.method import Method
+from training.methods.files import CONFIG, write_config, write_weights
 from training.methods.targets import last_part, put, targets
 
 _NAME = "default"
@@ -145,7 +145,10 @@ class PeftAdapter:
             self.config.rank_pattern = _with_a_rank_each(patterns, tensors)
         self.config.inference_mode = True
         self.config.base_model_name_or_path = self.base.spec.id
-        write(out, self.base, self.config, tensors)
+        out.mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(str(out))
+        write_config(out, json.loads((out / CONFIG).read_text(encoding="utf-8")))
+        write_weights(out, self.base, tensors)
         self.config.inference_mode = False
         if self.config.peft_type == "ADALORA":
             self.config.rank_pattern = patterns
@@ -362,15 +365,11 @@ _CONFIGS: Mapping[str, Callable[[Base, TrainConfig], peft.PeftConfig]] = {
 }
 
 
-def _row(name: str, make: Callable[[Base, TrainConfig], peft.PeftConfig]) -> Method:
-    return Method(
-        name,
-        lambda base, run: PeftAdapter(base, make(base, run)),
-        through_cache=name == "prefix_tuning",
+def attach(base: Base, run: TrainConfig) -> PeftAdapter:
+    """A fresh adapter of the run's method."""
+    kind = run.method.kind
+    return (
+        _prompt_attach(base, run)
+        if kind == "prompt_tuning"
+        else PeftAdapter(base, _CONFIGS[kind](base, run))
     )
-
-
-PEFT_METHODS = (
-    *(_row(name, make) for name, make in _CONFIGS.items()),
-    Method("prompt_tuning", _prompt_attach),
-)

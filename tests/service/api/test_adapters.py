@@ -88,6 +88,25 @@ def test_an_evaluation_comes_along_and_is_shown(
     assert "evaluation" in refused.text
 
 
+def test_an_evaluation_that_comes_later_is_shown_with_the_same_version(
+    client: httpx.Client, uploads: Path, fresh: str
+) -> None:
+    told = {"config": {"seed": 3}, "data": {"train": "0" * 64}, "run": {"steps": 5}}
+    first = push(client, fresh, uploads / "first", training=json.dumps(told)).json()
+    provenance = client.get(f"/adapters/{fresh}").json()["provenance"]
+    assert provenance.items() >= told.items()
+    for measured in ({"evaluations": [{"n": 1}]}, {"evaluations": [{"n": 2}]}):
+        again = push(client, fresh, uploads / "first", evaluation=json.dumps(measured)).json()
+        assert (again["version"], again["digest"]) == (1, first["digest"])
+        shown = client.get(f"/adapters/{fresh}").json()["provenance"]
+        assert shown == {**provenance, "evaluation": measured}
+    push(client, fresh, uploads / "first")  # says nothing of an evaluation, so it stays
+    assert client.get(f"/adapters/{fresh}").json()["provenance"]["evaluation"] == measured
+    refused = push(client, fresh, uploads / "first", training='{"base_fingerprint": 1}')
+    assert refused.status_code == 422
+    assert "base_fingerprint" in refused.text
+
+
 def test_list_names_the_newest_version(client: httpx.Client, uploads: Path, fresh: str) -> None:
     push(client, fresh, uploads / "first")
     push(client, fresh, uploads / "second")

@@ -7,10 +7,11 @@ import torch
 
 from base.load import Base
 from tests.training.runs import run_of
-from training.data import Example, collate
+from training.data import Example
+from training.data.batches import collate
 from training.loss import batch_loss
 from training.methods import attach
-from training.swiglu import lean
+from training.rematerialise import lean
 
 BATCH = collate([Example((10, 50, 91, 7, 2), 2), Example((11, 51, 2), 1)], 0)
 
