@@ -7,25 +7,23 @@ through streams and futures. Nothing else touches the scheduler, the blocks or t
 from __future__ import annotations
 
 import logging
-import math
-import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 
 from adapters.delta import LoweredAdapter
-from adapters.errors import AdapterNotFound
 from base.load import Base
 from service.engine.batch import Batch, build_batch
 from service.engine.config import EngineConfig
 from service.engine.detokenizer import Detokenizer
+from service.engine.door import Door
 from service.engine.kv_cache import BlockPool
+from service.engine.loading import Loading
+from service.engine.mailbox import Mailbox
 from service.engine.model_runner import ModelRunner
 from service.engine.observer import Observer, Silent, StepReport
 from service.engine.output import Output
@@ -43,17 +41,14 @@ from service.engine.trial import try_out
 from service.engine.vocabulary import Vocabulary
 from service.errors import (
     AdapterLoadFailed,
-    Draining,
     EngineFailed,
     GenerationFailed,
     InvalidRequest,
-    Overloaded,
     ServiceError,
 )
 from service.residency.tiers import Fetch, LoadReport, Resident, Tiers
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Engine:
@@ -72,11 +67,13 @@ class Engine:
             blocks * config.block_size,
         )
         self._observer = observer or Silent()
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="nibble-engine", daemon=True)
+        self._door = Door(config.max_waiting)
+        self._mailbox = Mailbox(self._thread, lambda: self._door.failure)
         self._runner = ModelRunner(base, blocks, config.block_size, config.kept_dtype(base))
         self._tiers = Tiers(
             fetch,
-            self._commands.put,
+            self._mailbox.post,
             self._observer,
             left=self._runner.forget,
             host_bytes=config.host_cache_bytes,
@@ -95,22 +92,16 @@ class Engine:
         self._sampler = Sampler(base.eos_token_ids, base.spec.vocab_size)
         self._vocabulary = Vocabulary.of_base(base.tokenizer, base.eos_token_ids)
         self._live: dict[int, Output] = {}
-        self._wanted: list[tuple[AdapterRef, Future[LoweredAdapter]]] = []
+        self._loading = Loading(self._tiers, self._mailbox, self._door)
         self._ids = 0
-        self._door = threading.Lock()  # guards the four below
-        self._waiting = 0  # sequences that were submitted and not yet admitted
-        self._forgotten: dict[str, Future[None]] = {}
-        self._draining = False
-        self._failure: str | None = None
         self._stopping = False
         self._report = StepReport(0, 0, 0, blocks, 0, 0, 0, 0, 0, 0.0)
-        self._thread = threading.Thread(target=self._main, name="nibble-engine", daemon=True)
 
     # From any thread.
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and self._failure is None
+        return self._thread.is_alive() and self._door.failure is None
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -121,17 +112,16 @@ class Engine:
 
     def stop(self) -> None:
         """End at once: what still runs finishes as cancelled."""
-        self._commands.put(self._stop)
+        self._mailbox.post(self._stop)
         if self._thread.is_alive():
             self._thread.join()
         self._tiers.close()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Admit nothing more and wait until nothing runs; False when `timeout` seconds pass."""
-        with self._door:
-            self._draining = True
+        self._door.drain()
         deadline = None if timeout is None else time.monotonic() + timeout
-        while self.alive and self._ask(lambda: bool(self._live)):
+        while self.alive and self._mailbox.ask(lambda: bool(self._live)):
             if deadline is not None and time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
@@ -144,73 +134,39 @@ class Engine:
         with self.reserved(request.adapter):
             return self._submit(request)
 
-    @contextmanager
-    def reserved(self, ref: AdapterRef | None) -> Iterator[None]:
-        """Within it the adapter is on its way to memory, and its file stays in the store. A request
-        that is still being prepared reserves; one that was submitted is safe by itself.
-
-        Raises AdapterNotFound, or Overloaded where too many other adapters are being loaded.
-        """
-        if ref is None:
-            yield
-            return
-        with self._door:
-            self._check_open(ref)
-            self._tiers.claims.take(ref)
-        try:
-            self._tiers.prefetch(ref)
-            yield
-        finally:
-            self._tiers.claims.drop(ref)
-            if self._forgotten:
-                self._commands.put(lambda: None)  # wake up who waits for the last claim
+    def reserved(self, ref: AdapterRef | None) -> AbstractContextManager[None]:
+        """Within it the adapter is on its way to memory: see `Loading.reserved`."""
+        return self._loading.reserved(ref)
 
     def _submit(self, request: Request) -> Stream:
         request_ids: list[int] = []
-        stream = Stream(request.n, lambda: self._commands.put(lambda: self._cancel(request_ids)))
-        with self._door:
-            self._admit(request)
-            self._waiting += request.n
+        stream = Stream(request.n, lambda: self._mailbox.post(lambda: self._cancel(request_ids)))
+        with self._door.lock:
+            self._door.enter(request.adapter, request.n)
             if request.adapter is not None:
                 self._tiers.claims.take(request.adapter, request.n)
             # Within the door, so that an engine that closes it still sees the request.
             submitted = time.perf_counter()
-            self._commands.put(lambda: self._enter(request, stream, request_ids, submitted))
+            self._mailbox.post(lambda: self._enter(request, stream, request_ids, submitted))
         return stream
 
     def load(self, ref: AdapterRef, *, timeout: float = 600.0) -> LoadReport:
         """Bring the adapter to a slot and say what it cost. Raises AdapterLoadFailed, and what
         `reserved` raises."""
-        started = time.monotonic()
-        done: Future[LoweredAdapter] = Future()
-        try:
-            with self.reserved(ref):
-                self._commands.put(lambda: self._wanted.append((ref, done)))
-                adapter = self._wait(done, timeout)
-        except TimeoutError:
-            done.cancel()
-            raise AdapterLoadFailed(
-                f"adapter {ref.name!r} found no free slot within {timeout:.0f} s: "
-                "unpin or unload another one"
-            ) from None
-        seconds = time.monotonic() - started
-        return LoadReport(ref.digest, ref.placement, adapter.nbytes, seconds, dict(adapter.notes))
+        return self._loading.load(ref, timeout)
 
     def pin(self, ref: AdapterRef) -> None:
         """Load the adapter and keep it in its slot."""
         self.load(ref)
-        self._ask(lambda: self._tiers.pin(ref, True))
+        self._loading.pin(ref, True)
 
     def unpin(self, ref: AdapterRef) -> None:
         """The slot may be given away again. Raises KeyError when there is none."""
-        self._ask(lambda: self._tiers.pin(ref, False))
+        self._loading.pin(ref, False)
 
     def forget(self, digest: str) -> None:
         """Admit nothing more for the digest, let what runs end, free slot and blocks, return."""
-        with self._door:
-            done = self._forgotten.setdefault(digest, Future())
-        self._commands.put(lambda: None)  # wake up
-        self._wait(done)
+        self._loading.forget(digest)
 
     def probe(self, adapter: LoweredAdapter) -> None:
         """Run an adapter that is not served yet over two tokens, between two steps.
@@ -218,10 +174,10 @@ class Engine:
         Raises InvalidAdapter: see `try_out`.
         """
         adapter = adapter.to(self.base.device)
-        self._ask(lambda: try_out(self._runner, adapter, self.max_model_len))
+        self._mailbox.ask(lambda: try_out(self._runner, adapter, self.max_model_len))
 
     def residents(self) -> list[Resident]:
-        return self._ask(self._tiers.residents)
+        return self._loading.residents()
 
     def stats(self) -> StepReport:
         """The last step, as the observer saw it."""
@@ -229,7 +185,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise AssertionError when blocks, slots or queues do not add up."""
-        self._ask(self._check_integrity)
+        self._mailbox.ask(self._check_integrity)
 
     def _check(self, request: Request) -> None:
         length = len(request.prompt)
@@ -250,50 +206,6 @@ class Engine:
             wrong = least if least < 0 else top
             raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {known}", "inputs")
 
-    def _admit(self, request: Request) -> None:
-        """With the door held: may the request come in now?"""
-        self._check_open(request.adapter)
-        if self._waiting + request.n > self.config.max_waiting:
-            raise Overloaded(
-                f"{self._waiting} sequences wait already, {self.config.max_waiting} may",
-                retry_after=1.0,
-            )
-
-    def _check_open(self, ref: AdapterRef | None) -> None:
-        if self._failure is not None:
-            raise EngineFailed(self._failure)
-        if self._draining:
-            raise Draining("the server is stopping and takes no new requests")
-        if ref is not None and ref.digest in self._forgotten:
-            raise AdapterNotFound(ref.name)
-
-    def _ask(self, question: Callable[[], T]) -> T:
-        """Run it in the engine's thread between two steps and return its answer."""
-        if not self._thread.is_alive():
-            return question()
-        answer: Future[T] = Future()
-
-        def reply() -> None:
-            try:
-                answer.set_result(question())
-            except Exception as error:
-                answer.set_exception(error)
-
-        self._commands.put(reply)
-        return self._wait(answer)
-
-    def _wait(self, answer: Future[T], timeout: float = math.inf) -> T:
-        """The future's result, or EngineFailed when nobody is left to give it."""
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                return answer.result(timeout=min(1.0, deadline - time.monotonic()))
-            except TimeoutError:
-                if not self._thread.is_alive() and not answer.done():
-                    raise EngineFailed(self._failure or "the engine has stopped") from None
-                if time.monotonic() >= deadline:
-                    raise
-
     # The engine's thread.
 
     def _main(self) -> None:
@@ -303,9 +215,10 @@ class Engine:
                 self._step()
         except Exception as error:
             log.exception("the engine failed")
-            self._fail(f"the engine failed: {type(error).__name__}: {error}")
+            self._door.fail(f"the engine failed: {type(error).__name__}: {error}")
         finally:
-            self._end_all(EngineFailed(self._failure) if self._failure else None)
+            failure = self._door.failure
+            self._end_all(EngineFailed(failure) if failure else None)
 
     def _step(self) -> None:
         """Schedule, run, sample, deliver."""
@@ -313,10 +226,10 @@ class Engine:
         step = self._scheduler.schedule()
         failures = self._tiers.take_failures()
         self._end_failed(failures)
-        self._answer_loads(failures)
+        self._loading.answer(failures)
         self._note_scheduled(step)
         generated = self._run(step) if step.chunks else 0
-        self._forget_drained()
+        self._loading.forget_drained(self._pool.forget)
         self._tell(step, generated, time.perf_counter() - started)
 
     def _run(self, step: Schedule) -> int:
@@ -434,22 +347,17 @@ class Engine:
         if sequence.adapter is not None:
             self._tiers.claims.drop(sequence.adapter)
         if not output.scheduled:
-            self._leave_queue()
+            self._door.leave_queue()
         finished = output.end(reason, error)
         self._observer.finished(finished, time.perf_counter() - output.submitted)
 
     def _end_all(self, error: ServiceError | None) -> None:
         """Close the door, then end what came through it: with an error, or as cancelled."""
-        with self._door:
-            self._failure = self._failure or "the engine has stopped"
-        self._take_commands(block=False)
+        self._door.fail("the engine has stopped")
+        self._mailbox.run_all()
         for output in list(self._live.values()):
             self._end(output.sequence, "error" if error else "cancelled", error)
-        with self._door:
-            unanswered: list[Future[Any]] = list(self._forgotten.values())
-        for done in unanswered + [done for _, done in self._wanted]:
-            if not done.done():
-                done.set_exception(EngineFailed("the engine has stopped"))
+        self._loading.end()
 
     def _end_failed(self, failures: Mapping[AdapterKey, str]) -> None:
         """Sequences that waited for an adapter that could not be loaded."""
@@ -458,34 +366,15 @@ class Engine:
             if ref is not None and ref.key in failures and not sequence.holds_adapter:
                 self._end(sequence, "error", AdapterLoadFailed(failures[ref.key]))
 
-    def _answer_loads(self, failures: Mapping[AdapterKey, str]) -> None:
-        """Callers of `load` whose adapter has arrived in its slot, or never will."""
-        pending = []
-        for ref, done in self._wanted:
-            if done.cancelled():
-                continue
-            if ref.key in failures:
-                done.set_exception(AdapterLoadFailed(failures[ref.key]))
-            elif self._tiers.acquire(ref):
-                self._tiers.release(ref)
-                done.set_result(self._tiers.adapter(ref.key))
-            else:
-                pending.append((ref, done))
-        self._wanted = pending
-
     # Commands: run in the engine's thread, between two steps.
 
-    def _take_commands(self, block: bool = True) -> None:
+    def _take_commands(self) -> None:
         """All that have come; when there is nothing to compute, wait for the next one."""
-        try:
-            if block and not self._scheduler.running and not self._stopping:
-                # Who waits while nothing runs waits for an adapter, which posts.
-                waits = self._scheduler.waiting or self._wanted
-                self._commands.get(timeout=0.2 if waits else None)()
-            while True:
-                self._commands.get_nowait()()
-        except queue.Empty:
-            pass
+        if not self._scheduler.running and not self._stopping:
+            # Who waits while nothing runs waits for an adapter, which posts.
+            waits = self._scheduler.waiting or self._loading.waits
+            self._mailbox.run_next(0.2 if waits else None)
+        self._mailbox.run_all()
 
     def _enter(self, request: Request, stream: Stream, ids: list[int], submitted: float) -> None:
         sampling = request.sampling
@@ -527,24 +416,8 @@ class Engine:
             if output is not None:
                 self._end(output.sequence, "cancelled")
 
-    def _forget_drained(self) -> None:
-        if not self._forgotten:
-            return
-        with self._door:
-            ready = [d for d in self._forgotten if not self._tiers.claims.needs(d)]
-        for digest in ready:
-            self._tiers.forget(digest)
-            self._pool.forget(digest)
-            with self._door:
-                done = self._forgotten.pop(digest)
-            done.set_result(None)
-
     def _stop(self) -> None:
         self._stopping = True
-
-    def _fail(self, reason: str) -> None:
-        with self._door:
-            self._failure = reason
 
     # What others see.
 
@@ -554,11 +427,7 @@ class Engine:
             output = self._live[chunk.sequence.id]
             if not output.scheduled:
                 output.scheduled = now
-                self._leave_queue()
-
-    def _leave_queue(self) -> None:
-        with self._door:
-            self._waiting -= 1
+                self._door.leave_queue()
 
     def _tell(self, step: Schedule, generated: int, seconds: float) -> None:
         scheduler = self._scheduler
