@@ -19,21 +19,29 @@ from typing import Any
 import torch
 
 from adapters.maps import BlockMap, PairMap, Sparse
-from base.kernels import NF4Weight
+from base.kernels import NF4Weight, RoundedFactor
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """One term s ⊙ (B (d ⊙ (A x))); the scale is folded into B, or s for a shared B."""
+    """One term s ⊙ (B (d ⊙ (A x))); the scale is folded into B, or s for a shared B.
 
-    A: torch.Tensor  # [r, in]
-    B: torch.Tensor  # [out, r]
+    A and B are both tensors, or both in 8 bits (`adapters.lowering.factors.rounded`).
+    """
+
+    A: torch.Tensor | RoundedFactor  # [r, in]
+    B: torch.Tensor | RoundedFactor  # [out, r]
     d: torch.Tensor | None = None  # [r]
     s: torch.Tensor | None = None  # [out], scales this term alone (VeRA)
 
     @property
     def rank(self) -> int:
         return int(self.A.shape[0])
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B as tensors; those in 8 bits become float32."""
+        A, B = (f.dense() if isinstance(f, RoundedFactor) else f for f in (self.A, self.B))
+        return A, B
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from .c3a import lower_c3a
 from .checkpoint import UNWRAPPED, WRAPPED, AdapterCheckpoint
 from .deft import lower_deft
 from .delora import lower_delora
+from .factors import rounded
 from .fourierft import lower_fourierft
 from .glora import lower_glora
 from .gralora import lower_gralora
@@ -150,7 +151,7 @@ def lower(
         digest=manifest.digest,
         kind=manifest.kind,
         placement=placement,
-        deltas=deltas,
+        deltas=rounded(deltas, base),
         rank=max((_rank(delta) for delta in deltas.values()), default=0),
         notes=notes,
         prefix=prefix,

@@ -12,7 +12,7 @@ from adapters.delta import Delta, EmbeddingDelta, LinearDelta, LoweredAdapter, L
 from adapters.errors import InvalidAdapter
 from base.load import Base
 
-from .factors import by_columns
+from .factors import by_columns, rounded
 
 KIND = "sum"
 _ADDED = {"low_rank", "bias"}  # the fields of LinearDelta that add
@@ -41,7 +41,7 @@ def compose(digest: str, parts: Sequence[Weighted], base: Base) -> LoweredAdapte
         digest=digest,
         kind=KIND,
         placement="unmerged",
-        deltas=deltas,
+        deltas=rounded(deltas, base),
         rank=max((_rank(delta) for delta in deltas.values()), default=0),
     )
 
@@ -96,7 +96,8 @@ def _weighted(term: LowRank, weight: float) -> LowRank:
         return replace(term, s=term.s * weight)
     if term.d is not None:
         return replace(term, d=term.d * weight)
-    return replace(term, B=by_columns(term.B * weight))
+    A, B = term.matrices()
+    return LowRank(A, by_columns(B * weight))
 
 
 def _side_by_side(terms: Sequence[LowRank]) -> tuple[LowRank, ...]:
@@ -105,8 +106,9 @@ def _side_by_side(terms: Sequence[LowRank]) -> tuple[LowRank, ...]:
     shared = tuple(term for term in terms if term.d is not None or term.s is not None)
     if len(plain) < 2:
         return (*plain, *shared)
-    A = torch.cat([term.A for term in plain])
-    B = by_columns(torch.cat([term.B for term in plain], dim=1))
+    pairs = [term.matrices() for term in plain]
+    A = torch.cat([A for A, _ in pairs])
+    B = by_columns(torch.cat([B for _, B in pairs], dim=1))
     return (LowRank(A, B), *shared)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from adapters.delta import LowRank
+from adapters.delta import Delta, LinearDelta, LowRank
+from base.kernels import BLOCK, RoundedFactor
 from base.load import Base
 
 
@@ -20,11 +24,44 @@ def factor_dtype(base: Base) -> torch.dtype:
 
     bfloat16 where the base computes in it, and in the fast precision: a step of few rows reads
     every adapter's factors from memory, and half the bytes are nearly twice as fast. Each factor
-    is rounded once, by 2^-9 of itself at most: 0.2 % of what the term adds, where the base's own
-    products make 0.8 %.
+    is rounded by 2^-9 of itself at most: 0.2 % of what the term adds, where the base's own
+    products make 0.8 %. Plain terms are `rounded` once more.
     """
     half = base.dtype == torch.bfloat16 or base.precision == "fast"
     return torch.bfloat16 if half else torch.float32
+
+
+def rounded(deltas: Mapping[str, Delta], base: Base) -> dict[str, Delta]:
+    """The deltas with their plain terms in 8 bits, where the base serves in the fast precision.
+
+    A step reads every adapter's factors from memory: half the bytes of bfloat16, and the product
+    A x is one of bytes. The error is about 1 % of what the term adds (docs/LOG.md). Factors that
+    layers share through vectors of their own (VeRA) stay as they are.
+    """
+    if base.precision != "fast":
+        return dict(deltas)
+    known: dict[tuple[int, str], RoundedFactor] = {}
+
+    def kept(matrix: Tensor, side: str) -> RoundedFactor:
+        make = RoundedFactor.of_a if side == "A" else RoundedFactor.of_b
+        if (key := (id(matrix), side)) not in known:
+            known[key] = make(matrix)
+        return known[key]
+
+    def term_of(term: LowRank) -> LowRank:
+        A, B = term.A, term.B
+        if isinstance(A, RoundedFactor) or isinstance(B, RoundedFactor):
+            return term
+        if term.d is not None or term.s is not None or A.shape[1] % BLOCK or not A.shape[0]:
+            return term
+        return replace(term, A=kept(A, "A"), B=kept(B, "B"))
+
+    return {
+        path: replace(delta, low_rank=tuple(map(term_of, delta.low_rank)))
+        if isinstance(delta, LinearDelta)
+        else delta
+        for path, delta in deltas.items()
+    }
 
 
 def by_columns(matrix: Tensor) -> Tensor:

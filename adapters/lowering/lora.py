@@ -72,8 +72,8 @@ class _Lora:
         A = self.take(f"{path}.lora_embedding_A", rank, shape.rows)
         B = self.take(f"{path}.lora_embedding_B", shape.width, rank).mul_(self._scale(path))
         g = self._gain(path, column_norms(table, A, B)) if self.config["use_dora"] else None
-        term = low_rank(A, B, self.base)
-        return EmbeddingDelta(by_columns(term.A), term.B, g)
+        A, B = low_rank(A, B, self.base).matrices()
+        return EmbeddingDelta(by_columns(A), B, g)
 
     def _rank(self, path: str) -> int:
         return int(self.config["rank_pattern"].get(path, self.config["r"]))

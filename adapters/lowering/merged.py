@@ -125,8 +125,9 @@ def _rows_before_pairs(
     if delta.p is not None:
         tile = tile * delta.p.float()
     for term in delta.low_rank:
-        B = term.B[start:stop].float()
-        own = (B if term.d is None else B * term.d.float()) @ term.A.float()
+        A, B = term.matrices()
+        B = B[start:stop].float()
+        own = (B if term.d is None else B * term.d.float()) @ A.float()
         tile = tile + (own if term.s is None else own * term.s[start:stop, None].float())
     if delta.sparse is not None:
         tile = tile + delta.sparse.dense_rows(start, stop, linear.in_features)

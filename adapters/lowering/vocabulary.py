@@ -174,7 +174,7 @@ def _narrow_linear(path: str, delta: LinearDelta, own: int) -> LinearDelta | Non
             path,
         )
     terms = tuple(
-        LowRank(t.A, _fitted(t.B, own), t.d, None if t.s is None else _fitted(t.s, own))
+        LowRank(t.A, _fitted(t.matrices()[1], own), t.d, None if t.s is None else _fitted(t.s, own))
         for t in delta.low_rank
     )
     g = None if delta.g is None else _fitted(delta.g, own)

@@ -23,6 +23,7 @@ from .decoder import Norm as NormPlace
 from .kv_rows import pack, stored_bytes, stored_width, unpack
 from .lowrank import LowRank, LowRankPlan, Segment
 from .panels import BLOCK, PanelWeight, can_pack
+from .rounded import RoundedFactor
 from .steps import Steps
 from .weight import NF4Weight
 
@@ -40,6 +41,7 @@ __all__ = [
     "PanelWeight",
     "Precision",
     "Room",
+    "RoundedFactor",
     "Segment",
     "Spans",
     "StepRecord",
@@ -49,6 +51,8 @@ __all__ = [
     "decoder_halves",
     "dense_linear",
     "fast_status",
+    "greedy",
+    "largest",
     "linears",
     "lowrank_add",
     "native_status",
@@ -266,6 +270,31 @@ def lowrank_add(y: Tensor, x: Tensor, terms: LowRankPlan | Sequence[Segment]) ->
     if cuda.takes_lowrank(y, x, plan):
         return cuda.lowrank_add(y, x, plan)
     return reference.lowrank_add(y, x, plan)
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The argmax [rows] and the logsumexp [rows] of logits [rows, width], width > 0.
+
+    Of equals the first, of NaN the first too, as `torch.argmax`; the sum of a row with NaN is NaN,
+    with +inf +inf. With the C library the bits of a row depend on that row alone.
+    """
+    if logits.dim() != 2 or not logits.shape[1]:
+        raise ValueError(f"logits must be [rows, width > 0], got {list(logits.shape)}")
+    if _native is not None and _native_takes(logits) and logits.stride(1) == 1:
+        return _native.steps.greedy(logits)
+    return reference.greedy(logits)
+
+
+def largest(row: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest values of a row [width], largest first, and their places.
+
+    Of equals the first; NaN is above all numbers.
+    """
+    if row.dim() != 1 or not 0 <= count <= len(row):
+        raise ValueError(f"{count} values of a row {list(row.shape)} cannot be found")
+    if _native is not None and _native_takes(row) and row.is_contiguous() and count:
+        return _native.steps.largest(row, count)
+    return reference.largest(row, count)
 
 
 def cache_write(cache: Tensor, slots: Tensor, x: Tensor) -> None:

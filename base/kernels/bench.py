@@ -1,4 +1,5 @@
-"""The NF4 product alone: `python -m base.kernels.bench`. Each figure beside the machine's limits.
+"""The kernels alone: `python -m base.kernels.bench`. Each figure beside the machine's limits: NF4
+products of many shapes, then what bench_steps.py lists, on each instruction set of this CPU.
 
 `fast` is the product in 8 bits (panels.py); its arithmetic limit is that of bytes, four times that
 of float32 where there is VNNI. With one thread its CPU time is counted, else the time on the wall.
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import native
+from . import bench_steps, native
 from .panels import PanelWeight, can_pack
 from .weight import NF4Weight
 
 SHAPES = "896x896,128x896,4864x896,896x4864,256x768,768x256,128x256,4096x4096,11008x4096"
+SETS = ("avx512", "avx2", "portable")
 ROTATION = 96 << 20  # bytes of packed weights that a candidate rotates through
 
 
@@ -48,6 +50,24 @@ class Measure:
     def gbytes(self) -> float:
         """NF4 bytes read for each second, in 1e9."""
         return 1e-9 * self.weight_bytes / self.best
+
+    def of_limit(self, limits: Limits) -> float:
+        """The least time that the product can take here over the time that it took."""
+        arithmetic = limits.int8 if self.name.endswith("fast") and limits.int8 else limits.float32
+        return max(self.gbytes / limits.read, self.gflops / arithmetic)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the machine, measured: GB/s of reading; 1e9 operations a second, of bytes if torch can."""
+
+    read: float
+    float32: float
+    int8: float | None
+
+    @classmethod
+    def measured(cls) -> Limits:
+        return cls(memory_limit(), arithmetic_limit(), int8_limit())
 
 
 def race(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
@@ -77,6 +97,15 @@ def arithmetic_limit(seconds: float = 1.0) -> float:
     return 2e-9 * 1024**3 / race({"mm": lambda: a @ b}, seconds)["mm"][0]
 
 
+def int8_limit(seconds: float = 1.0) -> float | None:
+    """1e9 operations a second in bytes: the same product; None where torch has none."""
+    a, b = (torch.randint(-127, 128, (1024, 1024), dtype=torch.int8) for _ in range(2))
+    try:
+        return 2e-9 * 1024**3 / race({"mm": lambda: torch._int_mm(a, b)}, seconds)["mm"][0]
+    except (RuntimeError, AttributeError):
+        return None
+
+
 def measure(
     shape: tuple[int, int], rows: int, double_quant: bool, seconds: float
 ) -> Iterator[Measure]:
@@ -89,7 +118,7 @@ def measure(
     copies = max(1, ROTATION // weight.nbytes)
     weights = [weight] + [replace(weight, packed=weight.packed.clone()) for _ in range(copies - 1)]
     x = torch.randn(rows, width)
-    sets = [name for name in ("avx512", "avx2", "portable") if _has(library, name)]
+    sets = bench_steps.sets_of(library, SETS)
     candidates = {name: _library_run(library, name, x, weights) for name in sets}
     if can_pack(weight):
         first = PanelWeight.pack(weight)
@@ -101,14 +130,6 @@ def measure(
     for name, times in taken.items():
         median = times[len(times) // 2]
         yield Measure(name, out, width, rows, weight.nbytes, times[0], median)
-
-
-def _has(library: native.Native, isa: str) -> bool:
-    try:
-        library.select(isa)
-    except ValueError:
-        return False
-    return True
 
 
 def _library_run(
@@ -157,21 +178,61 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", default="1,4,8,32,256", help="rows of x")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=0.5, help="for each shape and rows")
+    parser.add_argument("--part", choices=("products", "steps"), help="one of them; default: both")
     parser.add_argument("--double-quant", action="store_true", help="scales quantised too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    memory, arithmetic = memory_limit(), arithmetic_limit()
-    print(f"{options.threads} threads; reads {memory:.1f} GB/s, float32 {arithmetic:.0f} GFLOP/s")
-    print(f"{'out x in':>12} rows  {'':14} {'best µs':>9} {'median':>9} {'GFLOP/s':>8} {'GB/s':>6}")
+    limits = Limits.measured()
+    print(
+        f"{options.threads} threads; reads {limits.read:.1f} GB/s, float32 {limits.float32:.0f} "
+        f"GFLOP/s, bytes {limits.int8 or 0:.0f} GOP/s; here {native.load()[1]}"
+    )
+    if options.part != "steps":
+        _print_products(options, limits)
+    if options.part != "products":
+        _print_steps(options.seconds, limits)
+
+
+def _print_products(options: argparse.Namespace, limits: Limits) -> None:
+    print(
+        f"{'out x in':>12} rows  {'':14} {'best µs':>9} {'median':>9} {'GFLOP/s':>8} {'GB/s':>6} "
+        "of the limit"
+    )
     for text in options.shapes.split(","):
         out, width = (int(n) for n in text.split("x"))
         for rows in (int(n) for n in options.rows.split(",")):
             for m in measure((out, width), rows, options.double_quant, options.seconds):
                 print(
                     f"{text:>12} {rows:>4}  {m.name:14} {1e6 * m.best:9.1f} {1e6 * m.median:9.1f} "
-                    f"{m.gflops:8.1f} {m.gbytes:6.2f}",
+                    f"{m.gflops:8.1f} {m.gbytes:6.2f} {100 * m.of_limit(limits):6.0f} %",
                     flush=True,
                 )
+
+
+def _print_steps(seconds: float, limits: Limits) -> None:
+    library, status = native.load()
+    if library is None:
+        raise SystemExit(f"the C library is missing: {status}")
+    sets = bench_steps.sets_of(library, SETS)
+    print(f"{'':18} {'':26} {'':9} {'best µs':>9} {'median':>9} {'GB/s':>6} of the limit")
+    for task in bench_steps.tasks(library, ROTATION):
+        runs = {name: _on(library, name, task.run) for name in sets}
+        for name, times in race(runs, seconds).items():
+            share = task.of_limit(times[0], limits.read, limits.float32, limits.int8)
+            print(
+                f"{task.name:18} {task.size:26} {name:9} {1e6 * times[0]:9.1f} "
+                f"{1e6 * times[len(times) // 2]:9.1f} {1e-9 * task.nbytes / times[0]:6.2f} "
+                f"{100 * share:6.0f} %",
+                flush=True,
+            )
+
+
+def _on(library: native.Native, isa: str, run: Callable[[], object]) -> Callable[[], object]:
+    def selected() -> object:
+        library.select(isa)
+        return run()
+
+    return selected
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def takes_lowrank(y: Tensor, x: Tensor, plan: LowRankPlan) -> bool:
         and y.dtype in _FLOATS
         and x.dtype in _FLOATS
         and y.stride(1) == 1
-        and all(segment.term.device in (None, y.device) for segment in plan.segments)
+        and all(s.term.device in (None, y.device) and not s.term.rounded for s in plan.segments)
         and triton_check.serve_on(y.device)
     )
 

@@ -10,7 +10,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .rounded import RoundedFactor
+
 _STORED = {torch.float32: 0, torch.bfloat16: 1}
+_ROUNDED = 2
+Factor = Tensor | RoundedFactor
 
 # One `lowrank_segment` of csrc/kernels.h: the span, then the rest.
 _SPAN = struct.Struct("=qq")
@@ -24,11 +28,11 @@ class LowRank:
     Any part may be missing: no `a` and `b` leaves only the scale and the bias (IA3, BitFit), no
     `gain` means 1, no `bias` 0, no `d` 1. `a` and `b` are float32 or bfloat16 and are read as
     float32; the vectors are float32. `b` is kept with its columns contiguous, which is what the
-    kernel streams: a row-major `b` is copied here, once, so drop your own.
+    kernel streams: a row-major `b` is copied here, once, so drop your own. Or both are in 8 bits.
     """
 
-    a: Tensor | None = None  # [r, in]
-    b: Tensor | None = None  # [out, r]; memory order [r, out]
+    a: Factor | None = None  # [r, in]
+    b: Factor | None = None  # [out, r]; memory order [r, out]
     d: Tensor | None = None  # [r]
     gain: Tensor | None = None  # [out]
     bias: Tensor | None = None  # [out]
@@ -37,16 +41,13 @@ class LowRank:
         if (self.a is None) != (self.b is None):
             raise ValueError("a low-rank term needs both a and b, or neither")
         if self.a is not None and self.b is not None:
-            if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1]:
+            shapes = tuple(self.a.shape), tuple(self.b.shape)
+            if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1]:
                 raise ValueError(
                     "a must be [r, in] and b [out, r] with the same r, got "
-                    f"{list(self.a.shape)} and {list(self.b.shape)}"
+                    f"{list(shapes[0])} and {list(shapes[1])}"
                 )
-            for name, matrix in (("a", self.a), ("b", self.b)):
-                if matrix.dtype not in _STORED:
-                    raise ValueError(f"{name} must be float32 or bfloat16, got {matrix.dtype}")
-            object.__setattr__(self, "a", self.a.contiguous())
-            object.__setattr__(self, "b", self.b.t().contiguous().t())
+            self._check_kept(self.a, self.b)
         for name, vector, size in (
             ("d", self.d, self.rank),
             ("gain", self.gain, self.out_features),
@@ -59,6 +60,29 @@ class LowRank:
                     f"{name} must be float32 [{size}], got {vector.dtype} {list(vector.shape)}"
                 )
             object.__setattr__(self, name, vector.contiguous())
+
+    def _check_kept(self, a: Factor, b: Factor) -> None:
+        if isinstance(a, RoundedFactor) or isinstance(b, RoundedFactor):
+            sides = [getattr(factor, "side", None) for factor in (a, b)]
+            if sides != ["A", "B"]:
+                raise ValueError("a and b must both be in 8 bits, `of_a` and `of_b`, or neither")
+            return
+        for name, matrix in (("a", a), ("b", b)):
+            if matrix.dtype not in _STORED:
+                raise ValueError(f"{name} must be float32 or bfloat16, got {matrix.dtype}")
+        object.__setattr__(self, "a", a.contiguous())
+        object.__setattr__(self, "b", b.t().contiguous().t())
+
+    def matrices(self) -> tuple[Tensor, Tensor] | None:
+        """A [r, in] and B [out, r] as the products read them, or None where there are none."""
+        if self.a is None or self.b is None:
+            return None
+        return _dense(self.a), _dense(self.b)
+
+    @property
+    def rounded(self) -> bool:
+        """Are the factors in 8 bits?"""
+        return isinstance(self.a, RoundedFactor)
 
     @property
     def rank(self) -> int:
@@ -97,8 +121,19 @@ class LowRank:
             0 if part is None else part.data_ptr()
             for part in (self.a, self.b, self.d, self.gain, self.bias)
         )
-        stored = [0 if part is None else _STORED[part.dtype] for part in (self.a, self.b)]
+        stored = [_stored(part) for part in (self.a, self.b)]
         return _REST.pack(*pointers, self.rank, *stored)
+
+
+def _dense(factor: Factor) -> Tensor:
+    return factor.dense() if isinstance(factor, RoundedFactor) else factor
+
+
+def _stored(factor: Factor | None) -> int:
+    """As `lowrank_segment` numbers it."""
+    if factor is None:
+        return 0
+    return _ROUNDED if isinstance(factor, RoundedFactor) else _STORED[factor.dtype]
 
 
 @dataclass(frozen=True)

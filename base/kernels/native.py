@@ -23,7 +23,7 @@ REASON = "_native.txt"
 
 _I64 = ctypes.c_int64
 _PTR = ctypes.c_void_p
-_PRODUCT = struct.Struct("=QQQqq")  # `fast_product` of csrc/kernels.h
+_PRODUCT = struct.Struct("=QQQqqQq")  # `fast_product` of csrc/kernels.h
 Weight = NF4Weight | PanelWeight
 STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # how a cache keeps its vectors
 
@@ -132,6 +132,7 @@ class Native:
                     y.data_ptr(),
                     weight.shape[0],
                     weight.bits,
+                    *(0, 0),
                 )
                 for weight, bias, y in zip(weights, biases, ys, strict=True)
             )
@@ -243,4 +244,5 @@ def load(folder: Path | None = None) -> tuple[Native | None, str]:
         native = Native(path)
     except (OSError, AttributeError, ValueError) as error:
         return None, f"not loaded: {error}"
-    return native, native.isa
+    asked = ", as NIBBLE_ISA asks" if os.environ.get("NIBBLE_ISA") else ""
+    return native, native.isa + asked

@@ -29,14 +29,18 @@ def fast_linear(x: Tensor, weight: PanelWeight, bias: Tensor | None = None) -> T
     Each block of 64 values of x is round(127 x / m) * m / 127 with m = max |x|; each NF4 level is
     LEVELS8 * NF4_UNIT.
     """
+    w = _rounded_levels(weight) if weight.bits == 4 else weight.dequantize(torch.float64)
+    y = rounded_rows(x) @ w.t()
+    return y if bias is None else y + bias.double()
+
+
+def rounded_rows(x: Tensor) -> Tensor:
+    """x [rows, in] as the fast products read it, in float64."""
     blocks = x.float().view(x.shape[0], -1, BLOCK)
     largest = blocks.abs().amax(dim=-1, keepdim=True)
     # 127 / largest would be 127 * (1 / largest), rounded twice, and decide a tie otherwise.
     factor = torch.where(largest > 1e-36, torch.full_like(largest, 127) / largest, 0)
-    rounded = (blocks * factor).round().double() * (largest.double() / 127)
-    w = _rounded_levels(weight) if weight.bits == 4 else weight.dequantize(torch.float64)
-    y = rounded.view(x.shape) @ w.t()
-    return y if bias is None else y + bias.double()
+    return ((blocks * factor).round().double() * (largest.double() / 127)).view(x.shape)
 
 
 def _rounded_levels(weight: PanelWeight) -> Tensor:
@@ -93,11 +97,12 @@ def lowrank_add(y: Tensor, x: Tensor, plan: LowRankPlan) -> Tensor:
         rows = slice(segment.start, segment.stop)
         term = segment.term
         part = y[rows]
-        if term.a is not None and term.b is not None:
-            inner = x[rows] @ term.a.to(x.dtype).t()
+        if (matrices := term.matrices()) is not None:
+            a, b = (matrix.to(x.dtype) for matrix in matrices)
+            inner = x[rows] @ a.t()
             if term.d is not None:
                 inner = inner * term.d.to(inner.dtype)
-            part = part + (inner @ term.b.to(x.dtype).t()).to(part.dtype)
+            part = part + (inner @ b.t()).to(part.dtype)
         if term.gain is not None:
             part = part * term.gain.to(part.dtype)
         if term.bias is not None:
@@ -142,3 +147,14 @@ def paged_attention(
         weights = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
         out[rows] = torch.einsum("hqk,khd->qhd", weights, v)
     return out
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """argmax and logsumexp of each row; torch's argmax takes the first of equals."""
+    return logits.argmax(-1), logits.logsumexp(-1)
+
+
+def largest(row: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """By a stable sort: torch.topk leaves the order of equals open."""
+    values, places = row.sort(descending=True, stable=True)
+    return values[:count], places[:count]

@@ -54,6 +54,11 @@ class Steps:
         self._each = library.nibble_each
         self._each.argtypes = [_INT, _PTR, _PTR, ctypes.c_float, _PTR, _I64, _INT]
         self._each.restype = None
+        self._reduce = library.nibble_reduce
+        self._reduce.argtypes = [*(_PTR, _I64, _I64, _I64, _PTR, _PTR), _INT]
+        self._largest = library.nibble_largest
+        self._largest.argtypes = [_PTR, _I64, _I64, _PTR, _PTR]
+        self._largest.restype = None
 
     def dense_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None = None
@@ -135,6 +140,22 @@ class Steps:
         """cap tanh(x / cap), written to x."""
         self._run(_SOFTCAP, x, None, cap)
         return x
+
+    def greedy(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Argmax, int64, and logsumexp of each row of [rows, width]; rows may be apart."""
+        rows, width = logits.shape
+        best = torch.empty(rows, dtype=torch.int64)
+        log_sum = torch.empty(rows)
+        place = (logits.data_ptr(), rows, width, logits.stride(0))
+        if self._reduce(*place, best.data_ptr(), log_sum.data_ptr(), _threads()):
+            raise MemoryError("no memory for the workspace of a kernel")
+        return best, log_sum
+
+    def largest(self, row: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` largest of a row [width] and their places; 0 < count <= width."""
+        values, places = torch.empty(count), torch.empty(count, dtype=torch.int64)
+        self._largest(row.data_ptr(), len(row), count, values.data_ptr(), places.data_ptr())
+        return values, places
 
     def _run(self, kind: int, x: Tensor, other: int | None, cap: float) -> None:
         self._each(kind, x.data_ptr(), other, cap, x.data_ptr(), x.numel(), _threads())

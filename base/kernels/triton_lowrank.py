@@ -160,7 +160,7 @@ class _Layout:
 def _record(segment: Segment, place: int) -> tuple[int, ...]:
     term = segment.term
     parts = (term.a, term.b, term.d, term.gain, term.bias)
-    halves = (part is not None and part.dtype is torch.bfloat16 for part in (term.a, term.b))
+    halves = (isinstance(f, Tensor) and f.dtype is torch.bfloat16 for f in (term.a, term.b))
     return (
         *(segment.start, segment.stop),
         *(0 if part is None else part.data_ptr() for part in parts),

@@ -21,7 +21,6 @@ from service.bench import llama_peer, peft_peer
 from service.bench.scenario import Scenario
 
 SECONDS = 1.0  # for each limit
-_SIZE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +56,12 @@ def better(one: Limits, other: Limits) -> Limits:
 
 def _measure(threads: int, seconds: float) -> Limits:
     torch.set_num_threads(threads)
+    bytes_limit = kernels.int8_limit(seconds)
     return Limits(
         round(kernels.memory_limit(seconds), 2),
         round(kernels.arithmetic_limit(seconds), 1),
-        _int8_limit(seconds),
+        None if bytes_limit is None else round(bytes_limit, 1),
     )
-
-
-def _int8_limit(seconds: float) -> float | None:
-    a, b = (torch.randint(-127, 128, (_SIZE, _SIZE), dtype=torch.int8) for _ in range(2))
-    try:
-        taken = kernels.race({"mm": lambda: torch._int_mm(a, b)}, seconds)["mm"]
-    except (RuntimeError, AttributeError):
-        return None
-    return round(2e-9 * _SIZE**3 / taken[0], 1)
 
 
 def multiply_adds(spec: BaseSpec) -> tuple[int, int]:

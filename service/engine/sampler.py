@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from base import kernels
 from service.engine.guide import Walk
 from service.engine.request import Sampling
 from service.engine.sequence import Sequence
@@ -62,8 +63,7 @@ class Sampler:
         return [found[i] for i in range(len(sequences))]
 
     def _sample(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
-        normaliser = logits.logsumexp(-1)
-        chosen = logits.argmax(-1)
+        chosen, normaliser = kernels.greedy(logits)
         special = [i for i, s in enumerate(sequences) if self._is_special(s)]
         for i in special:
             chosen[i] = self._choose(logits[i], sequences[i])
@@ -173,5 +173,5 @@ def likeliest(
     """The `count` most likely tokens of a row [V], best first, with their log-probabilities."""
     if not count:
         return ()
-    values, tokens = logits.topk(min(count, len(logits)))
+    values, tokens = kernels.largest(logits, min(count, len(logits)))
     return tuple(zip(tokens.tolist(), (values - normaliser).tolist(), strict=True))

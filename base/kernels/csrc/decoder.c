@@ -22,16 +22,35 @@ static void *room(int64_t bytes) {
     return memory;
 }
 
-static int add_terms(const decoder_step *s, int64_t place, const float *x, int64_t in, float *y,
-                     int64_t out, int threads) {
-    int64_t count = 0, floats = 0;
-    for (int64_t i = 0; i < s->spans; i++) count += s->span[i].table[place].count;
-    if (!count) return 0;
-    lowrank_segment *segments = room(count * (int64_t)sizeof *segments), *next = segments;
-    if (!segments) return 1;
+/* Are all terms of an adapter at a place in 8 bits? Then a fast product takes them along. */
+static int is_rounded(const adapter_place *own) {
+    const lowrank_segment *terms = own->terms;
+    int64_t ranks = 0;
+    for (int64_t j = 0; j < own->count; j++) {
+        if (terms[j].rank && terms[j].a_stored != STORED_I8) return 0;
+        ranks += terms[j].rank;
+    }
+    return ranks > 0;
+}
+
+/* How many terms a place has in this step, of adapters whose terms there are rounded, or not. */
+static int64_t count_terms(const decoder_step *s, int64_t place, int rounded) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < s->spans; i++) {
+        const adapter_place *own = s->span[i].table + place;
+        if (own->count && is_rounded(own) == rounded) count += own->count;
+    }
+    return count;
+}
+
+/* Those terms with the rows of this step. Returns the floats of their A x. */
+static int64_t list_terms(const decoder_step *s, int64_t place, int rounded,
+                          lowrank_segment *next) {
+    int64_t floats = 0;
     for (int64_t i = 0; i < s->spans; i++) {
         const adapter_place *own = s->span[i].table + place;
         const lowrank_segment *terms = own->terms;
+        if (!own->count || is_rounded(own) != rounded) continue;
         for (int64_t j = 0; j < own->count; j++, next++) {
             *next = terms[j];
             next->start = s->span[i].start;
@@ -39,27 +58,47 @@ static int add_terms(const decoder_step *s, int64_t place, const float *x, int64
             floats += (next->stop - next->start) * next->rank;
         }
     }
+    return floats;
+}
+
+static int add_terms(const decoder_step *s, int64_t place, int rounded, const float *x, int64_t in,
+                     float *y, int64_t out, int threads) {
+    const int64_t count = count_terms(s, place, rounded);
+    if (!count) return 0;
+    lowrank_segment *segments = room(count * (int64_t)sizeof *segments);
+    if (!segments) return 1;
+    const int64_t floats = list_terms(s, place, rounded, segments);
     return nibble_lowrank_add(segments, count, x, in, y, out, floats, threads);
 }
 
-/* Linears `first` to first + count - 1, all of x, each to its y. Those in panels are one product:
- * x is rounded once for them. */
+/* Linears `first` to first + count - 1, all of x, each to its y. Those in panels are one call with
+ * their rounded terms: x is rounded once for all of them. */
 static int linears(const decoder_layer *l, const decoder_step *s, int first, int count,
                    const float *x, float *const *y, int threads) {
+    const int64_t place = l->first_place + first;
     fast_product products[LINEARS];
+    int64_t terms = 0;
     int fast = 0;
+    for (int i = 0; i < count; i++)
+        if (!l->linear[first + i].exact) terms += count_terms(s, place + i, 1);
+    lowrank_segment *next = room(terms * (int64_t)sizeof *next + 1);
+    if (!next) return 1;
     for (int i = 0; i < count; i++) {
         const decoder_linear *w = l->linear + first + i;
-        if (!w->exact)
-            products[fast++] = (fast_product){w->panels, w->bias, y[i], w->out, w->bits};
-        else if (nibble_nf4_linear(w->exact, x, s->tokens, w->bias, y[i], threads))
-            return 1;
+        if (w->exact) continue;
+        const int64_t own = count_terms(s, place + i, 1);
+        list_terms(s, place + i, 1, next);
+        products[fast++] = (fast_product){w->panels, w->bias, y[i], w->out, w->bits, next, own};
+        next += own;
     }
     if (fast && nibble_fast_linear(products, fast, x, l->linear[first].in, s->tokens, threads))
         return 1;
     for (int i = 0; i < count; i++) {
         const decoder_linear *w = l->linear + first + i;
-        if (add_terms(s, l->first_place + first + i, x, w->in, y[i], w->out, threads)) return 1;
+        if (w->exact && (nibble_nf4_linear(w->exact, x, s->tokens, w->bias, y[i], threads) ||
+                         add_terms(s, place + i, 1, x, w->in, y[i], w->out, threads)))
+            return 1;
+        if (add_terms(s, place + i, 0, x, w->in, y[i], w->out, threads)) return 1;
     }
     return 0;
 }

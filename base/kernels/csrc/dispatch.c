@@ -98,21 +98,51 @@ EXPORT const char *nibble_fast_name(void) { return selected_fast->name; }
 
 EXPORT int nibble_fast_linear(const fast_product *products, int64_t count, const float *x,
                               int64_t in, int64_t rows, int threads) {
-    int64_t out = 0;
-    for (int64_t i = 0; i < count; i++) out += products[i].out;
-    const int use = useful_threads(out * in * (rows + 4) / 16, threads);
-    float *memory = workspace(ceil_div(selected_fast->workspace(in, rows, use), 4));
+    int64_t work = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const fast_product *p = products + i;
+        if (p->panels) work += p->out * in * (rows + 4) / 16;
+        for (int64_t j = 0; j < p->term_count; j++)
+            work += (p->terms[j].stop - p->terms[j].start + 4) / 4 * p->terms[j].rank *
+                    (in + p->out);
+    }
+    const int use = useful_threads(work, threads);
+    float *memory = workspace(ceil_div(selected_fast->workspace(products, count, in, rows, use), 4));
     if (!memory) return 1;
     selected_fast->linear(products, count, x, in, rows, use, (uint8_t *)memory);
     return 0;
 }
 
+/* How many segments from the first on are kept alike: those of no rank go with any others. */
+static int64_t alike(const lowrank_segment *segments, int64_t count, int *rounded) {
+    int64_t n = 0;
+    *rounded = -1;
+    for (; n < count; n++) {
+        if (!segments[n].rank) continue;
+        const int own = segments[n].a_stored == STORED_I8;
+        if (*rounded >= 0 && own != *rounded) break;
+        *rounded = own;
+    }
+    return n;
+}
+
 EXPORT int nibble_lowrank_add(const lowrank_segment *segments, int64_t count, const float *x,
                               int64_t in, float *y, int64_t out, int64_t floats, int threads) {
-    const int use = useful_threads(floats * (in + out), threads);
-    float *memory = workspace(floats + 1);
-    if (!memory) return 1;
-    selected->lowrank_add(segments, count, x, in, y, out, use, memory);
+    for (int64_t same; count > 0; segments += same, count -= same) {
+        int rounded;
+        same = alike(segments, count, &rounded);
+        if (rounded == 1) {
+            int64_t rows = 0;
+            for (int64_t i = 0; i < same; i++) rows = max_i(rows, segments[i].stop);
+            const fast_product terms = {NULL, NULL, y, out, 8, segments, same};
+            if (nibble_fast_linear(&terms, 1, x, in, rows, threads)) return 1;
+            continue;
+        }
+        const int use = useful_threads(floats * (in + out), threads);
+        float *memory = workspace(floats + 1);
+        if (!memory) return 1;
+        selected->lowrank_add(segments, same, x, in, y, out, use, memory);
+    }
     return 0;
 }
 
@@ -192,4 +222,19 @@ EXPORT void nibble_nf4_rows(const nf4_weight *w, int64_t start, int64_t stop, fl
 EXPORT void nibble_panel_rows(const uint8_t *panels, int64_t in, int64_t start, int64_t stop,
                               float *to, int threads) {
     selected->panel_rows(panels, in, start, stop, to, threads_for((stop - start) * in, threads));
+}
+
+/* reduce.h; rows of one value or more. */
+EXPORT int nibble_reduce(const float *x, int64_t rows, int64_t width, int64_t stride,
+                         int64_t *best, float *log_sum, int threads) {
+    float *memory = workspace(selected->reduce_workspace(rows, width) + 1);
+    if (!memory) return 1;
+    selected->reduce(x, rows, width, stride, best, log_sum, threads_for(rows * width, threads),
+                     memory);
+    return 0;
+}
+
+EXPORT void nibble_largest(const float *x, int64_t width, int64_t count, float *values,
+                           int64_t *places) {
+    selected->largest(x, width, count, values, places);
 }

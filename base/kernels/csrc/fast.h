@@ -328,8 +328,11 @@ typedef struct {
     const fast_product *products;
     const float *x;
     uint8_t *x8, *panels;
-    int64_t count, first_row, rows, blocks, panels_each, in;
+    float *inner; /* u of all terms: terms.h */
+    int64_t count, first_row, rows, blocks, panels_each, in, rank_tasks, outputs_each;
 } fast_job;
+
+#include "terms.h"
 
 /* Tile number `task` of x. */
 static void fast_quantize_task(const void *data, int64_t task, int worker) {
@@ -405,13 +408,20 @@ static void fast_panel(const fast_job *job, const fast_product *p, int64_t panel
     }
 }
 
-/* Some panels of the products, counted through all of them. */
+INLINE int64_t fast_panels(const fast_product *p) { return p->panels ? ceil_div(p->out, ROWS) : 0; }
+
+/* A part of the terms' A x, or some panels of the products, counted through all of them. */
 static void fast_multiply_task(const void *data, int64_t task, int worker) {
     const fast_job *job = data;
+    if (task < job->rank_tasks) {
+        rank_task(job, task);
+        return;
+    }
+    task -= job->rank_tasks;
     int64_t first = task * job->panels_each, stop = first + job->panels_each;
     for (int64_t i = 0; i < job->count; i++) {
         const fast_product *p = job->products + i;
-        const int64_t panels = ceil_div(p->out, ROWS);
+        const int64_t panels = fast_panels(p);
         for (int64_t n = max_i(0, first); n < min_(panels, stop); n++)
             fast_panel(job, p, n, job->panels + worker * (int64_t)(STRETCH * INT8_BYTES));
         first -= panels;
@@ -425,24 +435,34 @@ static int64_t fast_x_rows(int64_t in, int64_t rows) {
 }
 
 /* Bytes. */
-static int64_t fast_workspace(int64_t in, int64_t rows, int threads) {
-    return fast_x_rows(in, rows) * (in / BLOCK) * X_BYTES + threads * (int64_t)(STRETCH * INT8_BYTES);
+static int64_t fast_workspace(const fast_product *products, int64_t count, int64_t in,
+                              int64_t rows, int threads) {
+    return fast_x_rows(in, rows) * (in / BLOCK) * X_BYTES +
+           threads * (int64_t)(STRETCH * INT8_BYTES) + terms_workspace(products, count);
 }
 
 static void fast_linear(const fast_product *products, int64_t count, const float *x, int64_t in,
                         int64_t rows, int threads, uint8_t *workspace) {
     fast_job job = {.products = products, .count = count, .in = in, .blocks = in / BLOCK};
     const int64_t step = fast_x_rows(in, rows);
-    int64_t panels = 0;
-    for (int64_t i = 0; i < count; i++) panels += ceil_div(products[i].out, ROWS);
-    job.panels = workspace;
-    job.x8 = workspace + threads * (int64_t)(STRETCH * INT8_BYTES);
+    int64_t panels = 0, outputs = 0;
+    for (int64_t i = 0; i < count; i++) {
+        panels += fast_panels(products + i);
+        if (products[i].term_count) outputs += ceil_div(products[i].out, ROWS);
+    }
+    job.inner = (float *)workspace;
+    job.panels = workspace + terms_workspace(products, count);
+    job.x8 = job.panels + threads * (int64_t)(STRETCH * INT8_BYTES);
     /* About eight turns for each thread: one that comes late leaves little to wait for. */
     job.panels_each = max_i(1, panels / (8 * threads));
+    job.outputs_each = max_i(1, outputs / (4 * threads));
     for (job.first_row = 0; job.first_row < rows; job.first_row += step) {
         job.x = x + job.first_row * in;
         job.rows = min_(step, rows - job.first_row);
+        job.rank_tasks = rank_tasks(&job);
         pool_run(fast_quantize_task, &job, ceil_div(job.rows, FAST_TILE), threads);
-        pool_run(fast_multiply_task, &job, ceil_div(panels, job.panels_each), threads);
+        pool_run(fast_multiply_task, &job, job.rank_tasks + ceil_div(panels, job.panels_each),
+                 threads);
+        if (outputs) pool_run(term_task, &job, ceil_div(outputs, job.outputs_each), threads);
     }
 }

@@ -19,10 +19,10 @@ typedef struct {
     int64_t out, in, blocksize;
 } nf4_weight;
 
-enum { STORED_F32 = 0, STORED_BF16 = 1, STORED_I8 = 2 }; /* 8 bits: of a KV cache, cache.h */
+enum { STORED_F32 = 0, STORED_BF16 = 1, STORED_I8 = 2 }; /* 8 bits: cache.h, terms.h */
 
 /* Rows [start, stop) get y = gain * (y + B (d * (A x))) + bias. NULL: d = gain = 1, bias = 0.
- * `_SPAN` and `_REST` in lowrank.py pack this. */
+ * In 8 bits both factors are in panels (terms.h). `_SPAN` and `_REST` in lowrank.py pack this. */
 typedef struct {
     int64_t start, stop;
     const void *a; /* [rank, in] */
@@ -52,13 +52,16 @@ typedef struct {
     int64_t rows, heads, dim, stored, places;
 } cache_call;
 
-/* y [rows, out] = x Wᵀ + bias in the fast precision, with W in panels (fast.h) of 4 or 8 bits. A
- * call has several that read the same x. `_PRODUCT` in native.py packs this. */
+/* y [rows, out] = x Wᵀ + bias in the fast precision, with W in panels (fast.h) of 4 or 8 bits, then
+ * the terms in 8 bits in their order. A call has several that read the same x. Panels NULL: y has
+ * the product already. `_PRODUCT` in native.py packs this. */
 typedef struct {
     const uint8_t *panels;
     const float *bias; /* [out] or NULL */
     float *y;
     int64_t out, bits;
+    const lowrank_segment *terms;
+    int64_t term_count;
 } fast_product;
 
 /* One instruction set's fast products. `in` is a multiple of 64; the workspace is in bytes. */
@@ -66,7 +69,8 @@ typedef struct {
     const char *name;
     void (*linear)(const fast_product *products, int64_t count, const float *x, int64_t in,
                    int64_t rows, int threads, uint8_t *workspace);
-    int64_t (*workspace)(int64_t in, int64_t rows, int threads);
+    int64_t (*workspace)(const fast_product *products, int64_t count, int64_t in, int64_t rows,
+                         int threads);
 } fast_table;
 
 extern const fast_table fast_portable;
@@ -99,6 +103,10 @@ typedef struct {
     void (*nf4_rows)(const nf4_weight *w, int64_t start, int64_t stop, float *to, int threads);
     void (*panel_rows)(const uint8_t *panels, int64_t in, int64_t start, int64_t stop, float *to,
                        int threads);
+    void (*reduce)(const float *x, int64_t rows, int64_t width, int64_t stride, int64_t *best,
+                   float *log_sum, int threads, float *workspace);
+    int64_t (*reduce_workspace)(int64_t rows, int64_t width);
+    void (*largest)(const float *x, int64_t width, int64_t count, float *values, int64_t *places);
 } kernel_table;
 
 extern const kernel_table kernels_portable;

@@ -5,8 +5,10 @@
 #include "dense.h"
 #include "step.h"
 #include "rows.h"
+#include "reduce.h"
 
 const kernel_table kernels_portable = {
     "portable", nf4_linear, nf4_workspace, lowrank_add, attention, attention_workspace, cache_write,
-    dense_linear, dense_workspace, norm, rotary, each, nf4_rows, panel_rows,
+    dense_linear, dense_workspace, norm, rotary, each, nf4_rows, panel_rows, reduce,
+    reduce_workspace, largest,
 };

@@ -30,6 +30,9 @@ INLINE vf load_bf16(const uint16_t *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+INLINE vf load_i8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 /* out[i] = sum of the lanes of the i-th vector; each by the same tree. */
 INLINE void sum_each(float *out, vf a, vf b, vf c, vf d) {
     vf ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -54,6 +57,9 @@ INLINE vf max_(vf a, vf b) { return _mm256_max_ps(a, b); }
 INLINE vf load_bf16(const uint16_t *p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+INLINE vf load_i8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 INLINE void sum_each(float *out, vf a, vf b, vf c, vf d) {
     vf ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
@@ -92,6 +98,7 @@ INLINE vf load_bf16(const uint16_t *p) {
                (int32_t)((uint32_t)p[2] << 16), (int32_t)((uint32_t)p[3] << 16)};
     return (vf)wide;
 }
+INLINE vf load_i8(const int8_t *p) { return (vf){p[0], p[1], p[2], p[3]}; }
 INLINE void sum_each(float *out, vf a, vf b, vf c, vf d) {
     out[0] = (a[0] + a[1]) + (a[2] + a[3]);
     out[1] = (b[0] + b[1]) + (b[2] + b[3]);

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.lowering.factors import factor_dtype, low_rank
-from base.kernels import LowRank, Segment, fast_status, lowrank_add
+from adapters.delta import LinearDelta, PrivateNorm
+from adapters.lowering.factors import factor_dtype, low_rank, rounded
+from base.kernels import LowRank, RoundedFactor, Segment, fast_status, lowrank_add
 from base.load import Base, load_base
 from tests.oracle import make_base
 
@@ -45,3 +46,39 @@ def test_fast_factors_take_half_the_memory_and_make_the_stated_error(
     y = lowrank_add(torch.zeros(3, 512), x, [Segment(0, 3, LowRank(term.A, term.B))])
     right = x @ A.t() @ B.t()
     assert 0 < (y - right).norm() <= 0.004 * right.norm()
+
+
+@pytest.mark.skipif(fast_status().startswith("exact"), reason="no C library")
+def test_plain_terms_serve_in_bytes_in_the_fast_precision(directory: Path) -> None:
+    base = load(directory, dtype="float32", precision="fast")
+    A, B, x = torch.randn(16, 896), torch.randn(512, 16), torch.randn(3, 896)
+    plain = low_rank(A, B, base)
+    scaled = low_rank(A, B, base, torch.randn(16))
+    odd = low_rank(torch.randn(4, 100), B[:, :4], base)
+    norm = PrivateNorm(torch.ones(4))
+    given = {
+        "one": LinearDelta((plain,)),
+        "two": LinearDelta((plain, scaled)),
+        "three": LinearDelta((odd,)),
+        "norm": norm,
+    }
+    found = rounded(given, base)
+    one, two, three = (found[name] for name in ("one", "two", "three"))
+    assert isinstance(one, LinearDelta)
+    assert isinstance(two, LinearDelta)
+    assert isinstance(three, LinearDelta)
+    term = one.low_rank[0]
+    assert isinstance(term.A, RoundedFactor)
+    assert isinstance(term.B, RoundedFactor)
+    assert term.A.nbytes + term.B.nbytes <= 0.3 * (A.nbytes + B.nbytes)
+    assert two.low_rank[0].A is term.A, "made once"
+    assert two.low_rank[1] is scaled
+    assert three.low_rank[0] is odd
+    assert found["norm"] is norm
+    again = rounded(found, base)["one"]
+    assert isinstance(again, LinearDelta)
+    assert again.low_rank[0] is term
+    y = lowrank_add(torch.zeros(3, 512), x, [Segment(0, 3, LowRank(term.A, term.B))])
+    right = x @ A.t() @ B.t()
+    assert 0 < (y - right).norm() <= 0.013 * right.norm()
+    assert rounded(given, load(directory, dtype="float32")) == given

@@ -124,7 +124,10 @@ def test_refuses_shapes_that_do_not_fit() -> None:
             kernels.paged_attention(*parts, 1.0)
 
 
-def test_says_what_runs() -> None:
+def test_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     library, status = native.load()
-    expected = status if library is None else library.isa
-    assert kernels.native_status() == expected
+    assert kernels.native_status() == status
+    if library is not None:
+        assert status.startswith(library.isa)
+        monkeypatch.setenv("NIBBLE_ISA", "portable")
+        assert native.load()[1] == "portable, as NIBBLE_ISA asks"
