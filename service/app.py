@@ -272,6 +272,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         build={"version": meta.own_version(), "kernels": native_status(), "base": base.spec.id},
         max_lora=config.max_sequences,
         residents=engine.residents,
+        capacity={"slot": config.slot_bytes, "host": config.host_cache_bytes},
     )
     publication = Publication(store, base.spec, limits, probe)
     jobs = open_office(settings, publication)

@@ -39,6 +39,7 @@ PREFIX = "NIBBLE_"
 FILE = "nibble.toml"
 SECRETS = frozenset({"hf_token", "admin_key", "embedder_key", "reranker_key"})
 MASK = "**********"
+MAX_DRAFT_TOKENS = 64
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 # Variables that are read elsewhere: where a file or a server is, and which kernels to use.
@@ -266,6 +267,14 @@ class Settings(BaseSettings):
         512,
         ge=16,
         le=65536,
+    )
+    prompt_lookup_num_tokens: int = _setting(
+        "Speculative decoding by prompt lookup: most tokens that a step may guess for a sequence; "
+        "0 is off. A request may say otherwise; outputs are the same to the bit.",
+        "Engine",
+        0,
+        ge=0,
+        le=MAX_DRAFT_TOKENS,
     )
     max_queue: int = _setting("Requests that may wait.", "Engine", 1024, ge=1, le=100_000)
     slot_bytes: Bytes = _setting(

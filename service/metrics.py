@@ -95,6 +95,19 @@ class Metrics:
             "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
         )
         self._hits = self._counter("vllm:prefix_cache_hits", "Of these, tokens found.")
+        self._drafts = self._counter(
+            "vllm:spec_decode_num_drafts", "Drafts of speculative decoding."
+        )
+        self._draft_tokens = self._counter(
+            "vllm:spec_decode_num_draft_tokens", "Tokens of these drafts."
+        )
+        self._accepted = self._counter(
+            "vllm:spec_decode_num_accepted_tokens", "Of these, tokens that were right."
+        )
+        self._blocks = self._gauge("nibble:kv_cache_blocks", "Blocks of the KV cache.")
+        self._blocks_used = self._gauge(
+            "nibble:kv_cache_blocks_used", "Of these, blocks that running sequences hold."
+        )
         self._step_tokens = self._histogram(
             "vllm:iteration_tokens_total", "Tokens of one step of the engine.", _TOKENS
         )
@@ -187,6 +200,11 @@ class Metrics:
         self._preempted.inc(report.preempted)
         self._queries.inc(report.prefix_queried)
         self._hits.inc(report.prefix_hit)
+        self._drafts.inc(report.drafts)
+        self._draft_tokens.inc(report.draft_tokens)
+        self._accepted.inc(report.accepted_tokens)
+        self._blocks.set(report.blocks_total)
+        self._blocks_used.set(report.blocks_used)
         tokens = report.prompt_tokens + report.generated_tokens
         if tokens:
             self._step_tokens.observe(tokens)
@@ -237,9 +255,19 @@ class Metrics:
         build: Mapping[str, str],
         max_lora: int,
         residents: Callable[[], Sequence[Held]],
+        capacity: Mapping[str, int] | None = None,
     ) -> None:
-        """Say once what does not change, and where to ask for what is resident."""
+        """Say once what does not change, and where to ask for what is resident. `capacity`: the
+        bytes that adapters may take, by tier."""
         self._max_lora = str(max_lora)
+        room = Gauge(
+            "nibble:adapter_capacity_bytes",
+            "Bytes that adapters may take.",
+            ("model_name", "tier"),
+            registry=self.registry,
+        )
+        for tier, size in (capacity or {}).items():
+            room.labels(self._model, tier).set(size)
         for name, text, labels in (
             ("vllm:cache_config_info", "The KV cache.", cache),
             ("nibble:build_info", "What runs here.", build),

@@ -24,11 +24,13 @@ from service.api.retrieval import Retrieval, Wanted
 from service.api.sse import EventReply, events_of
 from service.api.templating import TemplateUse
 from service.api.wire import (
+    DRAFTS,
     MAX_SEQUENCES,
     MAX_TOKENS,
     MAX_TOP_TOKENS,
     ClientKey,
     Count,
+    DraftTokens,
     Fraction,
     Incoming,
     Penalty,
@@ -188,6 +190,7 @@ class Parameters(Incoming):
     return_k_alternatives: int = Field(
         default=0, ge=0, le=MAX_TOP_TOKENS, description="LoRAX's name of top_n_tokens."
     )
+    prompt_lookup_num_tokens: DraftTokens | None = Field(default=None, description=DRAFTS)
     top_n_tokens: int = Field(
         default=0, ge=0, le=MAX_TOP_TOKENS, description="The most likely tokens at each place."
     )
@@ -408,6 +411,7 @@ def _order(body: GenerateBody, client: str | None, tenant: str) -> Order:
         n=given.sequences,
         truncate=given.truncate,
         prompt_logprobs=given.decoder_input_details,
+        prompt_lookup_num_tokens=given.prompt_lookup_num_tokens,
         grammar=given.asked_grammar,
         retrieval=Wanted(body.retrieval, tenant) if body.retrieval else None,
         template=body.template.asked if body.template else None,

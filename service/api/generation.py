@@ -142,6 +142,7 @@ def completion(collector: Collector) -> Json:
             "cached_tokens": first.closed.cached_tokens,
             "timings": _timings(first.closed),
         }
+        body["details"] |= _speculation(origin, first.closed)
         if origin.retrieved is not None:
             body["details"]["retrieval"] = origin.retrieved.told()
         if origin.template is not None:
@@ -226,6 +227,7 @@ def _stream_details(origin: Origin, end: Finished) -> Json:
         "cached_tokens": end.cached_tokens,
         "timings": _timings(end),
     }
+    details |= _speculation(origin, end)
     if origin.request.prompt_logprobs:
         details["prefill"] = origin.prefill(end)
     if origin.retrieved is not None:
@@ -265,6 +267,13 @@ def _top(token: Token) -> list[Json]:
         {"id": other, "text": text, "logprob": logprob, "special": False}
         for other, text, logprob in token.top
     ]
+
+
+def _speculation(origin: Origin, end: Finished) -> Json:
+    """What became of the guesses, where there may have been any."""
+    if not origin.request.prompt_lookup_num_tokens:
+        return {}
+    return {"draft_tokens": end.draft_tokens, "accepted_tokens": end.accepted_tokens}
 
 
 def _timings(end: Finished) -> Json:

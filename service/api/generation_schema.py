@@ -60,6 +60,10 @@ class Details(Outgoing):
     prompt_tokens: int
     cached_tokens: int = Field(description="Prompt tokens that came from the prefix cache.")
     timings: Timings
+    draft_tokens: int | None = Field(
+        default=None, description="Tokens that were guessed, where prompt lookup is on."
+    )
+    accepted_tokens: int | None = Field(default=None, description="Of these, the right ones.")
     retrieval: RetrievalDetails | None = Field(default=None, description="Where it was asked for.")
     template: TemplateDetails | None = Field(default=None, description="Where one was named.")
 
@@ -93,6 +97,10 @@ class StreamDetails(Outgoing):
     cached_tokens: int
     prefill: list[PromptToken] | None = None
     timings: Timings
+    draft_tokens: int | None = Field(
+        default=None, description="Tokens that were guessed, where prompt lookup is on."
+    )
+    accepted_tokens: int | None = Field(default=None, description="Of these, the right ones.")
     retrieval: RetrievalDetails | None = None
     template: TemplateDetails | None = None
 

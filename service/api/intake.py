@@ -89,6 +89,7 @@ class Order:
     truncate: int | None = None
     prompt_logprobs: bool = False
     pooled: bool = False
+    prompt_lookup_num_tokens: int | None = None  # None: as the server's settings say
     grammar: Grammar | None = None
     retrieval: Wanted | None = None
     names: Names = Names()
@@ -167,6 +168,7 @@ async def _started(
         n=order.n,
         prompt_logprobs=order.prompt_logprobs,
         pooled=order.pooled,
+        prompt_lookup_num_tokens=_lookup(order, desk),
         vocabulary=own,
     )
     stream = _submitted(generation, selection, serving)
@@ -369,6 +371,13 @@ async def _plain_prompt(
     messages = [dict(message) for message in given.messages]
     tools = [dict(tool) for tool in given.tools] or None
     return await serving.assembly.chat(messages, template, order.truncate, tools, given.answer)
+
+
+def _lookup(order: Order, desk: Desk) -> int:
+    """Most tokens of a draft."""
+    if order.prompt_lookup_num_tokens is None:
+        return desk.settings.prompt_lookup_num_tokens
+    return order.prompt_lookup_num_tokens
 
 
 def _seed(sampling: Sampling) -> int | None:

@@ -8,6 +8,7 @@ from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from service.api.errors import ErrorEnvelope
+from service.config import MAX_DRAFT_TOKENS
 from service.selection import MAX_REFERENCE
 
 MAX_TOKENS = 1 << 20
@@ -15,8 +16,13 @@ MAX_SEED = (1 << 63) - 1024  # n sequences use seed, seed + 1, …
 MAX_SEQUENCES = 16
 MAX_TOP_TOKENS = 20
 MAX_CLIENT_KEY = 256  # characters
+DRAFTS = (
+    "Speculative decoding by prompt lookup: most tokens that one step may guess from what stands "
+    "in prompt and output. 0 is off; when left out, as the server is set. The output is the same."
+)
 
 Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+DraftTokens = Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 TokenId = Annotated[int, Field(ge=0, le=(1 << 24) - 1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

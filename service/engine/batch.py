@@ -39,17 +39,17 @@ def build_batch(chunks: Seq[Chunk], block_size: int, device: torch.device) -> Ba
     rows: list[int] = []
     owners: list[int] = []
     for index, chunk in enumerate(ordered):
-        sequence, stop = chunk.sequence, chunk.start + chunk.count
-        ids += sequence.tokens[chunk.start : stop]
+        sequence, stop = chunk.sequence, chunk.start + chunk.rows
+        ids += chunk.tokens
         places = range(sequence.virtual_tokens + chunk.start, sequence.virtual_tokens + stop)
         positions += places
         slots += [sequence.blocks[p // block_size] * block_size + p % block_size for p in places]
         first = starts[-1]
-        starts.append(first + chunk.count)
+        starts.append(first + chunk.rows)
         wanted = _logit_rows(chunk, first)
         rows += wanted
         owners += [index] * len(wanted)
-    lengths = [c.sequence.virtual_tokens + c.start + c.count for c in ordered]
+    lengths = [c.sequence.virtual_tokens + c.start + c.rows for c in ordered]
     used = [-(-length // block_size) for length in lengths]
     table = [
         c.sequence.blocks[:n] + [0] * (max(used) - n) for c, n in zip(ordered, used, strict=True)
@@ -73,11 +73,12 @@ def _by_adapter(chunk: Chunk) -> tuple[str, ...]:
 
 
 def _logit_rows(chunk: Chunk, first: int) -> list[int]:
-    """The last row if the chunk samples; every prompt row too when their logprobs are wanted."""
+    """The last row if the chunk samples, and those of its draft; every prompt row too when their
+    logprobs are wanted."""
     last = first + chunk.count - 1
     sequence = chunk.sequence
     if not sequence.request.prompt_logprobs or sequence.generated:
-        return [last] if chunk.samples else []
+        return list(range(last, first + chunk.rows)) if chunk.samples else []
     scored = min(chunk.start + chunk.count, sequence.prompt_length - 1) - chunk.start
     rows = list(range(first, first + max(scored, 0)))
     return [*rows, last] if chunk.samples else rows

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 
@@ -36,6 +37,7 @@ from service.engine.request import (
 from service.engine.sampler import Sampled, Sampler
 from service.engine.scheduler import Chunk, Schedule, Scheduler
 from service.engine.sequence import Sequence
+from service.engine.speculation import Drafter
 from service.engine.stream import Stream
 from service.engine.trial import try_out
 from service.engine.vocabulary import Vocabulary
@@ -94,6 +96,7 @@ class Engine:
         self._live: dict[int, Output] = {}
         self._loading = Loading(self._tiers, self._mailbox, self._door)
         self._ids = 0
+        self._accepted = 0  # tokens of drafts, in this step
         self._stopping = False
         self._report = StepReport(0, 0, 0, blocks, 0, 0, 0, 0, 0, 0.0)
 
@@ -223,6 +226,7 @@ class Engine:
     def _step(self) -> None:
         """Schedule, run, sample, deliver."""
         started = time.perf_counter()
+        self._accepted = 0
         step = self._scheduler.schedule()
         failures = self._tiers.take_failures()
         self._end_failed(failures)
@@ -247,7 +251,9 @@ class Engine:
         groups: dict[AdapterKey | None, list[Chunk]] = {}
         for chunk in step.chunks:
             ref = chunk.sequence.adapter
-            groups.setdefault(ref.key if ref else None, []).append(chunk)
+            if not chunk.sequence.finished:
+                plain = replace(chunk, draft=())
+                groups.setdefault(ref.key if ref else None, []).append(plain)
         if len(groups) == 1 and None in groups:
             raise error
         log.warning("a step failed and is run again adapter by adapter: %s", error)
@@ -279,27 +285,59 @@ class Engine:
         return self._deliver(batch, logits)
 
     def _deliver(self, batch: Batch, logits: torch.Tensor) -> int:
-        """Sample the rows that reach the end of their sequence; send the tokens."""
+        """Sample the rows that reach the end of their sequence, and those of its draft as long as
+        that is right; send the tokens. Returns how many."""
+        generated, turn = 0, 0
+        going = self._sampled_rows(batch, logits)
+        while going:
+            places = [rows[turn] for _, rows in going]
+            part = logits if len(places) == len(logits) else logits[places]
+            choices = self._sampler.sample(part, [chunk.sequence for chunk, _ in going])
+            generated += len(going)
+            going = [
+                (chunk, rows)
+                for (chunk, rows), choice in zip(going, choices, strict=True)
+                if self._take(chunk, turn, rows[turn], choice)
+            ]
+            turn += 1
+        for chunk in batch.chunks:
+            self._scheduler.verified(chunk)
+        return generated
+
+    def _sampled_rows(self, batch: Batch, logits: torch.Tensor) -> list[tuple[Chunk, list[int]]]:
+        """The rows of logits that give tokens, by chunk. Those of prompts are scored."""
         starts = batch.query_start.tolist()
-        sampled: list[int] = []
+        found: dict[int, list[int]] = {}
         for row, (place, owner) in enumerate(
             zip(batch.logit_rows.tolist(), batch.logit_chunks, strict=True)
         ):
             chunk = batch.chunks[owner]
             position = chunk.start + place - starts[owner]
-            if position + 1 == len(chunk.sequence.tokens):
-                sampled.append(row)
+            if position + 1 >= len(chunk.sequence.tokens):
+                found.setdefault(owner, []).append(row)
             else:
                 own = self._sampler.own(logits[row], chunk.sequence)
                 self._live[chunk.sequence.id].score(position + 1, own)
-        sequences = [batch.chunks[batch.logit_chunks[row]].sequence for row in sampled]
-        rows = logits if len(sampled) == len(logits) else logits[sampled]
-        for i, choice in enumerate(self._sampler.sample(rows, sequences)):
-            output = self._live[sequences[i].id]
-            if output.sequence.request.pooled:
-                output.hidden = self._runner.hidden(sampled[i])
-            self._accept(output, choice)
-        return len(sequences)
+        return [(batch.chunks[owner], rows) for owner, rows in found.items()]
+
+    def _take(self, chunk: Chunk, turn: int, row: int, choice: Sampled | None) -> bool:
+        """The token that a row gave, the chunk's last or number `turn` of its draft: does the next
+        row stand on what is true?"""
+        sequence = chunk.sequence
+        output = self._live[sequence.id]
+        if turn == 0:
+            output.draft_tokens += len(chunk.draft)
+        if sequence.request.pooled:
+            output.hidden = self._runner.hidden(row)
+        guess = chunk.draft[turn] if turn < len(chunk.draft) else None
+        right = choice is not None and choice.token == guess
+        output.accepted_tokens += right
+        self._accepted += right
+        self._accept(output, choice)
+        if not right or sequence.finished:
+            return False
+        self._scheduler.accepted(sequence)
+        return True
 
     def _accept(self, output: Output, choice: Sampled | None) -> None:
         """One more token: keep it, send it, and end the sequence if it is the last."""
@@ -394,6 +432,7 @@ class Engine:
                 namespace=self._namespace(request),
                 leader=leader,
                 walk=sampling.guide.start() if sampling.guide else None,
+                drafter=self._drafter(request),
             )
             leader = leader or sequence
             ids.append(sequence.id)
@@ -401,6 +440,13 @@ class Engine:
             detokenizer = Detokenizer(words.tokenizer, sampling.stop)
             self._live[sequence.id] = Output(sequence, stream, words, detokenizer, submitted)
             self._scheduler.add(sequence)
+
+    def _drafter(self, request: Request) -> Drafter | None:
+        if not request.prompt_lookup_num_tokens:
+            return None
+        virtual = request.adapter.virtual_tokens if request.adapter else 0
+        limit = len(request.prompt) + request.sampling.max_new_tokens
+        return Drafter(request.prompt_lookup_num_tokens, min(limit, self.max_model_len - virtual))
 
     def _namespace(self, request: Request) -> bytes:
         """What the prefix cache is keyed by beside the tokens, so that no block is ever shared
@@ -445,9 +491,14 @@ class Engine:
             prefix_queried=step.prefix_queried,
             prefix_hit=step.prefix_hit,
             seconds=seconds,
+            drafts=sum(bool(chunk.draft) for chunk in step.chunks),
+            draft_tokens=sum(len(chunk.draft) for chunk in step.chunks),
+            accepted_tokens=self._accepted,
             running_adapters=_names(scheduler.running),
             waiting_adapters=_names(scheduler.waiting),
         )
+        if all(chunk.count == 1 for chunk in step.chunks):
+            scheduler.pace.note(step.tokens, seconds)
         self._observer.stepped(self._report)
 
     def _check_integrity(self) -> None:

@@ -105,9 +105,9 @@ def _parts(
     chunk: Chunk, owner: LoweredAdapter | None
 ) -> Iterator[tuple[int, LoweredAdapter | None]]:
     """Tokens of a chunk before the sequence's adapter is active, and those after."""
-    before = min(max(chunk.sequence.active_from - chunk.start, 0), chunk.count)
+    before = min(max(chunk.sequence.active_from - chunk.start, 0), chunk.rows)
     yield before, None
-    yield chunk.count - before, owner
+    yield chunk.rows - before, owner
 
 
 def _logit_owners(batch: Batch, owners: Seq[LoweredAdapter | None]) -> list[LoweredAdapter | None]:

@@ -25,6 +25,9 @@ class StepReport:
     prefix_queried: int  # prompt tokens looked up in the prefix cache
     prefix_hit: int  # of these, tokens found there
     seconds: float
+    drafts: int = 0  # sequences that were given a draft in this step
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     running_adapters: tuple[str, ...] = ()  # names, of running sequences
     waiting_adapters: tuple[str, ...] = ()
 

@@ -31,6 +31,8 @@ class Output:
     prompt_logprobs: dict[int, float] = field(default_factory=dict)  # by position
     prompt_top: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     hidden: tuple[float, ...] = ()
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     def tick(self) -> tuple[bool, float]:
         """A token has come: whether it is the first, and the seconds since the one before, or
@@ -82,6 +84,8 @@ class Output:
             seed=sequence.seed,
             prompt_top=tuple(top for _, top in sorted(self.prompt_top.items())),
             hidden=self.hidden,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
         )
         self.stream.push(finished)
         return finished

@@ -96,6 +96,7 @@ class Request:
     tenant: str = ""  # salt of the cache key
     prompt_logprobs: bool = False  # with `sampling.top_logprobs` alternatives each
     pooled: bool = False  # reply the last token's hidden state
+    prompt_lookup_num_tokens: int = 0  # most tokens of a draft; 0: no speculation
     vocabulary: Vocabulary | None = None  # of an adapter with a tokenizer of its own
 
     @property
@@ -142,6 +143,8 @@ class Finished:
     tail: str = ""  # text held back until now, when no last token carries it (cancelled, error)
     prompt_logprobs: tuple[float, ...] = ()  # of prompt tokens 1, 2, …, when they were asked for
     seed: int = 0
+    draft_tokens: int = 0  # that were guessed and computed
+    accepted_tokens: int = 0  # of these, that are in the output
     # As many as prompt_logprobs: (id, logprob), best first, when alternatives were asked for.
     prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
     hidden: tuple[float, ...] = ()  # of the prompt's last token, behind the last norm, if pooled

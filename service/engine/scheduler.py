@@ -5,13 +5,17 @@ admitted while tokens, places and blocks last, in the order of `service/engine/f
 among adapters, those in slots first within fairness. When blocks run out, the youngest running
 sequence gives all of its blocks back and starts again later from its tokens ("preemption by
 recompute"); the oldest always fits, so something always ends.
+
+What tokens and blocks are left over may go to drafts (`service/engine/speculation.py`): they
+displace nobody. Their blocks are given back with the tokens that were wrong, their tokens are
+charged when they are right, and no block is known by its hash before its tokens are the sequence's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from service.engine.fairness import AccountKey, FairQueue, by_adapter
@@ -19,6 +23,7 @@ from service.engine.kv_cache import BlockPool
 from service.engine.prefix import Fill, block_hash, fills
 from service.engine.request import AdapterKey, AdapterRef
 from service.engine.sequence import Sequence, Status
+from service.engine.speculation import Pace, lengths
 
 
 class AdapterGate(Protocol):
@@ -42,11 +47,22 @@ class AdapterGate(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Compute tokens[start : start + count] of one sequence in this step."""
+    """Compute tokens[start : start + count] of one sequence in this step, and a draft behind them:
+    tokens that may come next, to be verified by what the step says of them."""
 
     sequence: Sequence
     start: int
     count: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.count + len(self.draft)
+
+    @property
+    def tokens(self) -> list[int]:
+        """[rows]"""
+        return [*self.sequence.tokens[self.start : self.start + self.count], *self.draft]
 
     @property
     def samples(self) -> bool:
@@ -66,7 +82,7 @@ class Schedule:
 
     @property
     def tokens(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
+        return sum(chunk.rows for chunk in self.chunks)
 
 
 class Scheduler:
@@ -97,6 +113,7 @@ class Scheduler:
         self.patience = patience
         self.waiting = FairQueue(account, slack=max_step_tokens, age_cap=age_cap)
         self.running: list[Sequence] = []
+        self.pace = Pace()
         self._late: dict[Sequence, None] = {}  # passed over more than `patience` times
         self._made_way = False
 
@@ -114,7 +131,8 @@ class Scheduler:
         self._make_way()
         budget = self._continue_running(step, self.max_step_tokens)
         if not step.preempted:
-            self._admit_waiting(step, budget)
+            budget = self._admit_waiting(step, budget)
+            self._speculate(step, budget)
         return step
 
     def computed(self, chunks: Iterable[Chunk]) -> None:
@@ -124,6 +142,21 @@ class Scheduler:
             if sequence.status is Status.RUNNING:
                 sequence.computed = chunk.start + chunk.count
                 self._remember(sequence)
+
+    def accepted(self, sequence: Sequence) -> None:
+        """The last token is what its draft said, so its keys and values are in the cache."""
+        if sequence.status is Status.RUNNING:
+            sequence.computed = len(sequence.tokens)
+            self.waiting.charge(sequence, sequence.computed)
+            self._remember(sequence)
+
+    def verified(self, chunk: Chunk) -> None:
+        """A draft is over: give back the blocks that only tokens which did not come would fill."""
+        sequence = chunk.sequence
+        if chunk.draft and sequence.status is Status.RUNNING:
+            needed = self.pool.blocks_for(sequence.virtual_tokens + len(sequence.tokens))
+            self.pool.deallocate(sequence.blocks[needed:])
+            del sequence.blocks[needed:]
 
     def finish(self, sequence: Sequence) -> None:
         """The sequence is over, wherever it was: give back all that it held."""
@@ -177,9 +210,38 @@ class Scheduler:
             self.gate.make_way(refs)
             self._made_way = bool(refs)
 
-    def _admit_waiting(self, step: Schedule, budget: int) -> None:
+    def _speculate(self, step: Schedule, budget: int) -> None:
+        """Put drafts behind the chunks of sequences that decode, as far as they are worth it."""
+        places: list[int] = []
+        drafts: list[tuple[int, ...]] = []
+        chances: list[list[float]] = []
+        for place, chunk in enumerate(step.chunks):
+            sequence = chunk.sequence
+            drafter = sequence.drafter if sequence.generated and chunk.samples else None
+            if drafter is not None and (draft := drafter.draft(sequence.tokens)):
+                places.append(place)
+                drafts.append(draft)
+                chances.append(drafter.chances())
+        sampling = sum(chunk.samples for chunk in step.chunks)
+        worth = lengths(chances, sampling, self.pace.fixed, budget)
+        for place, draft, length in zip(places, drafts, worth, strict=True):
+            chunk = step.chunks[place]
+            if length := self._room_for(chunk.sequence, length):
+                step.chunks[place] = replace(chunk, draft=draft[:length])
+
+    def _room_for(self, sequence: Sequence, length: int) -> int:
+        """Blocks for so many tokens of a draft, or for as many as blocks are left."""
+        size, known = self.pool.block_size, sequence.virtual_tokens + len(sequence.tokens)
+        length = min(length, (len(sequence.blocks) + self.pool.available) * size - known)
+        needed = self.pool.blocks_for(known + length) - len(sequence.blocks)
+        if needed > 0:
+            sequence.blocks += self.pool.allocate(needed)
+        return length
+
+    def _admit_waiting(self, step: Schedule, budget: int) -> int:
+        """Returns what is left of the budget."""
         if not self._room(budget):
-            return
+            return budget
         absent: set[AdapterKey] = set()  # asked for in this schedule
         for sequence in self.waiting.candidates(self._resident):
             if not self._ready(sequence, absent):
@@ -187,7 +249,8 @@ class Scheduler:
             count = self._admit(sequence, budget, step)
             budget -= count
             if count == 0 or not self._room(budget):
-                return
+                break
+        return budget
 
     def _room(self, budget: int) -> bool:
         return budget > 0 and len(self.running) < self.max_sequences

@@ -10,6 +10,7 @@ from service.engine.request import AdapterRef, Request
 
 if TYPE_CHECKING:
     from service.engine.guide import Walk
+    from service.engine.speculation import Drafter
 
 
 class Status(Enum):
@@ -47,6 +48,7 @@ class Sequence:
     admitted: bool = False  # was scheduled at least once
     holds_adapter: bool = False
     walk: Walk | None = None  # through the grammar that its output must follow
+    drafter: Drafter | None = None  # where it may speculate
     skipped: int = 0  # schedules that asked for its adapter in vain
     active_from: int = field(init=False)  # tokens before this one are the base's
 

@@ -12,7 +12,7 @@ from service.engine.request import Finished
 from service.metrics import LISTED_ADAPTERS, Metrics
 from service.residency.tiers import Resident
 
-STEP = StepReport(2, 3, 5, 20, 7, 2, 1, 16, 8, 0.01)
+STEP = StepReport(2, 3, 5, 20, 7, 2, 1, 16, 8, 0.01, 1, 6, 4)
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -39,6 +39,11 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
         "vllm:num_preemptions_total",
         "vllm:prefix_cache_queries_total",
         "vllm:prefix_cache_hits_total",
+        "vllm:spec_decode_num_drafts_total",
+        "vllm:spec_decode_num_draft_tokens_total",
+        "vllm:spec_decode_num_accepted_tokens_total",
+        "nibble:kv_cache_blocks",
+        "nibble:kv_cache_blocks_used",
         "vllm:time_to_first_token_seconds_bucket",
         "vllm:inter_token_latency_seconds_bucket",
         "vllm:time_per_output_token_seconds_bucket",
@@ -69,6 +74,11 @@ def test_steps_add_up() -> None:
     assert value(metrics, "vllm:num_preemptions_total") == 2
     assert value(metrics, "vllm:prefix_cache_queries_total") == 32
     assert value(metrics, "vllm:prefix_cache_hits_total") == 16
+    assert value(metrics, "vllm:spec_decode_num_drafts_total") == 2
+    assert value(metrics, "vllm:spec_decode_num_draft_tokens_total") == 12
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 8
+    assert value(metrics, "nibble:kv_cache_blocks_used") == 0
+    assert value(metrics, "nibble:kv_cache_blocks") == 20
     observer.stepped(STEP)
     assert value(metrics, "vllm:num_requests_running") == 2
     assert value(metrics, "vllm:num_requests_waiting") == 3
@@ -95,6 +105,14 @@ def test_ends_by_vllm_s_reasons(reason: str, theirs: str) -> None:
     assert value(metrics, "vllm:e2e_request_latency_seconds_sum") == 3.0
     assert value(metrics, "vllm:request_queue_time_seconds_sum") == 0.5
     assert value(metrics, "vllm:request_generation_tokens_sum") == 5
+
+
+def test_capacity_stands_beside_use() -> None:
+    metrics = Metrics("m")
+    metrics.describe({"a": "1"}, {"b": "2"}, 8, list, {"slot": 100, "host": 300})
+    assert value(metrics, "nibble:adapter_capacity_bytes", tier="slot") == 100
+    assert value(metrics, "nibble:adapter_capacity_bytes", tier="host") == 300
+    assert value(metrics, "nibble:adapter_bytes", tier="slot") == 0
 
 
 def lora(metrics: Metrics) -> list[dict[str, str]]:

@@ -90,6 +90,7 @@ async def _start(
             max_new_tokens=body.max_completion_tokens or body.max_tokens,
             fill=True,
             n=body.n,
+            prompt_lookup_num_tokens=body.prompt_lookup_num_tokens,
             grammar=body.grammar,
             retrieval=Wanted(body.retrieval, tenant) if body.retrieval else None,
             names=replace(CHAT, max_new_tokens="max_tokens") if body.max_tokens else CHAT,

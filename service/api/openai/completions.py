@@ -173,6 +173,7 @@ async def _start(body: CompletionBody, request: Request, desk: Desk, serving: Se
         terms=terms_of(body.model, desk, serving),
         client=client_key(body.client_key or body.user, request),
         max_new_tokens=max(body.max_tokens, 1),
+        prompt_lookup_num_tokens=body.prompt_lookup_num_tokens,
         n=body.sequences,
         prompt_logprobs=body.echo and body.logprobs is not None,
         grammar=body.grammar,

@@ -15,11 +15,21 @@ class PromptTokensDetails(Outgoing):
     cached_tokens: int = Field(description="Prompt tokens that came from the prefix cache.")
 
 
+class CompletionTokensDetails(Outgoing):
+    """What became of speculative tokens."""
+
+    accepted_prediction_tokens: int = Field(description="Guessed by prompt lookup, and right.")
+    rejected_prediction_tokens: int = Field(
+        description="Guessed and dropped; they are in no other count."
+    )
+
+
 class UsageView(Outgoing):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class Entry(Outgoing):

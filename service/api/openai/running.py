@@ -40,11 +40,14 @@ class Usage:
 
     def __init__(self) -> None:
         self._prompt = self._cached = self._output = 0
+        self._drafted = self._accepted = 0
         self._seen: set[int] = set()
 
     def add(self, end: Finished, prompt: int = 0) -> None:
         """One sequence. A prompt counts once, however many sequences share it."""
         self._output += end.generated_tokens
+        self._drafted += end.draft_tokens
+        self._accepted += end.accepted_tokens
         if prompt not in self._seen:
             self._seen.add(prompt)
             self._prompt += end.prompt_tokens
@@ -55,12 +58,18 @@ class Usage:
         self._output -= tokens
 
     def shown(self) -> Json:
-        return {
+        shown: Json = {
             "prompt_tokens": self._prompt,
             "completion_tokens": self._output,
             "total_tokens": self._prompt + self._output,
             "prompt_tokens_details": {"cached_tokens": self._cached},
         }
+        if self._drafted:
+            shown["completion_tokens_details"] = {
+                "accepted_prediction_tokens": self._accepted,
+                "rejected_prediction_tokens": self._drafted - self._accepted,
+            }
+        return shown
 
 
 async def interleaved(started: Sequence[Started]) -> AsyncIterator[tuple[int, Event]]:

@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from service.api.wire import (
+    DRAFTS,
     MAX_SEED,
     MAX_SEQUENCES,
     MAX_TOKENS,
     ClientKey,
     Count,
+    DraftTokens,
     Fraction,
     Incoming,
     Penalty,
@@ -103,6 +105,7 @@ class Generating(Lenient):
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=64)
     ignore_eos: bool = False
     client_key: ClientKey | None = None
+    prompt_lookup_num_tokens: DraftTokens | None = Field(default=None, description=DRAFTS)
     guided_regex: Source | None = None
     guided_choice: list[str] | None = Field(default=None, min_length=1, max_length=MAX_CHOICES)
     guided_json: Source | dict[str, Any] | None = None

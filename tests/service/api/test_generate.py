@@ -39,6 +39,44 @@ def stream(client: httpx.Client, inputs: Any = PROMPT, **parameters: Any) -> lis
     return events
 
 
+def test_prompt_lookup_says_the_same_in_fewer_steps(client: httpx.Client, server: Running) -> None:
+    """Plain, streamed and through OpenAI's door, with its counts in reply and metrics."""
+    asked = {"max_new_tokens": 60, "ignore_eos": True, "details": True}
+    said = "one two three four five six seven eight " * 8
+    plain = ask(client, said, **asked)
+    assert "draft_tokens" not in plain["details"]
+    before = _drafted(client)
+    quick = ask(client, said, prompt_lookup_num_tokens=8, **asked)
+    assert quick["generated_text"] == plain["generated_text"]
+    assert quick["details"]["tokens"] == plain["details"]["tokens"]
+    drafted, accepted = (quick["details"][f"{name}_tokens"] for name in ("draft", "accepted"))
+    assert 0 < accepted <= drafted
+    assert _drafted(client) == before + drafted
+    *_, last = stream(client, said, prompt_lookup_num_tokens=8, **asked)
+    assert last["index"] == 60
+    assert last["generated_text"] == plain["generated_text"]
+    assert last["details"]["accepted_tokens"] > 0
+    body = {"prompt": said, "max_tokens": 60, "ignore_eos": True, "temperature": 0}
+    body |= {"model": client.get("/v1/models").json()["data"][0]["id"]}
+    reply = client.post("/v1/completions", json=body | {"prompt_lookup_num_tokens": 8}).json()
+    assert reply["choices"][0]["text"] == plain["generated_text"]
+    details = reply["usage"]["completion_tokens_details"]
+    assert details["accepted_prediction_tokens"] > 0
+    assert (
+        "completion_tokens_details" not in client.post("/v1/completions", json=body).json()["usage"]
+    )
+    wrong = {"inputs": said, "parameters": {"prompt_lookup_num_tokens": 65}}
+    refused = client.post("/generate", json=wrong)
+    assert refused.status_code == 422
+    assert "prompt_lookup_num_tokens" in refused.text
+
+
+def _drafted(client: httpx.Client) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    (line,) = [one for one in lines if one.startswith("vllm:spec_decode_num_draft_tokens_total")]
+    return float(line.split()[-1])
+
+
 @pytest.mark.parametrize("adapter", [None, "lora", "dora"])
 def test_reply_is_what_the_adapter_alone_says(
     client: httpx.Client, server: Running, adapter_directory: Path, adapter: str | None

@@ -180,7 +180,7 @@ def test_cancelling_frees_all_within_a_step(engine: Engine) -> None:
     for stream in streams:
         _, (end,) = collect(stream)
         assert end.reason == "cancelled"
-    assert engine.stats().blocks_used == 0
+    assert engine._pool.used == 0
     engine.check_integrity()
 
 

@@ -61,7 +61,7 @@ def serve_mixed(zoo: Zoo, rounds: int, seed: int) -> int:
                 assert_equals_oracle(oracle, list(request.prompt), [t.id for t in tokens], rows)
                 compared += 1
             engine.check_integrity()
-            assert engine.stats().blocks_used == 0
+            assert engine._pool.used == 0
     finally:
         engine.stop()
     return compared

@@ -12,11 +12,13 @@ from service.engine.kv_cache import BlockPool
 from service.engine.request import AdapterRef, Request, Sampling
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence, Status
+from service.engine.speculation import Drafter
 from tests.service.engine.cells import Cells
 
 BLOCK = 4
 BLOCKS = 16
 LONGEST = BLOCK * BLOCKS
+DRAFT = 6
 VIRTUAL = {"b": 3, "c": 8, "d": 21}  # tokens of an adapter: no whole block, two, five and a piece
 
 
@@ -64,16 +66,42 @@ class Gate:
         self.references[self.wanted.pop(0)] = 0
 
 
-def make(number: int, prompt: list[int], most: int, adapter: str | None = None) -> Sequence:
+def follow(tokens: Seq[int]) -> int:
+    """What comes after these."""
+    return (sum(tokens) + len(tokens)) % 7
+
+
+class Guesser(Drafter):
+    """Guesses for certain, and is right for as many tokens as the length of the sequence says."""
+
+    def draft(self, tokens: Seq[int]) -> tuple[int, ...]:
+        room = min(self.most, self.limit - len(tokens) - 1)
+        right, found = len(tokens) * 5 % (DRAFT + 2), list(tokens)
+        for i in range(room):
+            found.append(follow(found) + (i >= right))
+        self._guess = tuple(found[len(tokens) :])
+        return self._guess
+
+    def chances(self) -> list[float]:
+        return [1.0] * len(self._guess)
+
+
+def make(
+    number: int, prompt: list[int], most: int, adapter: str | None = None, *, drafts: bool = False
+) -> Sequence:
     virtual = VIRTUAL.get(adapter or "", 0)
     prompt = prompt[: LONGEST - 1 - virtual]
     ref = AdapterRef(adapter, adapter, virtual_tokens=virtual) if adapter else None
     request = Request(str(number), tuple(prompt), Sampling(max_new_tokens=most), ref)
-    return Sequence(number, request, 0, 0, list(prompt), len(prompt), (adapter or "").encode())
+    namespace = (adapter or "").encode()
+    limit = min(len(prompt) + most, LONGEST - virtual)
+    drafter = Guesser(DRAFT, limit) if drafts else None
+    return Sequence(number, request, 0, 0, prompt[:], len(prompt), namespace, drafter=drafter)
 
 
 def step(scheduler: Scheduler, cells: Cells | None = None) -> list[Sequence]:
-    """Run one step as the engine would: every chunk that reaches the end gets a token."""
+    """Run one step as the engine would: every chunk that reaches the end gets a token, and more
+    while its draft is right."""
     schedule = scheduler.schedule()
     assert schedule.tokens <= scheduler.max_step_tokens
     for chunk in schedule.chunks:
@@ -81,8 +109,9 @@ def step(scheduler: Scheduler, cells: Cells | None = None) -> list[Sequence]:
         assert sequence.status is Status.RUNNING
         assert chunk.count > 0
         assert chunk.start == sequence.computed
-        stop = sequence.virtual_tokens + chunk.start + chunk.count
+        stop = sequence.virtual_tokens + chunk.start + chunk.rows
         assert len(sequence.blocks) * BLOCK >= stop
+        assert not chunk.draft or chunk.samples
     if cells is not None:
         cells.run(schedule)
     scheduler.computed(schedule.chunks)
@@ -91,11 +120,21 @@ def step(scheduler: Scheduler, cells: Cells | None = None) -> list[Sequence]:
         sequence = chunk.sequence
         if chunk.start + chunk.count < len(sequence.tokens):
             continue
-        sequence.tokens.append((sum(sequence.tokens) + len(sequence.tokens)) % 7)
-        full = sequence.virtual_tokens + len(sequence.tokens) >= LONGEST
-        if full or sequence.generated >= sequence.request.sampling.max_new_tokens:
-            scheduler.finish(sequence)
-            ended.append(sequence)
+        for guess in (*chunk.draft, None):
+            sequence.tokens.append(follow(sequence.tokens))
+            full = sequence.virtual_tokens + len(sequence.tokens) >= LONGEST
+            if full or sequence.generated >= sequence.request.sampling.max_new_tokens:
+                scheduler.finish(sequence)
+                ended.append(sequence)
+                assert guess is None, "a draft goes beyond the end"
+                break
+            if sequence.tokens[-1] != guess:
+                break
+            scheduler.accepted(sequence)
+        scheduler.verified(chunk)
+        assert sequence.finished or sequence.uncomputed == 1
+        full_blocks = (sequence.virtual_tokens + sequence.computed) // BLOCK
+        assert sequence.remembered <= full_blocks, "a block is known before it is full"
     return ended
 
 
@@ -121,15 +160,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         most=st.integers(1, 20),
         adapter=st.sampled_from([None, "a", "b", "c", "d"]),
         twins=st.booleans(),
+        drafts=st.booleans(),
     )
-    def submit(self, prompt: list[int], most: int, adapter: str | None, twins: bool) -> Sequence:
+    def submit(
+        self, prompt: list[int], most: int, adapter: str | None, twins: bool, drafts: bool
+    ) -> Sequence:
         self.numbers += 1
-        sequence = make(self.numbers, prompt, most, adapter)
+        sequence = make(self.numbers, prompt, most, adapter, drafts=drafts)
         self.scheduler.add(sequence)
         self.living.append(sequence)
         if twins:
             self.numbers += 1
-            second = make(self.numbers, prompt, most, adapter)
+            second = make(self.numbers, prompt, most, adapter, drafts=drafts)
             second.leader = sequence
             self.scheduler.add(second)
             self.living.append(second)
@@ -202,6 +244,43 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decoding() -> None:
     plan.add(long)
     schedule = plan.schedule()
     assert [(c.sequence.id, c.count) for c in schedule.chunks] == [(1, 1), (2, 15)]
+
+
+def test_drafts_take_what_tokens_and_blocks_are_left() -> None:
+    plan = scheduler(max_step_tokens=6)
+    one, two = make(1, [1] * 4, 30, drafts=True), make(2, [2] * 3, 30, drafts=True)
+    for sequence in (one, two):
+        plan.add(sequence)
+        step(plan)
+    plan.schedule()
+    held = len(one.blocks)
+    schedule = plan.schedule()
+    assert schedule.tokens == 6, "two tokens and four of the drafts"
+    hoard = plan.pool.allocate(plan.pool.available)
+    assert len(one.blocks) >= held
+    schedule = plan.schedule()
+    assert not schedule.preempted, "a draft takes no block from anybody"
+    for chunk in schedule.chunks:
+        held = len(chunk.sequence.blocks) * BLOCK
+        assert chunk.start + chunk.rows <= held
+        plan.verified(chunk)
+        assert len(chunk.sequence.blocks) == -(-len(chunk.sequence.tokens) // BLOCK)
+    plan.pool.deallocate(hoard)
+
+
+def test_a_draft_that_is_right_is_charged_and_known_to_the_cache() -> None:
+    plan = scheduler()
+    first = make(1, [1, 2, 3], 30, drafts=True)
+    plan.add(first)
+    steps = 0
+    while not first.finished:
+        step(plan)
+        steps += 1
+    assert steps < 20, "30 tokens, several in a step"
+    twin = make(2, first.tokens[:], 4)
+    plan.add(twin)
+    step(plan)
+    assert twin.cached == (len(first.tokens) - 1) // BLOCK * BLOCK
 
 
 def test_the_youngest_gives_way_and_starts_again_from_its_tokens() -> None:
