@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from base import kernels
+from base.kernels import LayerRecord, StepPages
 
 from .family import Family, family_of, gate_of
 from .layer import FusedAttention, FusedLayer, FusedMLP, FusedNorm
@@ -37,19 +39,43 @@ class Decoder:
             for path, place in layer.places.items()
         }
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
-        """input_ids, position_ids [1, T] -> logits [L, vocabulary] of rows [L] of T."""
+    def __call__(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        rows: Tensor,
+        pages: StepPages | None = None,
+    ) -> Tensor:
+        """input_ids, position_ids [1, T] -> logits [L, vocabulary] of rows [L] of T.
+
+        `pages`: where the attention that is registered would find this step's keys and values;
+        layers that nothing else has a part in then run in C alone.
+        """
         inner = self.model.model
         h = inner.embed_tokens(input_ids)
         positions = position_ids.reshape(-1)
         angles = {kind: table.at(positions) for kind, table in self._tables.items()}
-        for kind, layer in zip(self._kinds, inner.layers, strict=True):
-            h = layer(h, position_embeddings=angles[kind])
+        records = {kind: self.step.fresh_record(own) for kind, own in angles.items()}
+        ready = [None if pages is None else _whole(layer) for layer in inner.layers]
+        parts = zip(self._kinds, inner.layers, ready, strict=True)
+        for whole, group in itertools.groupby(parts, key=lambda part: part[2] is not None):
+            if whole and pages is not None:
+                run = [(records[kind], record) for kind, _, record in group if record is not None]
+                steps, layers = zip(*run, strict=True)
+                h = self.step.halves.run(layers, steps, pages, h.contiguous())
+            else:
+                for kind, layer, _ in group:
+                    h = layer(h, position_embeddings=angles[kind])
         h = inner.norm(h)
         logits: Tensor = self.model.lm_head(h[:, rows])[0]
         if self._softcap is not None:
             logits = self.step.steps.softcap(logits.contiguous(), float(self._softcap))
         return logits
+
+
+def _whole(layer: FusedLayer) -> LayerRecord | None:
+    """Its record, where nothing wants to see this layer or to be called in it."""
+    return None if layer._forward_hooks or layer._forward_pre_hooks else layer.ready()
 
 
 def can_fuse(model: Any) -> bool:

@@ -212,7 +212,7 @@ class FusedLayer(FusedModule):
         """transformers' own way to call it."""
         assert position_embeddings is not None
         assert past_key_values is None, "keys and values are the attention function's to keep"
-        record = self._ready()
+        record = self.ready()
         if record is None:
             return self._by_modules(hidden_states, position_embeddings)
         h, step = hidden_states.contiguous(), self.step.record(position_embeddings)
@@ -231,7 +231,7 @@ class FusedLayer(FusedModule):
         inner = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
         return h + inner
 
-    def _ready(self) -> LayerRecord | None:
+    def ready(self) -> LayerRecord | None:
         """The record, where two calls do all that the modules of this layer would do now."""
         if self._made_at != self.step.version:
             self._made_at = self.step.version
@@ -265,6 +265,10 @@ class FusedLayer(FusedModule):
             gate=mlp.gate,
             eps=first.eps,
             shift=first.shift,
+            index=attention.layer_idx,
+            window=attention.asks.get("sliding_window") or 0,
+            scale=attention.scaling,
+            softcap=attention.asks.get("softcap") or 0.0,
         )
 
 

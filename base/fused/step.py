@@ -56,8 +56,9 @@ class Step:
         """For cos and sin [.., T, dim]; made again only when another pair comes."""
         if self._record is None or self._angles is not angles:
             self._angles = angles
-            cos, sin = (t.contiguous() for t in angles)
-            self._record = StepRecord(
-                cos, sin, self._adapters.spans, self._hidden, self._inner, self._room
-            )
+            self._record = self.fresh_record(angles)
         return self._record
+
+    def fresh_record(self, angles: tuple[Tensor, Tensor]) -> StepRecord:
+        cos, sin = (t.contiguous() for t in angles)
+        return StepRecord(cos, sin, self._adapters.spans, self._hidden, self._inner, self._room)

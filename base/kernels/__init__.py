@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from . import cuda, native, reference, tiles
-from .decoder import PLACES, AdapterTable, DecoderHalves, LayerRecord, Room, Spans, StepRecord
+from .decoder import (
+    PLACES,
+    STORED,
+    AdapterTable,
+    CachePages,
+    DecoderHalves,
+    LayerRecord,
+    Room,
+    Spans,
+    StepPages,
+    StepRecord,
+)
 from .decoder import Linear as LinearPlace
 from .decoder import Norm as NormPlace
 from .kv_rows import pack, stored_bytes, stored_width, unpack
@@ -31,6 +42,7 @@ __all__ = [
     "BLOCK",
     "PLACES",
     "AdapterTable",
+    "CachePages",
     "DecoderHalves",
     "LayerRecord",
     "LinearPlace",
@@ -44,6 +56,7 @@ __all__ = [
     "RoundedFactor",
     "Segment",
     "Spans",
+    "StepPages",
     "StepRecord",
     "Steps",
     "Weight",
@@ -307,7 +320,7 @@ def cache_write(cache: Tensor, slots: Tensor, x: Tensor) -> None:
         _native is not None
         and _native_takes(x)
         and cache.is_cpu
-        and cache.dtype in native.STORED
+        and cache.dtype in STORED
         and cache.is_contiguous()
     ):
         _native.cache_write(cache, slots.to("cpu", torch.int64).contiguous(), x.contiguous())
@@ -347,7 +360,7 @@ def paged_attention(
         _native is not None
         and _native_takes(q)
         and k_cache.dtype == v_cache.dtype
-        and k_cache.dtype in native.STORED
+        and k_cache.dtype in STORED
         and all(c.device.type == "cpu" and c.is_contiguous() for c in (k_cache, v_cache))
     ):
         return _native.paged_attention(

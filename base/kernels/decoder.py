@@ -31,6 +31,7 @@ class Norm(IntEnum):
     INPUT, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP, Q, K = range(6)
 
 
+STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # how a cache keeps its vectors
 PLACES = len(Linear) + len(Norm)  # of one layer
 
 
@@ -62,8 +63,8 @@ class _Layer(ctypes.Structure):
         ("linear", _Linear * len(Linear)),
         ("norm", _PTR * len(Norm)),
         *((name, _I64) for name in ("first_place", "hidden", "heads", "kv_heads", "dim")),
-        *((name, _I64) for name in ("inner", "gate")),
-        *((name, _FLOAT) for name in ("eps", "shift")),
+        *((name, _I64) for name in ("inner", "gate", "index", "window")),
+        *((name, _FLOAT) for name in ("eps", "shift", "scale", "softcap")),
     ]
 
 
@@ -73,6 +74,16 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *((name, _I64) for name in ("tokens", "spans")),
         *((name, _PTR) for name in ("span", "cos", "sin", "normed", "out", "gate", "up")),
+    ]
+
+
+class _Pages(ctypes.Structure):
+    """`decoder_pages`."""
+
+    _fields_ = [
+        *((name, _PTR) for name in ("keys", "values", "slots", "tables", "query_start")),
+        ("context_len", _PTR),
+        *((name, _I64) for name in ("sequences", "table_width", "block_size", "blocks", "stored")),
     ]
 
 
@@ -124,7 +135,12 @@ class LayerRecord:
         gate: int,
         eps: float,
         shift: float,
+        index: int = 0,
+        window: int = 0,
+        scale: float = 1.0,
+        softcap: float = 0.0,
     ) -> None:
+        """`index` to `softcap` say what its attention over pages does (`run`)."""
         self._kept = (dict(linears), dict(norms))
         self.inner, self.hidden = linears[Linear.GATE][0].shape
         self.layer = _Layer(
@@ -137,6 +153,10 @@ class LayerRecord:
             gate=gate,
             eps=eps,
             shift=shift,
+            index=index,
+            window=window,
+            scale=scale,
+            softcap=softcap,
         )
         for place, (weight, bias) in linears.items():
             record = weight.record if isinstance(weight, NF4Weight) else None
@@ -174,6 +194,51 @@ class StepRecord:
         )
 
 
+class CachePages:
+    """The pages of all layers of a KV cache, [blocks, block_size, kv_heads, width] each."""
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        for tensor in (*keys, *values):
+            fits = tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in STORED
+            if not fits or tensor.dtype != keys[0].dtype or tensor.shape[:2] != keys[0].shape[:2]:
+                raise ValueError("the caches of all layers must be alike, on the CPU, contiguous")
+        self._kept = (tuple(keys), tuple(values))
+        self.keys, self.values = (
+            (_PTR * len(kept))(*(tensor.data_ptr() for tensor in kept)) for kept in self._kept
+        )
+        self.blocks, self.block_size = keys[0].shape[:2]
+        self.stored = STORED[keys[0].dtype]
+
+
+class StepPages:
+    """Where the keys and values of one step's sequences are; `base.kernels.paged_attention` says
+    what the tensors are. `layers` receives the numbers of the layers that went through them."""
+
+    def __init__(
+        self,
+        cache: CachePages,
+        slots: Tensor,
+        block_tables: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        layers: set[int],
+    ) -> None:
+        kept = (slots, block_tables, query_start, context_len)
+        for tensor, dtype in zip(kept, (torch.int64, *(torch.int32,) * 3), strict=True):
+            if not tensor.is_cpu or tensor.dtype != dtype or not tensor.is_contiguous():
+                raise ValueError(f"an index must be {dtype} on the CPU and contiguous")
+        self._kept = (cache, *kept)
+        self.layers = layers
+        self.tokens = len(slots)
+        self.record = _Pages(
+            ctypes.addressof(cache.keys),
+            ctypes.addressof(cache.values),
+            *(tensor.data_ptr() for tensor in kept),
+            *block_tables.shape,
+            *(cache.block_size, cache.blocks, cache.stored),
+        )
+
+
 class Room:
     """Floats that are used again by every layer of every step; grown, never shrunk."""
 
@@ -187,7 +252,7 @@ class Room:
 
 
 class DecoderHalves:
-    """The two calls of csrc/decoder.c; tensors are contiguous float32 on the CPU."""
+    """The calls of csrc/decoder.c; tensors are contiguous float32 on the CPU."""
 
     def __init__(self, library: Any) -> None:
         self._open = library.nibble_decoder_open
@@ -200,6 +265,34 @@ class DecoderHalves:
             *(ctypes.POINTER(_Layer), ctypes.POINTER(_Step)),
             *(_PTR, _PTR, _PTR, ctypes.c_int),
         ]
+        self._run = library.nibble_decoder_run
+        self._run.argtypes = [
+            *(_PTR, _PTR, _I64, ctypes.POINTER(_Pages)),
+            *(_PTR, _PTR, _PTR, ctypes.c_int),
+        ]
+        self._room = Room()
+
+    def run(
+        self,
+        layers: Sequence[LayerRecord],
+        steps: Sequence[StepRecord],
+        pages: StepPages,
+        h: Tensor,
+    ) -> Tensor:
+        """Whole layers one after the other, steps[i] being layer i's: h [.., T, hidden] -> as h."""
+        tokens, records = pages.tokens, [layer.layer for layer in layers]
+        assert all(step.tokens == tokens for step in steps)
+        each = max((2 * r.heads + 2 * r.kv_heads) * r.dim + r.hidden for r in records)
+        to, own = torch.empty_like(h), self._room.of(tokens * each)
+        failed = self._run(
+            (_PTR * len(records))(*map(ctypes.addressof, records)),
+            (_PTR * len(records))(*(ctypes.addressof(step.step) for step in steps)),
+            *(len(records), pages.record, h.data_ptr(), to.data_ptr(), own.data_ptr()),
+            torch.get_num_threads(),
+        )
+        check(failed)
+        pages.layers.update(record.index for record in records)
+        return to
 
     def open(
         self, layer: LayerRecord, step: StepRecord, h: Tensor
@@ -214,8 +307,7 @@ class DecoderHalves:
             *(record, step.step, h.data_ptr()),
             *(q.data_ptr(), k.data_ptr(), v.data_ptr(), threads),
         )
-        if failed:
-            raise MemoryError("no memory for the workspace of a kernel")
+        check(failed)
         return q, k, v
 
     def close(self, layer: LayerRecord, step: StepRecord, h: Tensor, attended: Tensor) -> Tensor:
@@ -225,6 +317,16 @@ class DecoderHalves:
             *(layer.layer, step.step, h.data_ptr(), attended.data_ptr(), to.data_ptr()),
             torch.get_num_threads(),
         )
-        if failed:
-            raise MemoryError("no memory for the workspace of a kernel")
+        check(failed)
         return to
+
+
+def check(failed: int) -> None:
+    """Raise what a call's answer means; 0 is none."""
+    if failed == 2:
+        raise ValueError(
+            "query_start, context_len or block_tables point outside q or the caches: a sequence "
+            "needs 0 <= its rows <= context_len <= pages * block_size, and pages that exist"
+        )
+    if failed:
+        raise MemoryError("no memory for the workspace of a kernel")

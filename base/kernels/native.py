@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .decoder import DecoderHalves
+from .decoder import STORED, DecoderHalves, check
 from .lowrank import LowRankPlan
 from .panels import PanelWeight
 from .steps import Steps
@@ -25,7 +25,6 @@ _I64 = ctypes.c_int64
 _PTR = ctypes.c_void_p
 _PRODUCT = struct.Struct("=QQQqqQq")  # `fast_product` of csrc/kernels.h
 Weight = NF4Weight | PanelWeight
-STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # how a cache keeps its vectors
 
 
 class _AttentionCall(ctypes.Structure):
@@ -110,7 +109,7 @@ class Native:
                 y.data_ptr(),
                 torch.get_num_threads(),
             )
-            _check(failed)
+            check(failed)
         return y
 
     def fast_linears(
@@ -144,7 +143,7 @@ class Native:
                 x.numel() // width,
                 torch.get_num_threads(),
             )
-            _check(failed)
+            check(failed)
         return ys
 
     def rows(self, weight: Weight, start: int, stop: int, to: Tensor) -> Tensor:
@@ -172,7 +171,7 @@ class Native:
                 plan.workspace,
                 torch.get_num_threads(),
             )
-            _check(failed)
+            check(failed)
         return y
 
     def paged_attention(
@@ -206,7 +205,7 @@ class Native:
             scale,
             softcap,
         )
-        _check(self._attention(call, torch.get_num_threads()))
+        check(self._attention(call, torch.get_num_threads()))
         return out
 
     def cache_write(self, cache: Tensor, slots: Tensor, x: Tensor) -> None:
@@ -220,22 +219,16 @@ class Native:
             raise ValueError(f"slots must be places of the cache, 0 to {call.places - 1}")
 
 
-def _check(failed: int) -> None:
-    if failed == 2:
-        raise ValueError(
-            "query_start, context_len or block_tables point outside q or the caches: a sequence "
-            "needs 0 <= its rows <= context_len <= pages * block_size, and pages that exist"
-        )
-    if failed:
-        raise MemoryError("no memory for the workspace of a kernel")
-
-
 def load(folder: Path | None = None) -> tuple[Native | None, str]:
-    """The library of `folder` (default: this package) and one line about it."""
-    folder = folder or Path(__file__).parent
-    path = folder / LIBRARY
-    if os.environ.get("NIBBLE_NATIVE") == "0":
+    """The library of `folder` and one line about it.
+
+    NIBBLE_NATIVE=0 leaves it out; else NIBBLE_NATIVE may name the folder. Default: this package.
+    """
+    asked = os.environ.get("NIBBLE_NATIVE")
+    if asked == "0":
         return None, "off: NIBBLE_NATIVE=0"
+    folder = folder or Path(asked or Path(__file__).parent)
+    path = folder / LIBRARY
     if not path.exists():
         reason = folder / REASON
         why = reason.read_text().strip() if reason.exists() else "python -m base.kernels.build"
@@ -244,5 +237,5 @@ def load(folder: Path | None = None) -> tuple[Native | None, str]:
         native = Native(path)
     except (OSError, AttributeError, ValueError) as error:
         return None, f"not loaded: {error}"
-    asked = ", as NIBBLE_ISA asks" if os.environ.get("NIBBLE_ISA") else ""
-    return native, native.isa + asked
+    why = ", as NIBBLE_ISA asks" if os.environ.get("NIBBLE_ISA") else ""
+    return native, native.isa + why

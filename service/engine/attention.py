@@ -13,12 +13,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from base import attention_functions
-from base.kernels import cache_write, paged_attention, stored_width
+from base.kernels import CachePages, StepPages, cache_write, paged_attention, stored_width
 from base.spec import BaseSpec
 from service.engine.batch import Batch
 
@@ -41,6 +42,11 @@ class KVCache:
         self.dtype = dtype
         self.keys = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
         self.values = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
+
+    @cached_property
+    def pages(self) -> CachePages:
+        """For layers that run in C alone: on the CPU."""
+        return CachePages(self.keys, self.values)
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +85,15 @@ class Step:
     batch: Batch
     cache: KVCache
     layers: set[int] = field(default_factory=set)
+
+    def pages(self) -> StepPages:
+        """The same for layers that run in C alone: they do as `attend` would."""
+        batch = self.batch
+        return StepPages(
+            self.cache.pages,
+            *(batch.slot_mapping, batch.block_tables, batch.query_start, batch.context_length),
+            self.layers,
+        )
 
 
 _place = threading.local()

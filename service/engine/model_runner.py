@@ -70,7 +70,7 @@ class ModelRunner:
             (1, owner) for owner in _logit_owners(batch, owners)
         )
         with attention.step(batch, cache or self.cache) as step:
-            logits = self._forward(batch)
+            logits = self._forward(batch, step)
         if len(step.layers) != self.base.spec.num_layers:
             raise RuntimeError(
                 f"{len(step.layers)} of {self.base.spec.num_layers} layers used the paged attention"
@@ -84,10 +84,12 @@ class ModelRunner:
     def _keep(self, _head: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         self._before_head = arguments[0]
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
+    def _forward(self, batch: Batch, step: attention.Step) -> torch.Tensor:
         if self._decoder is not None:
             self._decoder.step.adapters = self._operator.adapters
-            return self._decoder(batch.input_ids, batch.position_ids, batch.logit_rows)
+            return self._decoder(
+                batch.input_ids, batch.position_ids, batch.logit_rows, step.pages()
+            )
         logits: torch.Tensor = self.base.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,

@@ -1,13 +1,15 @@
 /* The two halves of a decoder layer around its attention, each as one call, for adapters that are
- * low-rank terms and norms alone. Python has the same halves out of the same functions
- * (base/fused), and takes them for every other adapter: the bits are the same.
+ * low-rank terms and norms alone; and whole layers, one after the other, where the attention is that
+ * over pages. Python has the same parts out of the same functions (base/fused), and takes them for
+ * every other adapter: the bits are the same.
  *
- * Each returns 0, or 1 when there is no memory for a workspace.
+ * Each returns what those of dispatch.c do.
  */
 #include "decoder.h"
 #include "dispatch.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 /* Grown, never shrunk, one for each calling thread. */
 static void *room(int64_t bytes) {
@@ -157,5 +159,46 @@ EXPORT int nibble_decoder_close(const decoder_layer *l, const decoder_step *s, c
         norm(l, s, NORM_AFTER_MLP, s->out, NULL, NULL, s->out, 1, width, threads))
         return 1;
     nibble_each(EACH_ADD, to, s->out, 0.0f, to, s->tokens * width, threads);
+    return 0;
+}
+
+/* Keys and values to their pages, then what each token sees: q [tokens, heads, dim] to `out`. */
+static int attend(const decoder_layer *l, const decoder_step *s, const decoder_pages *p,
+                  const float *q, const float *k, const float *v, float *out, int threads) {
+    const float *const fresh[] = {k, v};
+    void *const kept[] = {p->keys[l->index], p->values[l->index]};
+    for (int i = 0; i < 2; i++) {
+        const cache_call write = {fresh[i], kept[i], p->slots, s->tokens, l->kv_heads, l->dim,
+                                  p->stored, p->blocks * p->block_size};
+        const int failed = nibble_cache_write(&write, threads);
+        if (failed) return failed;
+    }
+    const attention_call call = {
+        .q = q, .k = kept[0], .v = kept[1], .tables = p->tables, .query_start = p->query_start,
+        .context_len = p->context_len, .out = out, .sequences = p->sequences,
+        .table_width = p->table_width, .heads = l->heads, .kv_heads = l->kv_heads, .dim = l->dim,
+        .block_size = p->block_size, .window = l->window, .stored = p->stored,
+        .tokens = s->tokens, .blocks = p->blocks, .scale = l->scale, .softcap = l->softcap};
+    memset(out, 0, (size_t)(s->tokens * l->heads * l->dim) * sizeof *out);
+    return nibble_attention(&call, threads);
+}
+
+/* From the residual stream h to that after `count` layers, `to`; h stays. steps[i] is layer i's.
+ * room: floats for q, k, v, the attention's output and one more stream. */
+EXPORT int nibble_decoder_run(const decoder_layer *const *layers, const decoder_step *const *steps,
+                              int64_t count, const decoder_pages *p, const float *h, float *to,
+                              float *own, int threads) {
+    for (int64_t i = 0; i < count; i++) {
+        const decoder_layer *l = layers[i];
+        const decoder_step *s = steps[i];
+        const int64_t wide = s->tokens * l->heads * l->dim, narrow = s->tokens * l->kv_heads * l->dim;
+        float *q = own, *k = q + wide, *v = k + narrow, *attended = v + narrow;
+        float *next = (count - i) % 2 ? to : attended + wide; /* the last one is `to` */
+        int failed = nibble_decoder_open(l, s, h, q, k, v, threads);
+        if (!failed) failed = attend(l, s, p, q, k, v, attended, threads);
+        if (!failed) failed = nibble_decoder_close(l, s, h, attended, next, threads);
+        if (failed) return failed;
+        h = next;
+    }
     return 0;
 }

@@ -51,7 +51,9 @@ typedef struct {
     decoder_linear linear[LINEARS];
     const float *norm[NORMS];
     int64_t first_place, hidden, heads, kv_heads, dim, inner, gate;
+    int64_t index, window; /* of its pages in a cache; 0, or the keys that a token sees at most */
     float eps, shift;
+    float scale, softcap; /* of the attention: a factor of q . k; 0, or c of c tanh(score / c) */
 } decoder_layer;
 
 /* One step: its tokens, who they belong to, their angles, and room that all layers share. */
@@ -62,5 +64,14 @@ typedef struct {
     float *normed, *out;    /* [tokens, hidden] */
     float *gate, *up;       /* [tokens, inner] */
 } decoder_step;
+
+/* Where a step's keys and values are: pages of all layers, and of its sequences. As in the
+ * `attention_call` and `cache_call` of kernels.h. */
+typedef struct {
+    void *const *keys, *const *values; /* of each layer */
+    const int64_t *slots;              /* [tokens] */
+    const int32_t *tables, *query_start, *context_len;
+    int64_t sequences, table_width, block_size, blocks, stored;
+} decoder_pages;
 
 #endif

@@ -193,7 +193,7 @@ EXPORT int nibble_dense_linear(const void *w, int64_t stored, const float *x, in
 }
 
 /* Values that pay for waking one more thread, in the functions below. */
-#define VALUES_PER_THREAD 32768
+#define VALUES_PER_THREAD 16384
 
 static int threads_for(int64_t values, int threads) {
     return (int)max_i(1, min_(threads, values / VALUES_PER_THREAD));

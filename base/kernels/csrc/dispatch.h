@@ -12,6 +12,8 @@ EXPORT int nibble_fast_linear(const fast_product *products, int64_t count, const
                               int64_t in, int64_t rows, int threads);
 EXPORT int nibble_lowrank_add(const lowrank_segment *segments, int64_t count, const float *x,
                               int64_t in, float *y, int64_t out, int64_t floats, int threads);
+EXPORT int nibble_attention(const attention_call *call, int threads);
+EXPORT int nibble_cache_write(const cache_call *call, int threads);
 EXPORT void nibble_norm(const norm_call *call, int threads);
 EXPORT void nibble_rotary(float *x, const float *cos, const float *sin, int64_t rows,
                           int64_t heads, int64_t dim, int threads);

@@ -334,23 +334,30 @@ typedef struct {
 
 #include "terms.h"
 
-/* Tile number `task` of x. */
+/* Rows of x in one task: enough to pay for waking a thread. */
+INLINE int64_t fast_rows_each(const fast_job *job) {
+    return max_i(4, ceil_div(256, job->blocks));
+}
+
 static void fast_quantize_task(const void *data, int64_t task, int worker) {
     const fast_job *job = data;
+    const int64_t each = fast_rows_each(job), stop = min_(job->rows, (task + 1) * each);
     int64_t t0 = 0, tile = fast_even(job->rows);
     (void)worker;
-    for (; task > 0; task--) {
-        t0 += tile;
-        tile = fast_even(job->rows - t0);
-    }
-    uint8_t *to = job->x8 + t0 * job->blocks * X_BYTES;
-    for (int64_t t = 0; t < tile; t++)
+    for (int64_t t = task * each; t < stop; t++) {
+        while (t >= t0 + tile) {
+            t0 += tile;
+            tile = fast_even(job->rows - t0);
+        }
+        uint8_t *to = job->x8 + t0 * job->blocks * X_BYTES;
         for (int64_t b = 0; b < job->blocks; b++) {
             uint8_t *block = to + b * tile * X_BYTES;
-            float *scale = (float *)(block + tile * BLOCK) + t;
-            fast_quantize_block(job->x + (t0 + t) * job->in + b * BLOCK,
-                                (int8_t *)block + t * BLOCK, scale, (int32_t *)(scale + tile));
+            float *scale = (float *)(block + tile * BLOCK) + (t - t0);
+            fast_quantize_block(job->x + t * job->in + b * BLOCK,
+                                (int8_t *)block + (t - t0) * BLOCK, scale,
+                                (int32_t *)(scale + tile));
         }
+    }
 }
 
 /* sums -> y[o0 ...] in the end, count values of one row of x. */
@@ -460,7 +467,7 @@ static void fast_linear(const fast_product *products, int64_t count, const float
         job.x = x + job.first_row * in;
         job.rows = min_(step, rows - job.first_row);
         job.rank_tasks = rank_tasks(&job);
-        pool_run(fast_quantize_task, &job, ceil_div(job.rows, FAST_TILE), threads);
+        pool_run(fast_quantize_task, &job, ceil_div(job.rows, fast_rows_each(&job)), threads);
         pool_run(fast_multiply_task, &job, job.rank_tasks + ceil_div(panels, job.panels_each),
                  threads);
         if (outputs) pool_run(term_task, &job, ceil_div(outputs, job.outputs_each), threads);

@@ -82,12 +82,12 @@ def test_the_logits_are_transformers(name: str, tmp_path: Path) -> None:
     assert decoder is not None
     ours = run(base.model, decoder)
     assert relative_error(ours, theirs) < 2e-6
-    assert all(layer._ready() is not None for layer in base.model.model.layers)
+    assert all(layer.ready() is not None for layer in base.model.model.layers)
     # transformers' own loop over our layers, and layers that call their modules one by one.
     assert relative_error(run(base.model, None), theirs) < 2e-6
     base.model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
     decoder.step.version += 1
-    assert base.model.model.layers[0]._ready() is None
+    assert base.model.model.layers[0].ready() is None
     assert torch.equal(run(base.model, decoder), ours)
 
 

@@ -22,8 +22,8 @@ def is_fresh(installed: Path) -> bool:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> native.Native:
-    folder = Path(build.__file__).parent
-    if not is_fresh(folder / build.LIBRARY):
+    folder = Path(os.environ.get("NIBBLE_NATIVE") or Path(build.__file__).parent)
+    if "NIBBLE_NATIVE" not in os.environ and not is_fresh(folder / build.LIBRARY):
         folder = tmp_path_factory.mktemp("kernels")
         build.build(folder)
     if not (folder / build.LIBRARY).exists():
