@@ -79,6 +79,15 @@ def variables(container: Manifest) -> dict[str, str]:
     return {one["name"]: one["value"] for one in container.get("env", []) if "value" in one}
 
 
+def secrets(container: Manifest) -> dict[str, Manifest]:
+    """Which Secret and which key of it each variable comes from."""
+    return {
+        one["name"]: one["valueFrom"]["secretKeyRef"]
+        for one in container.get("env", [])
+        if "secretKeyRef" in one.get("valueFrom", {})
+    }
+
+
 def check_schema(manifest: Manifest) -> None:
     """Strict: an unknown field is an error, of our custom resources too."""
     kubernetes_validate = pytest.importorskip("kubernetes_validate")

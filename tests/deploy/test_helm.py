@@ -19,6 +19,7 @@ from tests.deploy.manifests import (
     only,
     pod_specs,
     rendered,
+    secrets,
     variables,
 )
 from training.config import TrainConfig
@@ -38,6 +39,7 @@ MATRIX = {
         "ingress.className=nginx,ingress.tlsSecret=tls,ingress.annotations.a/b=c",
     ),
     "replicas": (SHARED, "--set=replicas=3,migration.enabled=false"),
+    "open": ("--set=keys.open=true,ingress.enabled=true,ingress.host=a.b,ingress.checkedBy=x",),
     "keda": (SHARED, "--set=autoscaling.kind=keda,serviceMonitor.enabled=true"),
     "hpa": (SHARED, "--set=autoscaling.kind=hpa,envSecrets={s3},podDisruptionBudget.enabled=false"),
     "placement": (
@@ -101,8 +103,13 @@ def test_it_stays_inside(manifests: list[dict[str, Any]]) -> None:
     for policy in of_kind(manifests, "NetworkPolicy"):
         assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
         assert all(rule.get("from") for rule in policy["spec"]["ingress"])
-    for ingress in of_kind(manifests, "Ingress"):
-        assert ingress["metadata"]["annotations"]["nibble/checked-by"]
+    (container,) = only(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    first = {"name": "nibble-admin", "key": "key"}
+    if variables(container).get("NIBBLE_OPEN") == "true":
+        for ingress in of_kind(manifests, "Ingress"):
+            assert ingress["metadata"]["annotations"]["nibble/checked-by"]
+    else:
+        assert secrets(container)["NIBBLE_ADMIN_KEY"] == first
 
 
 def test_probes_ask_routes_that_are_there(manifests: list[dict[str, Any]]) -> None:
@@ -166,7 +173,9 @@ def test_gpus_are_limits_of_servers_and_jobs_that_ask() -> None:
         ("store.catalog=postgresql://u:secret@h/d", "store/catalog"),
         ("settings.port=9", "the chart sets it"),
         ("settings.admin_key=aaaaaaaaaaaaaaaaaaaa", "it is a secret"),
-        ("ingress.enabled=true,ingress.host=a.b", "ingress/checkedBy"),
+        ("ingress.enabled=true,keys.open=true,ingress.host=a.b", "name in ingress.checkedBy"),
+        ("keys.admin.name=", "keys/admin/name"),
+        ("settings.open=true", "the chart sets it"),
         ("ingress.enabled=true,ingress.checkedBy=x", "ingress/host"),
         ("service.type=LoadBalancer", "additional properties 'type' not allowed"),
         ("replica=2", "additional properties 'replica' not allowed"),
@@ -190,6 +199,22 @@ def test_lint(values: Path | None) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_who_installs_it_is_told_that_there_are_no_keys() -> None:
-    text = (CHART / "templates" / "NOTES.txt").read_text()
-    assert "no API keys" in text
+def test_who_installs_it_is_told_of_the_first_key() -> None:
+    told = {
+        values: helm("install", "--dry-run=client", "x", str(CHART), f"--set={values}").stdout
+        for values in ("keys.admin.name=mine", "keys.open=true")
+    }
+    assert "create secret generic mine --from-literal=key=" in told["keys.admin.name=mine"]
+    assert "whoever reaches it" not in told["keys.admin.name=mine"]
+    assert "whoever reaches it can generate" in told["keys.open=true"]
+
+
+def test_jobs_that_publish_get_a_key() -> None:
+    first, second = (
+        pod["containers"][0] for pod in pod_specs(of_kind(rendered(*MATRIX["training"]), "Job"))
+    )
+    assert secrets(first)["NIBBLE_API_KEY"]["name"] == "nibble-admin"
+    assert "NIBBLE_API_KEY" not in secrets(second), "it publishes nothing"
+    made = rendered(*MATRIX["training"], "--set=keys.publish.name=publisher")
+    (first, _) = (pod["containers"][0] for pod in pod_specs(of_kind(made, "Job")))
+    assert secrets(first)["NIBBLE_API_KEY"] == {"name": "publisher", "key": "key"}

@@ -20,10 +20,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.manifests import ROOT, only, rendered, variables
+from tests.deploy.manifests import ROOT, only, rendered, secrets, variables
 
 LAG = 1.5  # seconds until the last proxy has forgotten a pod that stops
 COMMAND = {"nibble": [sys.executable, "-m", "service.cli"]}
+SECRETS = {"nibble-admin": "a-key-of-the-operator-s-own"}
+HEADERS = {"authorization": f"Bearer {SECRETS['nibble-admin']}"}
 ASKED = {"inputs": "Once there was ", "parameters": {"max_new_tokens": 24}}
 
 
@@ -39,6 +41,7 @@ class Pod:
         self.url = f"http://127.0.0.1:{port}"
         data.mkdir()
         given = {k: v.replace("/data", str(data)) for k, v in variables(self.container).items()}
+        given |= {name: SECRETS[one["name"]] for name, one in secrets(self.container).items()}
         given |= {"NIBBLE_HOST": "127.0.0.1", "NIBBLE_PORT": str(port)}
         self.process = subprocess.Popen(
             [*COMMAND[self.container["command"][0]], *self.container["args"]],
@@ -84,7 +87,8 @@ def test_a_rollout_fails_no_request(tmp_path: Path) -> None:
         while not ended.is_set():
             try:
                 url = random.choice(endpoints)
-                answers.append(httpx.post(f"{url}/generate", json=ASKED, timeout=120).status_code)
+                reply = httpx.post(f"{url}/generate", json=ASKED, headers=HEADERS, timeout=120)
+                answers.append(reply.status_code)
             except httpx.HTTPError as error:
                 answers.append(repr(error))
 
@@ -115,9 +119,11 @@ def test_a_rollout_fails_no_request(tmp_path: Path) -> None:
         reply = httpx.post(
             f"{new.url}/v1/completions",
             json={"model": "two", "prompt": "Once", "max_tokens": 1},
+            headers=HEADERS,
             timeout=60,
         )
         assert reply.is_success, reply.text
+        assert httpx.post(f"{new.url}/generate", json=ASKED, timeout=60).status_code == 401
     finally:
         ended.set()
         for pod in pods:

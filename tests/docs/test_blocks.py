@@ -32,7 +32,7 @@ NOT_HERE = {
     ".venv/bin/accelerate launch": "tests/training/test_distributed.py runs it",
     "pytest -m cuda": "needs a GPU",
     "docker ": "needs a daemon",
-    "helm ": "needs a cluster; tests/deploy checks what it renders",
+    "kubectl ": "needs a cluster; tests/deploy checks what it renders",
 }
 ALL = [block for page in PAGES for block in blocks(page)]
 

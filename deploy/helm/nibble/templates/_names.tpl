@@ -39,13 +39,29 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and $many .Values.persistence.enabled (ne .Values.persistence.accessMode "ReadWriteMany") }}
 {{- fail "several replicas cannot share a ReadWriteOnce volume: set persistence.enabled: false (with the store outside nothing of it is lost)" }}
 {{- end }}
+{{- if and .Values.ingress.enabled .Values.keys.open (not .Values.ingress.checkedBy) }}
+{{- fail "keys.open and ingress.enabled: name in ingress.checkedBy what checks who asks, or leave keys.open off" }}
+{{- end }}
 {{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}
 {{- fail (printf "autoscaling.minReplicas (%d) is more than maxReplicas (%d)" (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas)) }}
 {{- end }}
-{{- range $name := list "host" "port" "home" "blobs" "catalog" "drain_seconds" "admin_key" "hf_token" "embedder_key" "reranker_key" }}
+{{- range $name := list "host" "port" "home" "blobs" "catalog" "drain_seconds" "open" "admin_key" "hf_token" "embedder_key" "reranker_key" }}
 {{- if hasKey $.Values.settings $name }}
-{{- fail (printf "settings.%s: the chart sets it, or it is a secret; see store, drainSeconds, env and envSecrets" $name) }}
+{{- fail (printf "settings.%s: the chart sets it, or it is a secret; see keys, store, drainSeconds, env and envSecrets" $name) }}
 {{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "nibble.keys.env" -}}
+{{- if .Values.keys.open -}}
+- name: NIBBLE_OPEN
+  value: "true"
+{{- else -}}
+- name: NIBBLE_ADMIN_KEY
+  valueFrom:
+    secretKeyRef:
+      name: {{ .Values.keys.admin.name }}
+      key: {{ .Values.keys.admin.key }}
 {{- end }}
 {{- end }}
 
