@@ -7,8 +7,9 @@ A version that was acknowledged once keeps its number for ever: deletion only ma
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from adapters.errors import (
     StoreUnavailable,
 )
 from adapters.manifest import AdapterManifest
-from adapters.tables import adapters, arms, metadata, served, totals
+from adapters.room import check_room
+from adapters.sharing import homes, visible
+from adapters.tables import DEFAULT_TENANT, adapters, arms, metadata, served, totals
 from adapters.traffic import Arm
 
 __all__ = ["Catalog", "check_alias", "check_name", "metadata"]
@@ -33,7 +36,7 @@ __all__ = ["Catalog", "check_alias", "check_name", "metadata"]
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 MIGRATIONS = Path(__file__).with_name("migrations")
-HEAD = "0006"
+HEAD = "0008"
 BUSY_SECONDS = 10
 ATTEMPTS = 5
 
@@ -61,7 +64,8 @@ def check_alias(alias: str) -> str:
 class Catalog:
     """The rows, behind SQLAlchemy: a path is SQLite's file, PostgreSQL comes by URL. Thread-safe.
 
-    Every method raises StoreUnavailable (or StoreFull) when the database fails.
+    Names are those of one tenant, or shared with it; what it writes is its own. Every method
+    raises StoreUnavailable (or StoreFull) when the database fails.
     """
 
     def __init__(self, url: str) -> None:
@@ -69,7 +73,14 @@ class Catalog:
         if self._engine.dialect.name == "sqlite":
             _tune_sqlite(self._engine)
         self._writer = self._engine.execution_options(writing=True)
+        self.tenant = DEFAULT_TENANT
         self._migrate()
+
+    def of(self, tenant: str) -> Catalog:
+        """The same rows as this tenant sees them."""
+        found = copy(self)
+        found.tenant = tenant
+        return found
 
     def close(self) -> None:
         self._engine.dispose()
@@ -77,30 +88,38 @@ class Catalog:
     # Reading
 
     def latest(self, name: str) -> AdapterManifest:
-        query = _manifests().where(adapters.c.name == name).order_by(adapters.c.version.desc())
-        return self._one(query, name)
+        return self._one_of(name, name, order=adapters.c.version.desc())
 
     def version(self, name: str, version: int) -> AdapterManifest:
-        query = _manifests().where(adapters.c.name == name, adapters.c.version == version)
-        return self._one(query, f"{name}@{version}")
+        return self._one_of(name, f"{name}@{version}", adapters.c.version == version)
 
     def alias(self, name: str, alias: str) -> tuple[Arm, ...]:
         """The arms of an alias, the largest share first."""
-        same = sa.and_(arms.c.name == adapters.c.name, arms.c.version == adapters.c.version)
+        same = sa.and_(
+            arms.c.tenant == adapters.c.tenant,
+            arms.c.name == adapters.c.name,
+            arms.c.version == adapters.c.version,
+        )
         query = (
             sa.select(adapters.c.manifest, arms.c.weight)
             .where(ALIVE, arms.c.name == name, arms.c.alias == alias)
             .join(arms, same)
             .order_by(arms.c.weight.desc(), arms.c.version)
         )
-        with self.reading() as connection:
-            rows = connection.execute(query).all()
+        rows = self._rows(query, name)
         if not rows:
             raise AdapterNotFound(f"{name}@{alias}")
         return tuple(Arm(AdapterManifest.from_json(row.manifest), row.weight) for row in rows)
 
-    def digest(self, digest: str, *, living: bool = True) -> AdapterManifest:
-        """The newest row of a digest; `living` or not, those that live before the others."""
+    def digest(self, digest: str) -> AdapterManifest:
+        """The newest living row of a digest, one's own before those of others."""
+        own = sa.case((adapters.c.tenant == self.tenant, 0), else_=1)
+        rows = _manifests().where(adapters.c.digest == digest, visible(self.tenant, "adapter"))
+        return self._one(rows.order_by(own, adapters.c.created.desc()), f"sha256:{digest}")
+
+    def digest_anywhere(self, digest: str, *, living: bool) -> AdapterManifest:
+        """The newest row of a digest, of any tenant: never for what a client names. `living` or
+        not, those that live before the others."""
         rows = _manifests() if living else sa.select(adapters.c.manifest)
         order = (sa.case((ALIVE, 0), else_=1), adapters.c.created.desc())
         query = rows.where(adapters.c.digest == digest).order_by(*order)
@@ -108,36 +127,43 @@ class Catalog:
 
     def all_latest(self) -> list[AdapterManifest]:
         """The newest version of every name, by name."""
+        columns = (adapters.c.tenant, adapters.c.name)
         newest = (
-            sa.select(adapters.c.name, sa.func.max(adapters.c.version).label("version"))
-            .where(ALIVE)
-            .group_by(adapters.c.name)
+            sa.select(*columns, sa.func.max(adapters.c.version).label("version"))
+            .where(ALIVE, visible(self.tenant, "adapter"))
+            .group_by(*columns)
             .subquery()
         )
-        same = sa.and_(newest.c.name == adapters.c.name, newest.c.version == adapters.c.version)
-        return self._many(_manifests().join(newest, same).order_by(adapters.c.name))
+        same = sa.and_(
+            newest.c.tenant == adapters.c.tenant,
+            newest.c.name == adapters.c.name,
+            newest.c.version == adapters.c.version,
+        )
+        others_first = sa.case((adapters.c.tenant == self.tenant, 1), else_=0)
+        query = _manifests().join(newest, same).order_by(adapters.c.name, others_first)
+        return list({one.name: one for one in self._many(query)}.values())
 
     def versions(self, name: str) -> list[AdapterManifest]:
         """Every living version of a name, oldest first."""
-        return self._many(_manifests().where(adapters.c.name == name).order_by(adapters.c.version))
+        query = _manifests().where(adapters.c.name == name).order_by(adapters.c.version)
+        return [AdapterManifest.from_json(row.manifest) for row in self._rows(query, name)]
 
     def everything(self) -> list[AdapterManifest]:
+        """Of all tenants."""
         return self._many(_manifests().order_by(adapters.c.name, adapters.c.version))
 
     def aliases_of(self, name: str) -> dict[str, dict[int, float]]:
         """Alias -> version -> weight, the largest share first."""
         query = sa.select(arms).where(arms.c.name == name)
-        with self.reading() as connection:
-            rows = connection.execute(
-                query.order_by(arms.c.alias, arms.c.weight.desc(), arms.c.version)
-            ).all()
+        query = query.order_by(arms.c.alias, arms.c.weight.desc(), arms.c.version)
+        rows = self._rows(query, name, arms)
         found: dict[str, dict[int, float]] = {}
         for row in rows:
             found.setdefault(row.alias, {})[row.version] = row.weight
         return found
 
     def blobs_in_use(self) -> set[str]:
-        """Addresses of all blobs that a living row needs."""
+        """Addresses of all blobs that a living row needs, whosever."""
         columns = (adapters.c.weights_sha256, adapters.c.tokenizer_sha256)
         with self.reading() as connection:
             rows = connection.execute(sa.select(*columns).where(ALIVE)).all()
@@ -150,19 +176,20 @@ class Catalog:
 
         Where the newest version is the same already, that one is returned and nothing is added:
         only an evaluation that the draft brings takes the place of what was measured before.
+        Raises QuotaReached.
         """
         for _ in range(ATTEMPTS):
             try:
                 with self.writing() as connection:
-                    return _insert(connection, draft)
+                    return _insert(connection, draft, self.tenant)
             except IntegrityError:  # another process took this number first
                 continue
         raise StoreUnavailable(f"{draft.name}: {ATTEMPTS} other writers came first")
 
     def delete(self, name: str, version: int | None, when: str) -> list[AdapterManifest]:
         """Mark one version, or all of a name, as deleted; what was. Raises AdapterInUse."""
-        which = [adapters.c.name == name]
-        held = [arms.c.name == name]
+        which = [adapters.c.tenant == self.tenant, adapters.c.name == name]
+        held = [arms.c.tenant == self.tenant, arms.c.name == name]
         if version is not None:
             which.append(adapters.c.version == version)
             held.append(arms.c.version == version)
@@ -178,11 +205,12 @@ class Catalog:
 
     def set_alias(self, name: str, alias: str, shares: Mapping[int, float]) -> None:
         """Point an alias of `name` to living versions of it: version -> weight."""
-        key = (arms.c.name == name, arms.c.alias == alias)
-        own = {"name": name, "alias": alias}
+        key = (arms.c.tenant == self.tenant, arms.c.name == name, arms.c.alias == alias)
+        own = {"tenant": self.tenant, "name": name, "alias": alias}
+        mine = _manifests().where(adapters.c.tenant == self.tenant, adapters.c.name == name)
         with self.writing() as connection:
             for version in shares:
-                living = _manifests().where(adapters.c.name == name, adapters.c.version == version)
+                living = mine.where(adapters.c.version == version)
                 if connection.execute(living).first() is None:
                     raise AdapterNotFound(f"{name}@{version}")
             connection.execute(sa.delete(arms).where(*key))
@@ -192,12 +220,12 @@ class Catalog:
     def drop_alias(self, name: str, alias: str) -> None:
         """Take an alias away, and what was counted under it."""
         with self.writing() as connection:
-            key = (arms.c.name == name, arms.c.alias == alias)
+            key = (arms.c.tenant == self.tenant, arms.c.name == name, arms.c.alias == alias)
             if connection.execute(sa.delete(arms).where(*key)).rowcount == 0:
                 raise AdapterNotFound(f"{name}@{alias}")
             for table in (served, totals):
-                mine = (table.c.name == name, table.c.alias == alias)
-                connection.execute(sa.delete(table).where(*mine))
+                mine = (table.c.tenant == self.tenant, table.c.name == name)
+                connection.execute(sa.delete(table).where(*mine, table.c.alias == alias))
 
     # The connection
 
@@ -224,6 +252,30 @@ class Catalog:
             words = str(getattr(error, "orig", None) or type(error).__name__)
             kind = StoreFull if "disk is full" in words else StoreUnavailable
             raise kind(f"the catalog failed: {words}") from error
+
+    def _one_of(
+        self,
+        name: str,
+        reference: str,
+        *which: sa.ColumnElement[bool],
+        order: sa.ColumnElement[Any] | None = None,
+    ) -> AdapterManifest:
+        query = _manifests().where(adapters.c.name == name, *which).order_by(order)
+        rows = self._rows(query.limit(1), name)
+        if not rows:
+            raise AdapterNotFound(reference)
+        return AdapterManifest.from_json(rows[0].manifest)
+
+    def _rows(
+        self, query: sa.Select[Any], name: str, table: sa.Table = adapters
+    ) -> Sequence[sa.Row[Any]]:
+        """What a query finds of a name: among one's own, or what is shared in its place."""
+        with self.reading() as connection:
+            for home in homes(connection, self.tenant, "adapter", name):
+                rows = connection.execute(query.where(table.c.tenant == home)).all()
+                if rows:
+                    return rows
+        return ()
 
     def _one(self, query: sa.Select[str], reference: str) -> AdapterManifest:
         with self.reading() as connection:
@@ -254,19 +306,21 @@ def _manifests() -> sa.Select[str]:
     return sa.select(adapters.c.manifest).where(ALIVE)
 
 
-def _insert(connection: sa.Connection, draft: AdapterManifest) -> AdapterManifest:
-    mine = adapters.c.name == draft.name
+def _insert(connection: sa.Connection, draft: AdapterManifest, tenant: str) -> AdapterManifest:
+    mine = sa.and_(adapters.c.tenant == tenant, adapters.c.name == draft.name)
     newest = _manifests().where(mine).order_by(adapters.c.version.desc()).limit(1)
     row = connection.execute(newest).scalars().first()
     if row is not None:
         found = AdapterManifest.from_json(row)
         if _same(found, draft):
-            return _measured_again(connection, found, draft)
+            return _measured_again(connection, found, draft, tenant)
+    check_room(connection, tenant, nbytes=draft.weights_bytes, draft=draft)
     # Deleted rows count: their numbers are never given again.
     last = connection.execute(sa.select(sa.func.max(adapters.c.version)).where(mine)).scalar()
     manifest = replace(draft, version=(last or 0) + 1)
     connection.execute(
         sa.insert(adapters).values(
+            tenant=tenant,
             name=manifest.name,
             version=manifest.version,
             digest=manifest.digest,
@@ -280,15 +334,16 @@ def _insert(connection: sa.Connection, draft: AdapterManifest) -> AdapterManifes
 
 
 def _measured_again(
-    connection: sa.Connection, found: AdapterManifest, draft: AdapterManifest
+    connection: sa.Connection, found: AdapterManifest, draft: AdapterManifest, tenant: str
 ) -> AdapterManifest:
     """An evaluation may be made at any time after its version: it is the one thing that changes."""
     measured = draft.provenance.get(evaluation.KEY)
     if measured is None or measured == found.provenance.get(evaluation.KEY):
         return found
     manifest = replace(found, provenance={**found.provenance, evaluation.KEY: measured})
-    own = (adapters.c.name == found.name, adapters.c.version == found.version)
-    connection.execute(sa.update(adapters).where(*own).values(manifest=manifest.to_json()))
+    own = (adapters.c.tenant == tenant, adapters.c.name == found.name)
+    mine = sa.update(adapters).where(*own, adapters.c.version == found.version)
+    connection.execute(mine.values(manifest=manifest.to_json()))
     return manifest
 
 

@@ -11,6 +11,7 @@ AdapterError
 ├── TemplateNotFound      no prompt template has this name, version or alias (404)
 ├── AdapterInUse          an alias, a pin or a running sequence still needs it (409)
 │   └── TemplateInUse     an alias, or an adapter that was trained with it, needs it (409)
+├── QuotaReached          the tenant may keep no more (429)
 └── StoreUnavailable      disk or database failed; nothing was acknowledged (503)
     └── StoreFull         no space left (507)
 """
@@ -65,6 +66,10 @@ class TemplateNotFound(AdapterError):
     def __init__(self, reference: str) -> None:
         super().__init__(f"template {reference[:200]!r} does not exist")
         self.reference = reference
+
+
+class QuotaReached(AdapterError):
+    """The tenant keeps as much as it may."""
 
 
 class AdapterNotFound(AdapterError):

@@ -15,10 +15,11 @@ from sqlalchemy.exc import IntegrityError
 
 from adapters.catalog import ATTEMPTS, Catalog
 from adapters.errors import StoreUnavailable
-from adapters.tables import arms, served, totals
+from adapters.tables import DEFAULT_TENANT, arms, served, totals
 
 Ending = Literal["completed", "failed", "cancelled"]
 Row = dict[str, Any]
+ArmKey = tuple[str, str, str, int]  # tenant, name, alias, version
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,11 @@ class Outcome:
     generated_tokens: int = 0
     first_token: float = 0.0  # seconds from arrival; of completed requests
     seconds: float = 0.0
+    tenant: str = DEFAULT_TENANT  # who asked
 
     @property
-    def arm(self) -> tuple[str, str, int]:
-        return self.name, self.alias, self.version
+    def arm(self) -> ArmKey:
+        return self.tenant, self.name, self.alias, self.version
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,10 @@ class Scored:
 
 
 class Outcomes:
-    """The rows, in the catalog's database. Thread-safe; raises StoreUnavailable, StoreFull."""
+    """The rows, in the catalog's database. Thread-safe; raises StoreUnavailable, StoreFull.
+
+    Outcomes of all tenants are recorded; what is asked for is the tenant's of the catalog.
+    """
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
@@ -86,7 +91,8 @@ class Outcomes:
     def record(self, outcomes: Sequence[Outcome]) -> None:
         """Remember requests, and add them to the sums of their arms: all of them or none.
 
-        Those of an alias that is gone are left out.
+        Those of an alias that is gone are left out, and those of another tenant's alias: what a
+        tenant does with what is shared with it is not the other's to see.
         """
         for _ in range(ATTEMPTS):
             try:
@@ -100,7 +106,9 @@ class Outcomes:
     def score(self, request_id: str, score: float, comment: str | None) -> Scored | None:
         """Keep feedback, in place of what was given before; None where the request is not known."""
         with self._catalog.writing() as connection:
-            query = sa.select(served).where(served.c.request_id == request_id)
+            query = sa.select(served).where(
+                served.c.tenant == self._catalog.tenant, served.c.request_id == request_id
+            )
             row = connection.execute(query.with_for_update()).first()
             if row is None:
                 return None
@@ -109,13 +117,17 @@ class Outcomes:
             change = _scores(score, 1)
             if row.score is not None:
                 _add(change, _scores(row.score, -1))
-            _change(connection, (row.name, row.alias, row.version), change)
+            _change(connection, (row.tenant, row.name, row.alias, row.version), change)
         return Scored(request_id, row.name, row.alias, row.version, score, row.score)
 
     def totals(self, name: str, alias: str) -> dict[int, Totals]:
         """Version -> what its requests came to, through this alias."""
         columns = [totals.c[field.name] for field in fields(Totals)]
-        query = sa.select(*columns).where(totals.c.name == name, totals.c.alias == alias)
+        query = sa.select(*columns).where(
+            totals.c.tenant == self._catalog.tenant,
+            totals.c.name == name,
+            totals.c.alias == alias,
+        )
         with self._catalog.reading() as connection:
             return {row.version: Totals(*row) for row in connection.execute(query)}
 
@@ -123,7 +135,8 @@ class Outcomes:
         """(version, score, comment), the newest requests first."""
         query = (
             sa.select(served.c.version, served.c.score, served.c.comment)
-            .where(served.c.name == name, served.c.alias == alias, served.c.comment.is_not(None))
+            .where(served.c.tenant == self._catalog.tenant, served.c.name == name)
+            .where(served.c.alias == alias, served.c.comment.is_not(None))
             .order_by(served.c.finished.desc())
             .limit(newest)
         )
@@ -145,13 +158,13 @@ class Outcomes:
 
 
 def _record(connection: sa.Connection, outcomes: Sequence[Outcome]) -> None:
-    rows = connection.execute(sa.select(arms.c.name, arms.c.alias).distinct())
-    living = {(row.name, row.alias) for row in rows}
-    kept = [outcome for outcome in outcomes if (outcome.name, outcome.alias) in living]
+    rows = connection.execute(sa.select(arms.c.tenant, arms.c.name, arms.c.alias).distinct())
+    living = {tuple(row) for row in rows}
+    kept = [outcome for outcome in outcomes if outcome.arm[:3] in living]
     if not kept:
         return
     connection.execute(sa.insert(served), [_row(outcome) for outcome in kept])
-    sums: dict[tuple[str, str, int], Row] = {}
+    sums: dict[ArmKey, Row] = {}
     for outcome in kept:
         _add(sums.setdefault(outcome.arm, {}), _share(outcome))
     for arm, change in sums.items():
@@ -159,7 +172,7 @@ def _record(connection: sa.Connection, outcomes: Sequence[Outcome]) -> None:
 
 
 def _row(outcome: Outcome) -> Row:
-    names = ("request_id", "name", "alias", "version", "finished")
+    names = ("request_id", "tenant", "name", "alias", "version", "finished")
     return {name: getattr(outcome, name) for name in names}
 
 
@@ -194,12 +207,11 @@ def _add(sums: Row, share: Mapping[str, Any]) -> None:
         sums[name] = sums.get(name, 0) + value
 
 
-def _change(connection: sa.Connection, arm: tuple[str, str, int], change: Row) -> None:
+def _change(connection: sa.Connection, arm: ArmKey, change: Row) -> None:
     """Add to the sums of an arm; its first row is made where there is none."""
-    name, alias, version = arm
-    mine = (totals.c.name == name, totals.c.alias == alias, totals.c.version == version)
+    own = dict(zip(("tenant", "name", "alias", "version"), arm, strict=True))
+    mine = [totals.c[column] == value for column, value in own.items()]
     added = {column: totals.c[column] + value for column, value in change.items()}
     if connection.execute(sa.update(totals).where(*mine).values(**added)).rowcount == 0:
         zero = {field.name: field.default for field in fields(Totals) if field.name != "version"}
-        own = {"name": name, "alias": alias, "version": version}
         connection.execute(sa.insert(totals).values(**own, **{**zero, **change}))

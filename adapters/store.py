@@ -13,6 +13,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,6 +96,13 @@ class AdapterStore:
         self.outcomes = Outcomes(self._catalog)
         self._verified: set[str] = set()
         self._verifying = threading.Lock()
+
+    def of(self, tenant: str) -> AdapterStore:
+        """The same store as this tenant sees it: its own names, and those shared with it."""
+        found = copy(self)
+        found._catalog = self._catalog.of(tenant)
+        found.outcomes = Outcomes(found._catalog)
+        return found
 
     @property
     def catalog(self) -> Catalog:
@@ -228,9 +236,13 @@ class AdapterStore:
     def pinned(self, digest: str) -> AdapterManifest:
         """The adapter of a digest, even if it was retired: for requests that came before.
 
-        Raises AdapterNotFound.
+        Of any tenant: never for a digest that a client names. Raises AdapterNotFound.
         """
-        return self._catalog.digest(digest, living=False)
+        return self._catalog.digest_anywhere(digest, living=False)
+
+    def living(self, digest: str) -> AdapterManifest:
+        """The adapter of a digest, whosever, if it was not deleted. Raises AdapterNotFound."""
+        return self._catalog.digest_anywhere(digest, living=True)
 
     def delete(self, reference: str) -> tuple[AdapterManifest, ...]:
         """Retire and discard in one: for when nothing is being served. Raises as `retire`."""

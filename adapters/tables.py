@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+DEFAULT_TENANT = "default"  # whose everything is where there are no keys
+
 metadata = sa.MetaData()
+
+
+def _tenant(*, key: bool = True) -> sa.Column[str]:
+    """Whose a row is: names are one tenant's, and another's are not there."""
+    return sa.Column(
+        "tenant", sa.String(64), primary_key=key, nullable=False, server_default=DEFAULT_TENANT
+    )
+
+
 adapters = sa.Table(
     "adapters",
     metadata,
+    _tenant(),
     sa.Column("name", sa.String(64), primary_key=True),
     sa.Column("version", sa.Integer, primary_key=True),
     sa.Column("digest", sa.String(64), nullable=False, index=True),
@@ -20,16 +32,20 @@ adapters = sa.Table(
 arms = sa.Table(  # an alias is its arms: one, or several that share its traffic
     "alias_arms",
     metadata,
+    _tenant(),
     sa.Column("name", sa.String(64), primary_key=True),
     sa.Column("alias", sa.String(64), primary_key=True),
     sa.Column("version", sa.Integer, primary_key=True),
     sa.Column("weight", sa.Float, nullable=False),
-    sa.ForeignKeyConstraint(["name", "version"], ["adapters.name", "adapters.version"]),
+    sa.ForeignKeyConstraint(
+        ["tenant", "name", "version"], ["adapters.tenant", "adapters.name", "adapters.version"]
+    ),
 )
 served = sa.Table(  # requests that came through an alias; bounded in time and number
     "served_requests",
     metadata,
     sa.Column("request_id", sa.String(32), primary_key=True),
+    _tenant(key=False),
     sa.Column("name", sa.String(64), nullable=False),
     sa.Column("alias", sa.String(64), nullable=False),
     sa.Column("version", sa.Integer, nullable=False),
@@ -40,6 +56,7 @@ served = sa.Table(  # requests that came through an alias; bounded in time and n
 totals = sa.Table(  # what all requests of one arm came to, those forgotten since among them
     "arm_totals",
     metadata,
+    _tenant(),
     sa.Column("name", sa.String(64), primary_key=True),
     sa.Column("alias", sa.String(64), primary_key=True),
     sa.Column("version", sa.Integer, primary_key=True),
@@ -61,6 +78,7 @@ training_files = sa.Table(  # a row is what makes a file on the disk exist
     "training_files",
     metadata,
     sa.Column("id", sa.String(40), primary_key=True),
+    _tenant(key=False),
     sa.Column("home", sa.String(32), nullable=False, index=True),  # the server that has it
     sa.Column("filename", sa.String(255), nullable=False),
     sa.Column("purpose", sa.String(32), nullable=False),
@@ -73,6 +91,7 @@ training_jobs = sa.Table(
     "training_jobs",
     metadata,
     sa.Column("id", sa.String(40), primary_key=True),
+    _tenant(key=False),
     sa.Column("home", sa.String(32), nullable=False, index=True),  # the server that runs it
     sa.Column("status", sa.String(20), nullable=False, index=True),
     sa.Column("asked", sa.String(10)),  # cancel or pause, until it has happened
@@ -85,6 +104,7 @@ training_jobs = sa.Table(
     sa.Column("adapter", sa.String(200)),  # name@version, once it is published
     sa.Column("trained_tokens", sa.BigInteger),
     sa.Column("result_file", sa.String(40)),
+    sa.Column("minutes", sa.Float, nullable=False, server_default=sa.text("0")),  # of training
 )
 job_events = sa.Table(  # what happened to a job; its steps are in its log
     "training_job_events",
@@ -98,6 +118,7 @@ job_events = sa.Table(  # what happened to a job; its steps are in its log
 prompt_templates = sa.Table(
     "prompt_templates",
     metadata,
+    _tenant(),
     sa.Column("name", sa.String(64), primary_key=True),
     sa.Column("version", sa.Integer, primary_key=True),
     sa.Column("digest", sa.String(64), nullable=False, index=True),  # of the content
@@ -108,11 +129,13 @@ prompt_templates = sa.Table(
 prompt_aliases = sa.Table(
     "prompt_aliases",
     metadata,
+    _tenant(),
     sa.Column("name", sa.String(64), primary_key=True),
     sa.Column("alias", sa.String(64), primary_key=True),
     sa.Column("version", sa.Integer, nullable=False),
     sa.ForeignKeyConstraint(
-        ["name", "version"], ["prompt_templates.name", "prompt_templates.version"]
+        ["tenant", "name", "version"],
+        ["prompt_templates.tenant", "prompt_templates.name", "prompt_templates.version"],
     ),
 )
 api_keys = sa.Table(  # never removed: whether there ever was a key decides whether one is needed
@@ -134,4 +157,12 @@ tenants = sa.Table(
     sa.Column("name", sa.String(64), primary_key=True),
     sa.Column("created", sa.Float, nullable=False),
     sa.Column("quotas", sa.Text),  # service.access.quotas.Quotas, as JSON
+)
+shares = sa.Table(  # what a tenant lets others read: all versions and aliases of a name
+    "shares",
+    metadata,
+    sa.Column("kind", sa.String(16), primary_key=True),  # adapter or template
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("audience", sa.String(64), primary_key=True),  # a tenant, or * for all
 )

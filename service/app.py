@@ -27,8 +27,10 @@ from adapters.limits import Limits
 from adapters.prompts.shelf import TemplateShelf
 from adapters.store import AdapterStore
 from base.errors import UnservableBase
+from service.access.audit import AuditLog
 from service.access.gate import Gate
 from service.access.keys import Keys
+from service.access.quotas import Meter, Tenants
 from service.admission import Admission
 from service.api import (
     access,
@@ -45,6 +47,7 @@ from service.api import (
     meta,
     page,
     templates,
+    tenants,
     vllm_admin,
 )
 from service.api.connection import HEAD_BYTES, connection_class
@@ -123,6 +126,7 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
         files,
         fine_tuning,
         keys,
+        tenants,
         meta,
         page,
         console,
@@ -209,6 +213,7 @@ def _close(loaded: Serving, drain_seconds: float = 0.0) -> None:
     loaded.engine.stop()
     loaded.templates.close()
     loaded.experiments.close()
+    loaded.audit.close()
     loaded.store.close()
 
 
@@ -274,7 +279,8 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         residents=engine.residents,
         capacity={"slot": config.slot_bytes, "host": config.host_cache_bytes},
     )
-    publication = Publication(store, base.spec, limits, probe)
+    audit = AuditLog(settings.home / "audit", settings.max_audit_bytes)
+    publication = Publication(store, base.spec, limits, probe, audit)
     jobs = open_office(settings, publication)
     metrics.watch_jobs(jobs.queue.counts)
     return Serving(
@@ -294,12 +300,19 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         reranker=_reranker(settings),
         templates=prompts,
         gate=_gate(settings, store),
+        meter=Meter(Tenants(store.catalog), settings.quota_store),
+        audit=audit,
     )
 
 
 def _gate(settings: Settings, store: AdapterStore) -> Gate:
     key = settings.admin_key.get_secret_value() if settings.admin_key else None
-    return Gate(Keys(store.catalog), key, local=settings.local)
+    keys = Keys(store.catalog)
+    if key is None and not keys.any():
+        logger.info(
+            "no API keys", who="everybody", reached_at=settings.host, first="nibble keys create"
+        )
+    return Gate(keys, key, local=settings.local)
 
 
 def _library(settings: Settings, tokenizer: Any) -> Library:

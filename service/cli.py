@@ -34,6 +34,8 @@ OWN = {
     ),
     "rag": ("service.commands.rag:app", "Collections of documents, and questions to them."),
     "keys": ("service.commands.keys:app", "Create, list, rotate and revoke API keys."),
+    "audit": ("service.commands.audit:app", "Verify and search the record of what was done."),
+    "tenants": ("service.commands.tenants:app", "Quotas of tenants, and what they share."),
     "config": ("service.commands.config:app", "Print the effective configuration."),
     "catalog": ("service.commands.catalog:app", "Bring the catalog's tables up to date."),
     "conformance": (

@@ -368,6 +368,24 @@ class Client:
         found: dict[str, Any] = self._call("DELETE", f"/keys/{quote(key_id, safe='')}")
         return found
 
+    def tenants(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._call("GET", "/tenants")["tenants"]
+        return found
+
+    def set_quotas(self, tenant: str, body: dict[str, int]) -> dict[str, Any]:
+        path = f"/tenants/{quote(tenant, safe='')}/quotas"
+        found: dict[str, Any] = self._call("PUT", path, json=body)
+        return found
+
+    def share(self, kind: str, tenant: str, name: str, audience: list[str]) -> dict[str, Any]:
+        path = f"/tenants/{quote(tenant, safe='')}/shares/{kind}/{quote(name, safe='')}"
+        found: dict[str, Any] = self._call("PUT", path, json={"audience": audience})
+        return found
+
+    def shares(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._call("GET", "/tenants/shares")["shares"]
+        return found
+
     def _call(self, method: str, path: str, **rest: Any) -> Any:
         with self._reaching():
             response = self._http.request(method, path, **rest)

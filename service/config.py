@@ -116,6 +116,25 @@ class Settings(BaseSettings):
         "Server",
         False,
     )
+    protect_metrics: bool = _setting(
+        "Ask for an admin's key at /metrics too: it names the adapters of all tenants.",
+        "Server",
+        False,
+    )
+    quota_store: str = _setting(
+        "Where the requests and tokens of a tenant's minute are counted: here, or in a Redis that "
+        "several servers share (async+redis://host:6379).",
+        "Server",
+        "async+memory://",
+        pattern=r"^async\+(memory|redis)://",
+    )
+    max_audit_bytes: Bytes = _setting(
+        "Largest audit log; beyond it the oldest part of 64 MiB goes.",
+        "Server",
+        GIB,
+        ge=128 * MIB,
+        le=TIB,
+    )
     adapter_root: Path | None = _setting(
         "Directory that /v1/load_lora_adapter may load from; nothing outside of it.",
         "Server",

@@ -6,7 +6,9 @@ ServiceError
 ├── WrongState       a job cannot do that now (400)
 ├── Unauthenticated  no key came, or one that opens nothing (401)
 ├── Forbidden        the key lacks a scope (403)
-├── Overloaded       the queue is full (429), with `retry_after` seconds
+├── Overloaded       the server has too much to do (503), with `retry_after` seconds
+│   └── ColdLoads    too many adapters are on their way to memory (429): all others are served
+├── QuotaExceeded    a tenant's limit (429), with `retry_after` seconds
 ├── Draining         the server is stopping (503)
 ├── GenerationFailed  an admitted request could not be computed (500)
 ├── AdapterLoadFailed  the store or the lowering failed while a request waited (503)
@@ -53,14 +55,26 @@ class Unauthenticated(ServiceError):
 class Forbidden(ServiceError):
     """The key may not do that: it has none of the scopes `wanted`."""
 
-    def __init__(self, wanted: Sequence[str], given: Sequence[str]) -> None:
+    def __init__(self, wanted: Sequence[str], given: Sequence[str] = ()) -> None:
         needed = " or ".join(wanted)
         super().__init__(f"this needs the scope {needed}; the key has {', '.join(given) or 'none'}")
         self.wanted = tuple(wanted)
 
 
 class Overloaded(ServiceError):
-    """The queue is full; come back after `retry_after` seconds."""
+    """The server has too much to do; come back after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ColdLoads(Overloaded):
+    """Too many adapters are on their way to memory."""
+
+
+class QuotaExceeded(ServiceError):
+    """A tenant uses as much as it may; come back after `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)

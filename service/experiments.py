@@ -17,6 +17,7 @@ from adapters.intervals import Interval, Sample, mean, mean_difference, rate, ra
 from adapters.manifest import AdapterManifest
 from adapters.outcomes import Ending, Outcome, Outcomes, Scored, Totals
 from adapters.store import AdapterStore
+from adapters.tables import DEFAULT_TENANT
 from service.engine.request import Event, Finished
 from service.engine.stream import EventStream
 from service.selection import Via
@@ -108,13 +109,16 @@ class Experiments:
             self._unwritten.append(outcome)
         self._wake.set()
 
-    def score(self, request_id: str, score: float, comment: str | None) -> Scored | None:
-        """Keep feedback for a request, in place of earlier; None where it is not known (any more).
+    def score(
+        self, request_id: str, score: float, comment: str | None, tenant: str = DEFAULT_TENANT
+    ) -> Scored | None:
+        """Keep feedback for a request of this tenant, in place of earlier; None where it is not
+        known (any more).
 
         Raises StoreUnavailable, StoreFull.
         """
         self.flush()
-        return self._rows.score(request_id, score, comment)
+        return self._store.of(tenant).outcomes.score(request_id, score, comment)
 
     def flush(self) -> None:
         """Write what has ended until now. Raises StoreUnavailable, StoreFull."""
@@ -134,29 +138,23 @@ class Experiments:
         seconds, number = self._bounds
         return self._rows.forget(time.time() - seconds, number)
 
-    def table(self, name: str, alias: str) -> Experiment:
-        """Raises AdapterNotFound, where there is no such alias; StoreUnavailable."""
+    def table(self, name: str, alias: str, tenant: str = DEFAULT_TENANT) -> Experiment:
+        """Raises AdapterNotFound, where this tenant has no such alias; StoreUnavailable."""
         self.flush()
-        arms = self._store.arms(f"{name}@{alias}")
-        totals = self._rows.totals(name, alias)
+        store = self._store.of(tenant)
+        arms = store.arms(f"{name}@{alias}")
+        totals = store.outcomes.totals(name, alias)
         weights = {arm.manifest.version: arm.weight for arm in arms}
         # Those that the alias points to first, the largest share first; then those of before.
         versions = [*weights, *sorted(version for version in totals if version not in weights)]
-        digests = self._digests(name)
+        digests = _digests(store, name)
         figures = tuple(
             _figures(v, digests.get(v, ""), weights.get(v, 0.0), totals.get(v, Totals(v)))
             for v in versions
         )
         differences = tuple(_difference(one.totals, figures[0].totals) for one in figures[1:])
-        comments = tuple(Comment(*row) for row in self._rows.comments(name, alias, COMMENTS))
+        comments = tuple(Comment(*row) for row in store.outcomes.comments(name, alias, COMMENTS))
         return Experiment(name, alias, figures, differences, comments)
-
-    def _digests(self, name: str) -> Mapping[int, str]:
-        try:
-            found: tuple[AdapterManifest, ...] = self._store.describe(name).versions
-        except AdapterNotFound:
-            return {}
-        return {manifest.version: manifest.digest for manifest in found}
 
     def _main(self) -> None:
         while not self._closed.is_set():
@@ -216,7 +214,12 @@ class Watched:
 
 
 def outcome_of(
-    request_id: str, via: Via, version: int, ending: Ending, ends: tuple[Finished, ...]
+    request_id: str,
+    via: Via,
+    version: int,
+    ending: Ending,
+    ends: tuple[Finished, ...],
+    tenant: str = DEFAULT_TENANT,
 ) -> Outcome:
     """Times by the engine's clock: from the request's arrival there, loading its adapter included.
     Of several sequences the first token of the first, and the end of the last."""
@@ -235,7 +238,16 @@ def outcome_of(
         generated_tokens=sum(end.generated_tokens for end in ends),
         first_token=first,
         seconds=last,
+        tenant=tenant,
     )
+
+
+def _digests(store: AdapterStore, name: str) -> Mapping[int, str]:
+    try:
+        found: tuple[AdapterManifest, ...] = store.describe(name).versions
+    except AdapterNotFound:
+        return {}
+    return {manifest.version: manifest.digest for manifest in found}
 
 
 def _figures(version: int, digest: str, weight: float, totals: Totals) -> ArmFigures:

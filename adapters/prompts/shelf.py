@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +33,7 @@ from adapters.prompts.template import (
     parse_file,
     parse_template,
 )
+from adapters.sharing import homes, visible
 from adapters.store import VERSION, read_small
 from adapters.tables import adapters
 from adapters.tables import prompt_aliases as aliases
@@ -72,13 +73,18 @@ class TemplatesReport:
 
 
 class TemplateShelf:
-    """The templates of one catalog. Thread-safe.
+    """The templates of one catalog: its tenant's own, and to read those shared with it.
+    Thread-safe.
 
     Every method raises StoreUnavailable or StoreFull when the database fails.
     """
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
+
+    def of(self, tenant: str) -> TemplateShelf:
+        """As this tenant sees it."""
+        return TemplateShelf(self._catalog.of(tenant))
 
     def add(self, name: str, template: PromptTemplate) -> StoredTemplate:
         """Keep a template, checked by the caller, as the next version of `name`.
@@ -112,35 +118,43 @@ class TemplateShelf:
         query = sa.select(templates).where(ALIVE, templates.c.name == name)
         if at and not VERSION.fullmatch(tag):
             same = sa.and_(
-                aliases.c.name == templates.c.name, aliases.c.version == templates.c.version
+                aliases.c.tenant == templates.c.tenant,
+                aliases.c.name == templates.c.name,
+                aliases.c.version == templates.c.version,
             )
             query = query.join(aliases, same).where(aliases.c.alias == tag)
         elif at or version is not None:
             query = query.where(templates.c.version == (int(tag) if at else version))
-        with self._catalog.reading() as connection:
-            row = connection.execute(query.order_by(templates.c.version.desc()).limit(1)).first()
-        if row is None:
+        rows = self._rows(query.order_by(templates.c.version.desc()).limit(1), name)
+        if not rows:
             raise TemplateNotFound(shown)
-        return _stored(row)
+        return _stored(rows[0])
 
     def latest(self) -> list[StoredTemplate]:
         """The newest version of every name, by name."""
+        columns = (templates.c.tenant, templates.c.name)
         newest = (
-            sa.select(templates.c.name, sa.func.max(templates.c.version).label("version"))
-            .where(ALIVE)
-            .group_by(templates.c.name)
+            sa.select(*columns, sa.func.max(templates.c.version).label("version"))
+            .where(ALIVE, visible(self._catalog.tenant, "template"))
+            .group_by(*columns)
             .subquery()
         )
-        same = sa.and_(newest.c.name == templates.c.name, newest.c.version == templates.c.version)
-        query = sa.select(templates).where(ALIVE).join(newest, same).order_by(templates.c.name)
+        same = sa.and_(
+            newest.c.tenant == templates.c.tenant,
+            newest.c.name == templates.c.name,
+            newest.c.version == templates.c.version,
+        )
+        others_first = sa.case((templates.c.tenant == self._catalog.tenant, 1), else_=0)
+        query = sa.select(templates).where(ALIVE).join(newest, same)
+        query = query.order_by(templates.c.name, others_first)
         with self._catalog.reading() as connection:
-            return [_stored(row) for row in connection.execute(query)]
+            rows = {row.name: row for row in connection.execute(query)}
+        return [_stored(row) for row in rows.values()]
 
     def versions(self, name: str) -> list[StoredTemplate]:
         """Every living version, oldest first. Raises TemplateNotFound."""
         query = sa.select(templates).where(ALIVE, templates.c.name == name)
-        with self._catalog.reading() as connection:
-            rows = connection.execute(query.order_by(templates.c.version)).all()
+        rows = self._rows(query.order_by(templates.c.version), name)
         if not rows:
             raise TemplateNotFound(name)
         return [_stored(row) for row in rows]
@@ -148,8 +162,7 @@ class TemplateShelf:
     def aliases_of(self, name: str) -> dict[str, int]:
         """Alias -> version."""
         query = sa.select(aliases).where(aliases.c.name == name).order_by(aliases.c.alias)
-        with self._catalog.reading() as connection:
-            return {row.alias: row.version for row in connection.execute(query)}
+        return {row.alias: row.version for row in self._rows(query, name, aliases)}
 
     def delete(self, reference: str) -> tuple[StoredTemplate, ...]:
         """`name` with all its versions, or `name@version`; what was deleted.
@@ -160,8 +173,8 @@ class TemplateShelf:
         name, at, tag = reference.partition("@")
         if at and not VERSION.fullmatch(tag):
             raise TemplateNotFound(reference)
-        which = [templates.c.name == name]
-        held = [aliases.c.name == name]
+        which = [templates.c.tenant == self._catalog.tenant, templates.c.name == name]
+        held = [aliases.c.tenant == self._catalog.tenant, aliases.c.name == name]
         if at:
             which.append(templates.c.version == int(tag))
             held.append(aliases.c.version == int(tag))
@@ -185,21 +198,25 @@ class TemplateShelf:
     def set_alias(self, name: str, alias: str, version: int) -> None:
         """Point `name@alias` to a version. Raises InvalidAdapter (the alias), TemplateNotFound."""
         check_alias(alias)
+        tenant = self._catalog.tenant
         living = sa.select(templates.c.version).where(
-            ALIVE, templates.c.name == name, templates.c.version == version
+            ALIVE,
+            templates.c.tenant == tenant,
+            templates.c.name == name,
+            templates.c.version == version,
         )
         with self._catalog.writing() as connection:
             if connection.execute(living).first() is None:
                 raise TemplateNotFound(f"{name}@{version}")
-            connection.execute(
-                sa.delete(aliases).where(aliases.c.name == name, aliases.c.alias == alias)
-            )
-            row = {"name": name, "alias": alias, "version": version}
+            mine = (aliases.c.tenant == tenant, aliases.c.name == name)
+            connection.execute(sa.delete(aliases).where(*mine, aliases.c.alias == alias))
+            row = {"tenant": tenant, "name": name, "alias": alias, "version": version}
             connection.execute(sa.insert(aliases).values(**row))
 
     def drop_alias(self, name: str, alias: str) -> None:
         """Raises TemplateNotFound."""
-        which = (aliases.c.name == name, aliases.c.alias == alias)
+        mine = (aliases.c.tenant == self._catalog.tenant, aliases.c.name == name)
+        which = (*mine, aliases.c.alias == alias)
         with self._catalog.writing() as connection:
             if connection.execute(sa.delete(aliases).where(*which)).rowcount == 0:
                 raise TemplateNotFound(f"{name}@{alias}")
@@ -223,10 +240,22 @@ class TemplateShelf:
                 refused[file.name] = error
         return TemplatesReport(tuple(added), refused)
 
+    def _rows(
+        self, query: sa.Select[Any], name: str, table: sa.Table = templates
+    ) -> Sequence[sa.Row[Any]]:
+        """What a query finds of a name: among one's own, or what is shared in its place."""
+        with self._catalog.reading() as connection:
+            for home in homes(connection, self._catalog.tenant, "template", name):
+                rows = connection.execute(query.where(table.c.tenant == home)).all()
+                if rows:
+                    return rows
+        return ()
+
     def _insert(
         self, connection: sa.Connection, name: str, template: PromptTemplate
     ) -> StoredTemplate:
-        mine = sa.select(templates).where(templates.c.name == name)
+        tenant = self._catalog.tenant
+        mine = sa.select(templates).where(templates.c.tenant == tenant, templates.c.name == name)
         order = templates.c.version.desc()
         newest = connection.execute(mine.where(ALIVE).order_by(order).limit(1)).first()
         if newest is not None and newest.digest == template.digest:
@@ -236,6 +265,7 @@ class TemplateShelf:
         made = StoredTemplate(name, last.version + 1 if last else 1, _now(), template)
         connection.execute(
             sa.insert(templates).values(
+                tenant=tenant,
                 name=name,
                 version=made.version,
                 digest=made.digest,
@@ -250,9 +280,13 @@ class TemplateShelf:
         self, connection: sa.Connection, row: Any, others: sa.ColumnElement[bool]
     ) -> None:
         """An adapter that was trained with a content needs one version, among `others`, of it."""
-        same = sa.select(templates.c.version).where(ALIVE, others, templates.c.digest == row.digest)
+        tenant = self._catalog.tenant
+        same = sa.select(templates.c.version).where(
+            ALIVE, others, templates.c.tenant == tenant, templates.c.digest == row.digest
+        )
         query = sa.select(adapters.c.name, adapters.c.version, adapters.c.manifest)
-        query = query.where(adapters.c.deleted.is_(None), adapters.c.manifest.contains(row.digest))
+        query = query.where(adapters.c.tenant == tenant, adapters.c.deleted.is_(None))
+        query = query.where(adapters.c.manifest.contains(row.digest))
         for user in connection.execute(query):
             provenance = json.loads(user.manifest).get("provenance") or {}
             if provenance.get(PROVENANCE) != row.digest:

@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from adapters.tables import DEFAULT_TENANT
 from service.errors import Forbidden
 
 Scope = Literal["infer", "adapters:read", "adapters:write", "rag", "train", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-DEFAULT_TENANT = "default"
 TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # also a directory's name (service.retrieval)
 
 

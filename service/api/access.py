@@ -9,11 +9,13 @@ import structlog
 from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from service.access.caller import SCOPES, Caller
 from service.access.caller import Scope as KeyScope
+from service.access.quotas import Lease
 from service.api.deps import Desk, loaded
+from service.errors import Forbidden
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -50,24 +52,76 @@ class Guarded(APIRoute):
         super().__init__(path, endpoint, **rest)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.scopes and scope["method"] in (self.methods or ()):
-            await self._admit(scope)
-        await super().handle(scope, receive, send)
+        if not self.scopes or scope["method"] not in (self.methods or ()):
+            await super().handle(scope, receive, send)
+            return
+        record = _Record(self, scope, send)
+        lease: Lease | None = None
+        try:
+            lease = await self._admit(scope)
+            await super().handle(scope, receive, record.send)
+        except Forbidden:
+            record.status = 403
+            raise
+        finally:
+            record.write()
+            if lease is not None:
+                await lease.close()
 
-    async def _admit(self, scope: Scope) -> None:
+    async def _admit(self, scope: Scope) -> Lease | None:
+        """Raises Unauthenticated, Forbidden, QuotaExceeded. What an operator does is not counted,
+        and nothing is where there are no keys."""
         desk: Desk = scope["app"].state.desk
-        gate = loaded(desk).gate
-        caller = await gate.caller(Headers(scope=scope).get("authorization"))
-        scope["caller"] = caller
+        here = loaded(desk)
+        caller = await here.gate.caller(Headers(scope=scope).get("authorization"))
+        scope["caller"], scope["said"] = caller, {}
         if caller.key is not None:
             structlog.contextvars.bind_contextvars(key=caller.key, tenant=caller.tenant)
         caller.check(*self.scopes)
+        counted = caller.key is not None and self.scopes != ("admin",)
+        scope["lease"] = await here.meter.admit(caller.tenant) if counted else None
+        lease: Lease | None = scope["lease"]
+        return lease
 
 
 def caller_of(request: Request) -> Caller:
     """Who asks; of a route that is guarded."""
     found: Caller = request.scope["caller"]
     return found
+
+
+class _Record:
+    """One request's line for the audit log: what is in its route and in its reply's head."""
+
+    def __init__(self, route: Guarded, scope: Scope, send: Send) -> None:
+        self._route, self._scope, self._send = route, scope, send
+        self._headers = Headers()
+        self.status = 0
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self._headers = Headers(raw=message["headers"])
+        await self._send(message)
+
+    def write(self) -> None:
+        """Reads are not recorded, but where they were forbidden."""
+        caller: Caller | None = self._scope.get("caller")
+        done = self._scope["method"] != "GET" and self.status < 400
+        if caller is None or not self.status or not (done or self.status == 403):
+            return
+        serving = self._scope["app"].state.desk.serving
+        infers = "infer" in self._route.scopes
+        serving.audit.note(
+            f"{self._scope['method']} {self._route.path}",
+            request=self._scope["request_id"],
+            tenant=caller.tenant,
+            key=caller.key,
+            status=self.status,
+            of=self._scope.get("path_params"),
+            base=serving.spec.fingerprint if infers else None,
+            **{"digest": self._headers.get("x-adapter-digest"), **self._scope["said"]},
+        )
 
 
 def described(api: dict[str, Any]) -> dict[str, Any]:

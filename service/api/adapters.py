@@ -228,7 +228,7 @@ async def upload(request: Request, desk: DeskDep, serving: ServingDep) -> JSONRe
     """
     desk.admission.check()
     if desk.uploads.locked():
-        raise Refused(429, "overloaded", "too many uploads are under way; try again in a moment")
+        raise Refused(503, "overloaded", "too many uploads are under way; try again in a moment")
     async with desk.uploads, received(request, desk.upload_directory, serving.limits) as arrived:
         # The commit is not undone when the client goes now: it may have seen nothing, but a
         # repetition of the same upload finds the same version.
@@ -383,9 +383,10 @@ def delete_adapter(name: str, serving: Serving) -> Sequence[AdapterManifest]:
     """Delete the rows; when all that was accepted before has ended, free slots and blocks of every
     digest that no row names any more; then remove the weights."""
     gone = serving.store.retire(name)
+    serving.said["digests"] = [one.digest for one in gone]
     for one in {AdapterRef.of(manifest): manifest for manifest in gone}.values():
         try:
-            other = serving.store.resolve(f"sha256:{one.digest}")
+            other = serving.store.living(one.digest)
         except AdapterNotFound:
             serving.engine.forget(one.digest)
             for composed in serving.sums.of(one.digest):

@@ -360,7 +360,7 @@ async def search(
 async def _writable(name: str, desk: Desk, serving: Serving, tenant: str) -> Collection:
     desk.admission.check()
     if desk.uploads.locked():
-        raise Refused(429, "overloaded", "too many uploads are under way; try again in a moment")
+        raise Refused(503, "overloaded", "too many uploads are under way; try again in a moment")
     shelf: Shelf = serving.library.shelf(tenant)
     return await asyncio.to_thread(shelf.writable, name)
 

@@ -92,7 +92,7 @@ async def compose(
     tried, and safe on the disk when the reply comes; what it is made of is in its provenance."""
     desk.admission.check()
     if desk.uploads.locked():
-        raise Refused(429, "overloaded", "too many uploads are under way; try again in a moment")
+        raise Refused(503, "overloaded", "too many uploads are under way; try again in a moment")
     _check_options(body)
     async with desk.uploads:
         manifest = await desk.slowly(_compose, name, body, desk, serving)

@@ -16,8 +16,10 @@ from fastapi import Depends, Request
 from adapters.limits import Limits
 from adapters.store import AdapterStore, Probe
 from base.spec import BaseSpec
+from service.access.audit import AuditLog
 from service.access.caller import LOCAL, Caller
 from service.access.gate import Gate
+from service.access.quotas import Lease, Meter
 from service.admission import Admission
 from service.api.errors import Refused
 from service.config import Settings
@@ -93,8 +95,24 @@ class Serving:
     reranker: Reranker | None
     templates: Templates
     gate: Gate
+    meter: Meter
+    audit: AuditLog
     caller: Caller = LOCAL  # whoever asks: see `serving`
+    lease: Lease | None = None  # what that one has reserved
+    said: dict[str, Any] = field(default_factory=dict)  # for the request's line of the audit log
     sums: Sums = field(default_factory=Sums)
+
+    def of(self, caller: Caller, lease: Lease | None, said: dict[str, Any]) -> Serving:
+        """The same, where every name is one of the caller's tenant: a route cannot forget it."""
+        return replace(
+            self,
+            caller=caller,
+            lease=lease,
+            said=said,
+            store=self.store.of(caller.tenant),
+            jobs=self.jobs.of(caller.tenant),
+            templates=self.templates.of(caller.tenant),
+        )
 
 
 @dataclass(slots=True)
@@ -132,9 +150,9 @@ def loaded(here: Desk) -> Serving:
 
 
 async def serving(request: Request) -> Serving:
-    """The loaded parts, as this request's caller may use them. Raises Loading before they are
-    there."""
-    return replace(loaded(await desk(request)), caller=request.scope["caller"])
+    """The loaded parts, as this caller sees them. Raises Loading before they are there."""
+    scope = request.scope
+    return loaded(await desk(request)).of(scope["caller"], scope["lease"], scope["said"])
 
 
 async def tenant(request: Request) -> str:

@@ -35,6 +35,7 @@ from adapters.errors import (
     InvalidAdapter,
     InvalidChat,
     InvalidTemplate,
+    QuotaReached,
     StoreFull,
     StoreUnavailable,
     TemplateNotFound,
@@ -45,6 +46,7 @@ from service.admission import Loading
 from service.api.openai_errors import openai_envelope, openai_status, speaks_openai
 from service.errors import (
     AdapterLoadFailed,
+    ColdLoads,
     Draining,
     EngineFailed,
     Forbidden,
@@ -52,6 +54,7 @@ from service.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    QuotaExceeded,
     ServiceError,
     Unauthenticated,
     WrongState,
@@ -152,6 +155,7 @@ _STATUS: Sequence[tuple[type[Exception], int, str]] = (
     (AdapterInUse, 409, "in_use"),
     (StoreFull, 507, "store_full"),
     (StoreUnavailable, 503, "store_unavailable"),
+    (QuotaReached, 429, "quota_exceeded"),
     (AdapterError, 500, "adapter"),
     (InvalidRequest, 422, "validation"),
     (CollectionNotFound, 404, "not_found"),
@@ -167,7 +171,9 @@ _STATUS: Sequence[tuple[type[Exception], int, str]] = (
     (WrongState, 400, "invalid_state"),
     (Unauthenticated, 401, "invalid_api_key"),
     (Forbidden, 403, "forbidden"),
-    (Overloaded, 429, "overloaded"),
+    (QuotaExceeded, 429, "quota_exceeded"),
+    (ColdLoads, 429, "overloaded"),
+    (Overloaded, 503, "overloaded"),
     (Loading, 503, "loading"),
     (Draining, 503, "draining"),
     (AdapterLoadFailed, 503, "adapter_load_failed"),
@@ -230,7 +236,7 @@ async def _reply(request: Request, error: Exception) -> JSONResponse:
 
 def log_failure(error: BaseException) -> None:
     """Log where `error` came from. Its message stays out: it may quote what a user sent."""
-    if isinstance(error, Refused | Loading | Draining):
+    if isinstance(error, Refused | Loading | Draining | Overloaded):
         return  # not a failure: the reply says it all
     frames: list[str] = []
     trace = error.__traceback__
@@ -254,14 +260,14 @@ def _field(error: Exception) -> str | None:
 
 
 def _headers(error: Exception, status: int) -> dict[str, str]:
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded | QuotaExceeded):
         return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
     if isinstance(error, Unauthenticated):  # RFC 6750, section 3
         return {"www-authenticate": "Bearer" + (' error="invalid_token"' if error.sent else "")}
     if isinstance(error, Forbidden):
         scope = " ".join(error.wanted)
         return {"www-authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'}
-    return {"retry-after": "5"} if status == 503 else {}
+    return {"retry-after": "5"} if status in (429, 503) else {}
 
 
 def _no_route(request: Request, error: HTTPException) -> Failure:

@@ -113,7 +113,11 @@ async def feedback(body: FeedbackBody, serving: ServingDep) -> JSONResponse:
     """Say how good a reply was. Requests that came through an alias are remembered for a week,
     the newest 100,000 of them."""
     found = await asyncio.to_thread(
-        serving.experiments.score, body.request_id, float(body.score), body.comment
+        serving.experiments.score,
+        body.request_id,
+        float(body.score),
+        body.comment,
+        serving.caller.tenant,
     )
     if found is None:
         raise Refused(
@@ -134,7 +138,7 @@ async def feedback(body: FeedbackBody, serving: ServingDep) -> JSONResponse:
 async def experiment(name: PathName, alias: PathName, serving: ServingDep) -> JSONResponse:
     """What each version behind `name@alias` did: counts, latencies and feedback with their
     confidence intervals, and how much each differs from the control."""
-    found = await asyncio.to_thread(serving.experiments.table, name, alias)
+    found = await asyncio.to_thread(serving.experiments.table, name, alias, serving.caller.tenant)
     return JSONResponse(_view(found))
 
 

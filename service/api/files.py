@@ -85,7 +85,7 @@ async def upload(request: Request, desk: DeskDep, serving: ServingDep) -> JSONRe
     """Upload a file to train with: purpose `fine-tune`. The reply means that it is on the disk."""
     desk.admission.check()
     if desk.uploads.locked():
-        raise Refused(429, "overloaded", "too many uploads are under way; try again in a moment")
+        raise Refused(503, "overloaded", "too many uploads are under way; try again in a moment")
     limit = desk.settings.max_file_bytes
     async with desk.uploads, received(request, desk.upload_directory, limit) as arrived:
         found = await desk.slowly(_keep, serving.jobs.files, arrived)

@@ -64,7 +64,8 @@ async def create(
         plan = await unless_gone(request, desk.slowly(office.plan, order))
         named = {"object": "fine_tuning.plan", "model": order.model, "method": _method(order, plan)}
         return JSONResponse({**named, **plan})
-    job = await desk.slowly(office.create, order)
+    most = serving.lease.quotas.train_minutes if serving.lease else None
+    job = await desk.slowly(office.create, order, most)
     return JSONResponse(_view(job, office))
 
 

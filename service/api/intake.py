@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,11 +21,12 @@ from adapters.errors import InvalidAdapter, InvalidChat
 from adapters.outcomes import Ending
 from adapters.prompts.shelf import StoredTemplate
 from adapters.prompts.template import SAMPLING
+from service.access.quotas import Lease
 from service.admission import Ticket
 from service.api.deps import Desk, Serving
 from service.api.retrieval import Retrieved, Wanted, found
 from service.api.wire import MAX_CLIENT_KEY
-from service.engine.request import Finished, Sampling
+from service.engine.request import Event, Finished, Sampling, Token
 from service.engine.request import Request as Generation
 from service.engine.stream import EventStream
 from service.errors import InvalidRequest
@@ -38,6 +39,7 @@ from service.prompt.templates import TemplateAsked, TemplateChat
 from service.selection import Selection, select
 
 DEFAULT_NEW_TOKENS = 128
+CHARACTERS_PER_TOKEN = 4
 DRAWING = frozenset({"do_sample", "temperature", "top_k", "top_p", "min_p"})
 _SAMPLING = frozenset(SAMPLING) - {"max_new_tokens"}
 
@@ -129,11 +131,14 @@ async def start(order: Order, request_id: str, desk: Desk, serving: Serving) -> 
     """
     if order.retrieval is not None:
         serving.caller.check("rag")
+    reserved = _most_tokens(order, _length(order.prompt))
+    if serving.lease is not None:  # before anything is read or tokenized
+        await serving.lease.reserve(reserved)
     ticket = desk.admission.admit()
     try:
         order = await templated(order, serving)
         with _named(order.names):
-            return await _started(order, request_id, ticket, desk, serving)
+            return await _started(order, request_id, ticket, desk, serving, reserved)
     except BaseException:
         ticket.release()
         raise
@@ -142,7 +147,7 @@ async def start(order: Order, request_id: str, desk: Desk, serving: Serving) -> 
 
 
 async def _started(
-    order: Order, request_id: str, ticket: Ticket, desk: Desk, serving: Serving
+    order: Order, request_id: str, ticket: Ticket, desk: Desk, serving: Serving, reserved: int
 ) -> Started:
     selection = order.selection or await selected(order.terms, order.client, desk, serving)
     _check_tokens(order, selection, serving)
@@ -160,6 +165,9 @@ async def _started(
         guide=guide,
         max_new_tokens=_room(order, len(prompt), limit),
     )
+    if serving.lease is not None:
+        wanted = _most_tokens(order, len(prompt), sampling.max_new_tokens)
+        await serving.lease.reserve(wanted - reserved)
     generation = Generation(
         id=request_id,
         prompt=prompt,
@@ -169,8 +177,10 @@ async def _started(
         prompt_logprobs=order.prompt_logprobs,
         pooled=order.pooled,
         prompt_lookup_num_tokens=_lookup(order, desk),
+        tenant=serving.caller.tenant,
         vocabulary=own,
     )
+    _note(order, selection, serving)
     stream = _submitted(generation, selection, serving)
     return Started(stream, generation, selection, serving.assembly, ticket, retrieved, order.stored)
 
@@ -402,17 +412,63 @@ def _room(order: Order, length: int, limit: int) -> int:
     return wanted
 
 
+def _note(order: Order, selection: Selection | None, serving: Serving) -> None:
+    """What serves the request, for its line of the audit log."""
+    if selection is not None:
+        serving.said["digest"] = selection.digest
+        serving.said["adapter"] = [
+            f"{part.manifest.name}@{part.manifest.version}:{part.manifest.digest}"
+            for part in selection.parts
+        ]
+    if order.stored is not None:
+        serving.said["template"] = f"{order.stored}:{order.stored.digest}"
+
+
+def _length(prompt: Prompt) -> int:
+    """About how many tokens; how many it has is known once it is read."""
+    if isinstance(prompt, tuple):
+        return len(prompt)
+    texts = [prompt] if isinstance(prompt, str) else (one.get("content") for one in prompt.messages)
+    return sum(len(text) for text in texts if isinstance(text, str)) // CHARACTERS_PER_TOKEN
+
+
+def _most_tokens(order: Order, prompt: int, new: int | None = None) -> int:
+    wanted = order.max_new_tokens if new is None else new
+    return prompt + order.n * (DEFAULT_NEW_TOKENS if wanted is None else wanted)
+
+
+class Metered:
+    """An EventStream that counts what it brings on the tenant's account."""
+
+    def __init__(self, stream: EventStream, prompt_tokens: int, lease: Lease) -> None:
+        self._stream = stream
+        self._lease = lease
+        lease.use(prompt_tokens)
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        async for event in self._stream:
+            if isinstance(event, Token):
+                self._lease.use(1)
+            yield event
+
+    def cancel(self) -> None:
+        self._stream.cancel()
+
+
 def _submitted(
     generation: Generation, selection: Selection | None, serving: Serving
 ) -> EventStream:
     """Hand it to the engine; what comes of a request through an alias is noted."""
     stream = serving.engine.submit(generation)
+    if serving.lease is not None:
+        stream = Metered(stream, len(generation.prompt), serving.lease)
     via = selection.via if selection else None
     if selection is None or via is None:
         return stream
     version = selection.parts[0].manifest.version
 
     def note(ending: Ending, ends: tuple[Finished, ...]) -> None:
-        serving.experiments.record(outcome_of(generation.id, via, version, ending, ends))
+        tenant = serving.caller.tenant
+        serving.experiments.record(outcome_of(generation.id, via, version, ending, ends, tenant))
 
     return Watched(stream, generation.n, note)

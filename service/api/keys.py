@@ -9,7 +9,8 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
-from service.access.caller import DEFAULT_TENANT, SCOPES, TENANT, Scope
+from adapters.tables import DEFAULT_TENANT
+from service.access.caller import SCOPES, TENANT, Scope
 from service.access.keys import DAY, MAX_DAYS, OVERLAP
 from service.api.access import Guarded, needs
 from service.api.deps import ServingDep
@@ -37,6 +38,8 @@ class KeyBody(Incoming):
 
 class RotateBody(Incoming):
     """How long both keys open."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"overlap_seconds": 3600.0}]})
 
     overlap_seconds: float = Field(default=OVERLAP, ge=0, le=365 * DAY)
 
@@ -74,6 +77,7 @@ async def create(body: KeyBody, serving: ServingDep) -> JSONResponse:
     """A new API key. With the first one, the server begins to ask for keys."""
     keys = serving.gate.keys
     made = await asyncio.to_thread(keys.create, body.name, body.tenant, body.scopes, body.days)
+    serving.said.update(made=made.key.id, whose=body.tenant, scopes=made.key.scopes)
     return JSONResponse(made.view(), 201, {"cache-control": "no-store"})
 
 
@@ -90,6 +94,7 @@ async def list_keys(serving: ServingDep) -> JSONResponse:
 async def rotate(key_id: PathName, body: RotateBody, serving: ServingDep) -> JSONResponse:
     """A new key in place of this one, which opens for a while more."""
     made = await asyncio.to_thread(serving.gate.keys.rotate, key_id, body.overlap_seconds)
+    serving.said["made"] = made.key.id
     return JSONResponse(made.view(), 201, {"cache-control": "no-store"})
 
 

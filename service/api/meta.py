@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ConfigDict, Field
 
 from service.api.access import Guarded, any_key, needs, open_to_all
-from service.api.deps import Desk, DeskDep, ServingDep, unless_gone
+from service.api.deps import Desk, DeskDep, ServingDep, loaded, unless_gone
 from service.api.errors import Refused
 from service.api.intake import client_key, reader
 from service.api.wire import MAX_SEQUENCES, MAX_TOP_TOKENS, Incoming, Outgoing, Reference, refusals
@@ -153,8 +153,11 @@ async def info(desk: DeskDep, serving: ServingDep) -> JSONResponse:
 
 @router.get("/metrics", response_class=Response)
 @open_to_all
-async def metrics(desk: DeskDep) -> Response:
-    """Prometheus' text format."""
+async def metrics(request: Request, desk: DeskDep) -> Response:
+    """Prometheus' text format; for an admin's key where `protect_metrics` is set."""
+    if desk.settings.protect_metrics:
+        gate = loaded(desk).gate
+        (await gate.caller(request.headers.get("authorization"))).check("admin")
     # In a thread: residents are asked of the engine, between two of its steps.
     text = await asyncio.to_thread(desk.metrics.exposition)
     return Response(text, media_type=CONTENT_TYPE_LATEST)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import typer
 
 from adapters.errors import AdapterError
-from service.access.caller import DEFAULT_TENANT, SCOPES
+from adapters.tables import DEFAULT_TENANT
+from service.access.audit import AuditLog
+from service.access.caller import SCOPES
 from service.access.keys import MAX_DAYS, OVERLAP, Keys, opened
 from service.commands.output import fail, print_json, print_table
 from service.commands.server import Json, connect
@@ -34,7 +36,7 @@ Url = Annotated[
         show_default=False,
     ),
 ]
-Home = Annotated[Path | None, typer.Option(help="Home of the server, if not the configured one.")]
+Home = Annotated[Path | None, typer.Option(help="Home of another server than the configured one.")]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `list` shows it.")]
 
 
@@ -125,37 +127,42 @@ def revoke(key_id: KeyId, url: Url = None, home: Home = None, as_json: Json = Fa
 
 
 class _Own:
-    """The keys of a catalog, opened directly."""
+    """The keys of a catalog, opened directly; what is done is in the home's audit log."""
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: Keys, audit: AuditLog) -> None:
         self._keys = keys
+        self._audit = audit
 
     def create_key(self, body: dict[str, Any]) -> dict[str, Any]:
-        return self._keys.create(
-            body["name"], body["tenant"], body["scopes"], body.get("days")
-        ).view()
+        made = self._keys.create(body["name"], body["tenant"], body["scopes"], body.get("days"))
+        whose = made.key.tenant
+        self._audit.note("keys create", made=made.key.id, whose=whose, scopes=made.key.scopes)
+        return made.view()
 
     def keys(self) -> list[dict[str, Any]]:
         return [key.view() for key in self._keys.list()]
 
     def rotate_key(self, key_id: str, overlap_seconds: float) -> dict[str, Any]:
-        return self._keys.rotate(key_id, overlap_seconds).view()
+        made = self._keys.rotate(key_id, overlap_seconds)
+        self._audit.note("keys rotate", of={"key_id": key_id}, made=made.key.id)
+        return made.view()
 
     def revoke_key(self, key_id: str) -> dict[str, Any]:
-        return self._keys.revoke(key_id).view()
+        gone = self._keys.revoke(key_id)
+        self._audit.note("keys revoke", of={"key_id": key_id})
+        return gone.view()
 
 
 @contextmanager
 def _office(url: str | None, home: Path | None, as_json: bool) -> Iterator[Office]:
-    if url is not None and home is not None:
-        fail("--url asks a server, --home a catalog: give one", status=2, as_json=as_json)
-    if url is not None:
+    if url is not None and home is None:
         with connect(url, as_json) as client:
             yield client
         return
     try:
-        with opened(configure({"home": home}).settings) as keys:
-            yield _Own(keys)
+        settings = configure({"home": home}).settings
+        with opened(settings) as keys, closing(AuditLog(settings.home / "audit")) as audit:
+            yield _Own(keys, audit)
     except ConfigError as error:
         fail(str(error), status=2, as_json=as_json)
     except AdapterError as error:

@@ -56,7 +56,7 @@ _NEXT_STEPS = {
     401: "Set NIBBLE_API_KEY to a key of this server: `nibble keys create` makes one.",
     403: "Set NIBBLE_API_KEY to a key that has it: `nibble keys create NAME --scopes …`",
     404: "`nibble adapters list` shows what is there.",
-    429: "The queue is full: try again in a moment.",
+    429: "Try again in a moment; `nibble tenants list` shows what a tenant may use.",
     503: "The server is starting, stopping or out of resources: its log tells which.",
 }
 

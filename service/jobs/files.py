@@ -11,6 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ import sqlalchemy as sa
 
 from adapters.blobs import disk_errors
 from adapters.catalog import Catalog
+from adapters.room import check_room
+from adapters.tables import DEFAULT_TENANT
 from adapters.tables import training_files as files
 from service.errors import NotFound
 
@@ -42,7 +45,7 @@ class TrainingFile:
 
 
 class TrainingFiles:
-    """The files of one server, in one directory. Thread-safe.
+    """The files of one server, in one directory: of one tenant (`of`), or of all. Thread-safe.
 
     Every method raises StoreUnavailable or StoreFull when disk or catalog fail.
     """
@@ -51,13 +54,23 @@ class TrainingFiles:
         self._catalog = catalog
         self._directory = directory
         self._home = home
+        self._tenant: str | None = None
         with disk_errors("cannot create the directory of training files"):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def of(self, tenant: str) -> TrainingFiles:
+        """Those of one tenant; another's are not there."""
+        found = copy(self)
+        found._tenant = tenant
+        return found
 
     def add(
         self, source: Path, *, filename: str, purpose: str, suffix: str, nbytes: int, sha256: str
     ) -> TrainingFile:
-        """Keep `source`, a synced file on the same file system, which moves; durable on return."""
+        """Keep `source`, a synced file on the same file system, which moves; durable on return.
+
+        Raises QuotaReached.
+        """
         found = TrainingFile(
             f"file-{secrets.token_hex(12)}",
             filename,
@@ -67,12 +80,15 @@ class TrainingFiles:
             sha256,
             time.time(),
         )
+        with self._catalog.writing() as connection:
+            check_room(connection, self._tenant or DEFAULT_TENANT, nbytes=nbytes)
         with disk_errors("cannot keep a training file"):
             source.rename(self._path(found.id))
             _sync(self._directory)
         fields = {name: getattr(found, name) for name in TrainingFile.__slots__}
+        fields |= {"home": self._home, "tenant": self._tenant or DEFAULT_TENANT}
         with self._catalog.writing() as connection:
-            connection.execute(sa.insert(files).values(home=self._home, **fields))
+            connection.execute(sa.insert(files).values(**fields))
         return found
 
     def get(self, file_id: str) -> TrainingFile:
@@ -132,7 +148,8 @@ class TrainingFiles:
             return {row.id for row in connection.execute(self._mine())}
 
     def _mine(self) -> sa.Select[Any]:
-        return sa.select(files).where(files.c.home == self._home)
+        mine = sa.select(files).where(files.c.home == self._home)
+        return mine if self._tenant is None else mine.where(files.c.tenant == self._tenant)
 
     def _path(self, file_id: str) -> Path:
         if not FILE_ID.fullmatch(file_id):

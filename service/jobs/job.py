@@ -13,6 +13,7 @@ import secrets
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from adapters.tables import DEFAULT_TENANT
 from service.jobs.order import Order
 
 Status = Literal[
@@ -60,6 +61,7 @@ class Job:
     adapter: str | None = None  # name@version, once published
     trained_tokens: int | None = None
     result_file: str | None = None
+    tenant: str = DEFAULT_TENANT
 
     @property
     def ended(self) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from service.errors import InvalidRequest, Overloaded, WrongState
+from service.errors import InvalidRequest, Overloaded, QuotaExceeded, WrongState
 from service.jobs import progress
 from service.jobs.directory import CONFIG, prepare
 from service.jobs.files import TrainingFiles
@@ -25,6 +28,7 @@ from service.jobs.verdict import why_it_failed
 
 CONFIG_SECONDS = 60.0
 PLAN_SECONDS = 600.0
+MONTH = 30 * 24 * 3600.0
 PLAN = "plan-"  # directories of plans, which live as long as the request
 
 
@@ -48,6 +52,12 @@ class Office:
         self._publishing = threading.Lock()
         self._runner = Runner(queue, files, workshop, publication)
 
+    def of(self, tenant: str) -> Office:
+        """As this tenant sees it: its own files and jobs."""
+        found = copy(self)
+        found.files, found.queue = self.files.of(tenant), self.queue.of(tenant)
+        return found
+
     def start(self) -> None:
         for left in self._workshop.home.glob(f"{PLAN}*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -60,11 +70,14 @@ class Office:
     def stop(self, seconds: float) -> None:
         self._runner.stop(seconds)
 
-    def create(self, order: Order) -> Job:
+    def create(self, order: Order, most_minutes: int | None = None) -> Job:
         """Queue a job, once the schema has let its config pass.
 
-        Raises InvalidRequest, NotFound, Overloaded.
+        `most_minutes` is what its tenant may train in thirty days: the job gets what is left.
+        Raises InvalidRequest, NotFound, Overloaded, QuotaExceeded.
         """
+        if most_minutes is not None:
+            order = within(order, most_minutes - self.queue.minutes(time.time() - MONTH))
         if self.queue.waiting() >= self._max_jobs:
             raise Overloaded(f"{self._max_jobs} jobs have not ended (max_jobs): cancel some", 60.0)
         job_id = new_job_id()
@@ -186,6 +199,19 @@ class Office:
             yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def within(order: Order, minutes: float) -> Order:
+    """The order with so many minutes at most. Raises QuotaExceeded where none are left."""
+    if minutes <= 0:
+        raise QuotaExceeded(
+            "the minutes of training that this tenant has in thirty days are used, or promised to "
+            "jobs that have not ended",
+            3600.0,
+        )
+    budget = dict(order.config.get("budget") or {})
+    budget["minutes"] = min(minutes, budget.get("minutes") or minutes)
+    return replace(order, config={**order.config, "budget": budget})
 
 
 def shown(config: dict[str, Any]) -> dict[str, Any]:

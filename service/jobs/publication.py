@@ -18,6 +18,7 @@ from adapters.store import (
     read_small,
 )
 from base.spec import BaseSpec
+from service.access.audit import AuditLog
 from service.jobs.job import Job
 from service.jobs.order import OUT, FileStamp
 
@@ -30,6 +31,7 @@ class Publication:
     spec: BaseSpec
     limits: Limits
     probe: Probe
+    audit: AuditLog | None = None
 
     def publish(self, job: Job, directory: Path, done: Mapping[str, Any]) -> str:
         """`name@version`, which serves from now on; `done` is what the run said at its end.
@@ -38,7 +40,7 @@ class Publication:
         """
         out = directory / OUT
         template = out / TEMPLATE_FILE
-        found = self.store.add(
+        found = self.store.of(job.tenant).add(
             job.order.name,
             read_small(out / CONFIG_FILE, self.limits.max_config_bytes, "config"),
             out / WEIGHTS_FILE,
@@ -48,7 +50,11 @@ class Publication:
             provenance=provenance(job, done),
             probe=self.probe,
         )
-        return f"{found.name}@{found.version}"
+        name = f"{found.name}@{found.version}"
+        if self.audit is not None:
+            said = {"of": {"job_id": job.id}, "tenant": job.tenant}
+            self.audit.note("publish", adapter=name, digest=found.digest, **said)
+        return name
 
 
 def provenance(job: Job, done: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from adapters.catalog import Catalog
+from adapters.tables import DEFAULT_TENANT
 from adapters.tables import job_events as events
 from adapters.tables import training_jobs as jobs
 from service.errors import NotFound, WrongState
@@ -36,19 +38,29 @@ class Note:
 
 
 class Queue:
-    """The jobs of one server. Thread-safe; raises StoreUnavailable or StoreFull."""
+    """The jobs of one server: of one tenant (`of`), or of all. Thread-safe; raises
+    StoreUnavailable or StoreFull."""
 
     def __init__(self, catalog: Catalog, home: str) -> None:
         self._catalog = catalog
         self._home = home
+        self._tenant: str | None = None
+
+    def of(self, tenant: str) -> Queue:
+        """Those of one tenant; another's are not there. The line that they stand in is one."""
+        found = copy(self)
+        found._tenant = tenant
+        return found
 
     def add(self, order: Order, job_id: str | None = None) -> Job:
-        job = Job(job_id or new_job_id(), "validating_files", time.time(), order)
+        tenant = self._tenant or DEFAULT_TENANT
+        job = Job(job_id or new_job_id(), "validating_files", time.time(), order, tenant=tenant)
         with self._catalog.writing() as connection:
             connection.execute(
                 sa.insert(jobs).values(
                     id=job.id,
                     home=self._home,
+                    tenant=tenant,
                     status=job.status,
                     created=job.created,
                     starts=0,
@@ -76,7 +88,7 @@ class Queue:
         return [_job(row) for row in rows[:limit]], len(rows) > limit
 
     def counts(self) -> dict[Status, int]:
-        """How many jobs are in each state."""
+        """How many jobs, of all tenants, are in each state."""
         query = sa.select(jobs.c.status, sa.func.count()).where(jobs.c.home == self._home)
         with self._catalog.reading() as connection:
             rows = connection.execute(query.group_by(jobs.c.status)).all()
@@ -84,8 +96,20 @@ class Queue:
         return {status: found.get(status, 0) for status in STATUSES}
 
     def waiting(self) -> int:
-        """Jobs that have not ended."""
+        """Jobs, of all tenants, that have not ended."""
         return sum(n for status, n in self.counts().items() if status not in ENDED)
+
+    def minutes(self, since: float) -> float:
+        """What the jobs created since a time have trained, or may still train."""
+        with self._catalog.reading() as connection:
+            rows = connection.execute(self._mine().where(jobs.c.created >= since)).all()
+        return sum(row.minutes if row.status in ENDED else _allowed(row) for row in rows)
+
+    def trained(self, job_id: str, minutes: float) -> None:
+        """So much more was trained."""
+        change = sa.update(jobs).where(jobs.c.id == job_id)
+        with self._catalog.writing() as connection:
+            connection.execute(change.values(minutes=jobs.c.minutes + minutes))
 
     def first(self, status: Status, but: Iterable[str] = ()) -> Job | None:
         """The oldest job in a state, `but` these."""
@@ -225,13 +249,19 @@ class Queue:
         return self.get(job_id)
 
     def _mine(self) -> sa.Select[Any]:
-        return sa.select(jobs).where(jobs.c.home == self._home)
+        mine = sa.select(jobs).where(jobs.c.home == self._home)
+        return mine if self._tenant is None else mine.where(jobs.c.tenant == self._tenant)
 
 
 def _note(connection: sa.Connection, job_id: str, level: Level, message: str) -> None:
     connection.execute(
         sa.insert(events).values(job=job_id, created=time.time(), level=level, message=message)
     )
+
+
+def _allowed(row: Any) -> float:
+    budget = Order.from_json(row.ordered).config.get("budget") or {}
+    return float(max(row.minutes, budget.get("minutes") or 0.0))
 
 
 def _job(row: Any) -> Job:
@@ -248,4 +278,5 @@ def _job(row: Any) -> Job:
         adapter=row.adapter,
         trained_tokens=row.trained_tokens,
         result_file=row.result_file,
+        tenant=row.tenant,
     )

@@ -27,7 +27,7 @@ def step_metrics(job: Job, directory: Path, files: TrainingFiles) -> str:
         file.flush()
         os.fsync(file.fileno())
     raw = path.read_bytes()
-    found = files.add(
+    found = files.of(job.tenant).add(
         path,
         filename=f"{job.id}-step_metrics.csv",
         purpose=PURPOSE,

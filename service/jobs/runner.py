@@ -246,7 +246,10 @@ class Runner:
         arguments = ("train", "run", CONFIG, "--continue")
         process = TrainProcess(arguments, directory, self._workshop.confinement, self._held())
         logger.info("job started", job=job.id, process=process.pid)
+        began = time.monotonic()
         status = self._attend(process, job, None, "running")
+        minutes = (time.monotonic() - began) / 60
+        self._surely(partial(self._queue.trained, job.id, minutes))
         said = process.said()
         process.close()
         if _last_step(directory) > before:

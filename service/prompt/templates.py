@@ -44,6 +44,10 @@ class Templates:
         self.shelf = shelf
         self.renderer = renderer or Renderer()
 
+    def of(self, tenant: str) -> Templates:
+        """As this tenant sees them."""
+        return Templates(self.shelf.of(tenant), self.renderer)
+
     def close(self) -> None:
         self.renderer.close()
 

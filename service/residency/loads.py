@@ -13,7 +13,7 @@ import torch
 from adapters.delta import LoweredAdapter
 from adapters.lowering.shared import interned
 from service.engine.request import AdapterKey, AdapterRef
-from service.errors import Overloaded
+from service.errors import ColdLoads
 
 Fetch = Callable[[AdapterRef], LoweredAdapter]  # store → lowered, in a worker thread
 CPU = torch.device("cpu")
@@ -70,13 +70,13 @@ class Loads:
             return list(self._loads.items())
 
     def ask(self, ref: AdapterRef, *, bounded: bool = False) -> None:
-        """Have the adapter loaded, if it is not under way. Raises Overloaded where it is `bounded`
+        """Have the adapter loaded, if it is not under way. Raises ColdLoads where it is `bounded`
         and too many others are: a request that was accepted is not bounded any more."""
         with self._lock:
             if ref.key in self._loads:
                 return
             if bounded and len(self._loads) >= self.most:
-                raise Overloaded(
+                raise ColdLoads(
                     f"{len(self._loads)} adapters are being loaded, {self.most} may: "
                     f"{ref.name!r} is not in memory and cannot wait for them",
                     retry_after=len(self._loads) * self._seconds / self._workers,

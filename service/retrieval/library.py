@@ -28,7 +28,6 @@ from service.retrieval.errors import (
 )
 from service.retrieval.fields import check_fields
 
-DEFAULT_TENANT = "default"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 MAX_COLLECTIONS = 1000  # of one tenant
 # The stemmers that the store's text index has.

@@ -182,6 +182,18 @@ def test_keys_over_http(server: Running, closed: Keys) -> None:
         assert bad.status_code == 422
 
 
+def test_metrics_can_be_kept_to_operators(server: Running, closed: Keys) -> None:
+    made = closed.create("ci", "default", ["infer"])
+    before = server.desk.settings
+    server.desk.settings = before.model_copy(update={"protect_metrics": True})
+    try:
+        for token, status in ((None, 401), (made.token, 403), ("the operator's own key", 200)):
+            with sending(server, token) as client:
+                assert client.get("/metrics").status_code == status
+    finally:
+        server.desk.settings = before
+
+
 def test_a_refused_body_is_not_read(server: Running, closed: Keys) -> None:
     """The key is looked at before the body: nobody without one can make the server parse."""
     with sending(server, None) as stranger:

@@ -213,8 +213,8 @@ def test_all_faults_of_a_body_are_listed(client: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("error", "status", "kind", "retry_after"),
     [
-        (service_errors.Overloaded("full", 2.2), 429, "overloaded", "3"),
-        (service_errors.Overloaded("full", 0.0), 429, "overloaded", "1"),
+        (service_errors.Overloaded("full", 2.2), 503, "overloaded", "3"),
+        (service_errors.ColdLoads("full", 0.0), 429, "overloaded", "1"),
         (service_errors.Draining("bye"), 503, "draining", "5"),
         (Loading("soon"), 503, "loading", "5"),
         (service_errors.AdapterLoadFailed("no slot"), 503, "adapter_load_failed", "5"),

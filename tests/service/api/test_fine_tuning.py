@@ -191,7 +191,7 @@ def test_as_many_jobs_as_may_wait(
     assert server.desk.serving is not None
     monkeypatch.setattr(server.desk.serving.jobs, "_max_jobs", 0)
     refused = client.post(JOBS, json={"model": "tiny", "training_file": upload(client)})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
     assert "retry-after" in refused.headers
 
 

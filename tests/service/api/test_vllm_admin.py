@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from adapters.catalog import Catalog
 from service.access.gate import Gate
 from service.access.keys import Keys
 from service.api.vllm_admin import beneath
@@ -33,16 +34,20 @@ def root(tmp_path_factory: pytest.TempPathFactory, adapter_directory: Path) -> P
 
 
 @pytest.fixture
-def admin(server: Running, settings: Settings, root: Path) -> Iterator[httpx.Client]:
+def admin(
+    server: Running, settings: Settings, root: Path, tmp_path: Path
+) -> Iterator[httpx.Client]:
     """The server with a root, and a key that opens the routes."""
+    catalog = Catalog(str(tmp_path / "keys.db"))
     before, serving = server.desk.settings, server.desk.serving
     assert serving is not None
     server.desk.settings = settings.model_copy(update={"adapter_root": root})
-    server.desk.serving = replace(serving, gate=Gate(Keys(serving.store.catalog), KEY))
+    server.desk.serving = replace(serving, gate=Gate(Keys(catalog), KEY))
     headers = {"authorization": f"Bearer {KEY}"}
     with httpx.Client(base_url=server.url, headers=headers, timeout=60) as found:
         yield found
     server.desk.settings, server.desk.serving = before, serving
+    catalog.close()
 
 
 def load(client: httpx.Client, name: str, path: str, **more: object) -> httpx.Response:

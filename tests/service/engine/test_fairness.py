@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -37,15 +38,17 @@ class Traffic:
 
         self.plan.schedule = recorded  # type: ignore[method-assign]
         self.served: Counter[str] = Counter()
+        self.tenants: Counter[str] = Counter()
         self.started: dict[Sequence, None] = {}
         self.queued: Counter[str] = Counter()
         self.count = 0
 
-    def add(self, adapter: str, prompt: int = 4, most: int = 4) -> Sequence:
+    def add(self, adapter: str, prompt: int = 4, most: int = 4, tenant: str = "") -> Sequence:
         self.count += 1
         # Every prompt another one: a known prefix is free, which is a test of its own.
         tokens = [self.count * 31 + place for place in range(prompt)]
         sequence = make(self.count, tokens, most, adapter)
+        sequence.request = replace(sequence.request, tenant=tenant)
         self.plan.add(sequence)
         self.queued[adapter] += 1
         return sequence
@@ -64,6 +67,7 @@ class Traffic:
             output = max(0, end - prompt) - max(0, chunk.start - prompt)
             cost = PROMPT_WEIGHT * (chunk.count - output) + OUTPUT_WEIGHT * output
             self.served[digest(sequence)] += cost
+            self.tenants[sequence.request.tenant] += cost
         self.gate.arrive()
 
 
@@ -113,6 +117,44 @@ def test_a_long_queue_of_one_adapter_does_not_keep_others_waiting() -> None:
         traffic.step()
     assert rare.finished
     assert traffic.waiting("hot") > 200
+
+
+@pytest.mark.parametrize("age_cap", [5, 10_000])
+def test_many_adapters_give_a_tenant_no_larger_share(age_cap: int) -> None:
+    traffic = Traffic(slots=100, age_cap=age_cap)
+    many = [f"m{number}" for number in range(30)]
+    for name in (*many, "one"):
+        traffic.gate.references[name] = 0
+    for _ in range(200):
+        for name in many:
+            if traffic.waiting(name) < 2:
+                traffic.add(name, 6, 3, "greedy")
+        while traffic.waiting("one") < PLACES + 1:
+            traffic.add("one", 6, 3, "modest")
+        traffic.step()
+        unit = max(PROMPT_WEIGHT * 6, OUTPUT_WEIGHT * PLACES * 3)
+        assert abs(traffic.tenants["greedy"] - traffic.tenants["modest"]) <= 2 * unit + STEP_TOKENS
+    assert traffic.tenants["modest"] > 10 * unit
+    shares = [traffic.served[name] for name in many]
+    assert max(shares) - min(shares) <= 2 * unit + STEP_TOKENS  # and within it adapters are alike
+
+
+def test_a_tenant_that_comes_back_has_saved_nothing_up() -> None:
+    traffic = Traffic(slots=100)
+    for name in "ab":
+        traffic.gate.references[name] = 0
+    traffic.add("b", 4, 4, "rested")
+    for _ in range(100):
+        while traffic.waiting("a") < PLACES + 1:
+            traffic.add("a", 4, 4, "busy")
+        traffic.step()
+    before = traffic.tenants["busy"]
+    for _ in range(100):
+        for name, tenant in (("a", "busy"), ("b", "rested")):
+            while traffic.waiting(name) < PLACES + 1:
+                traffic.add(name, 4, 4, tenant)
+        traffic.step()
+    assert traffic.tenants["busy"] - before > 0.4 * traffic.tenants["rested"]
 
 
 def _starved(age_cap: int) -> int:
@@ -209,7 +251,7 @@ def test_what_need_not_be_computed_is_free_and_nothing_is_charged_twice() -> Non
     line.add(one)
     line.add(make(2, [1] * 8, 4, "a"))
     line.admit(one, cached=6)
-    account = line._accounts["a"]
+    account = line._tenants[""].accounts["a"]
     assert account.counter == 2
     line.charge(one, 9)
     assert account.counter == 2 + OUTPUT_WEIGHT
@@ -227,9 +269,9 @@ def test_accounts_are_forgotten_with_the_last_sequence() -> None:
         line.add(sequence)
         if number:
             line.leave(sequence)
-    assert len(line._accounts) < 100
+    assert len(list(line._accounts())) < 100
     line.leave(next(iter(line)))
-    assert line._accounts == {}
+    assert line._tenants == {}
     assert line._paid == {}
 
 

@@ -1,0 +1,238 @@
+"""Quotas: what is reserved, what is given back, and who is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from adapters.catalog import Catalog
+from adapters.errors import QuotaReached
+from service.access.keys import Keys
+from service.access.quotas import Meter, Quotas, Tenants
+from service.errors import NotFound, QuotaExceeded
+from service.jobs.files import TrainingFiles
+from service.jobs.office import within
+from service.jobs.queue import Queue
+from tests.adapters.test_manifest import MANIFEST
+from tests.service.jobs.conftest import keep, order_of
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Iterator[Catalog]:
+    catalog = Catalog(str(tmp_path / "catalog.db"))
+    for tenant in ("acme", "zeta"):
+        Keys(catalog).create("a key", tenant, ["infer"])
+    yield catalog
+    catalog.close()
+
+
+def under(catalog: Catalog, quotas: Quotas, use: Callable[[Meter], Awaitable[None]]) -> None:
+    """Let `use` run while acme has these quotas."""
+    tenants = Tenants(catalog)
+    tenants.set_quotas("acme", quotas)
+
+    async def run() -> None:
+        await use(Meter(tenants))
+
+    asyncio.run(run())
+
+
+def test_quotas_come_back(catalog: Catalog) -> None:
+    tenants = Tenants(catalog)
+    wanted = Quotas(requests_per_minute=5, bytes=1 << 40)
+    tenants.set_quotas("acme", wanted)
+    assert tenants.quotas("acme") == wanted
+    assert [one.quotas for one in tenants.list()] == [wanted, Quotas()]
+    assert tenants.quotas("nobody") == Quotas()
+    with pytest.raises(NotFound, match="no keys yet"):
+        tenants.set_quotas("nobody", wanted)
+
+
+def test_requests_of_a_minute(catalog: Catalog) -> None:
+    async def use(meter: Meter) -> None:
+        for _ in range(3):
+            await (await meter.admit("acme")).close()
+        with pytest.raises(QuotaExceeded, match="may use 3 requests a minute, 0 are left") as over:
+            await meter.admit("acme")
+        assert 1 <= over.value.retry_after <= 60
+        await (await meter.admit("zeta")).close()  # another's limit is its own
+
+    under(catalog, Quotas(requests_per_minute=3), use)
+
+
+def test_requests_at_the_same_time(catalog: Catalog) -> None:
+    async def use(meter: Meter) -> None:
+        leases = await asyncio.gather(
+            *(meter.admit("acme") for _ in range(5)), return_exceptions=True
+        )
+        held = [one for one in leases if not isinstance(one, BaseException)]
+        assert len(held) == 2
+        assert all(isinstance(one, QuotaExceeded) for one in leases if one not in held)
+        await held[0].close()
+        await held[0].close()  # twice is once
+        await meter.admit("acme")
+        with pytest.raises(QuotaExceeded, match="2 requests at the same time"):
+            await meter.admit("acme")
+
+    under(catalog, Quotas(concurrency=2), use)
+
+
+def test_tokens_are_reserved_and_given_back(catalog: Catalog) -> None:
+    async def use(meter: Meter) -> None:
+        first, second = await meter.admit("acme"), await meter.admit("acme")
+        await first.reserve(80)
+        with pytest.raises(QuotaExceeded, match="may use 100 tokens a minute, 20 are left"):
+            await second.reserve(40)
+        first.use(30)
+        await first.close()
+        await second.reserve(70)  # 30 were used, 50 came back
+        with pytest.raises(QuotaExceeded):
+            await second.reserve(1)
+        await second.close()  # nothing of it was used
+        third = await meter.admit("acme")
+        await third.reserve(70)
+
+    under(catalog, Quotas(tokens_per_minute=100), use)
+
+
+def test_who_has_no_tokens_left_is_refused_before_its_body(catalog: Catalog) -> None:
+    async def use(meter: Meter) -> None:
+        lease = await meter.admit("acme")
+        await lease.reserve(5_000)  # more than a minute has: the whole minute
+        lease.use(100)
+        await lease.close()
+        started = time.perf_counter()
+        with pytest.raises(QuotaExceeded, match="0 are left"):
+            await meter.admit("acme")
+        assert time.perf_counter() - started < 0.01
+
+    under(catalog, Quotas(tokens_per_minute=100), use)
+
+
+def test_a_change_of_quotas_is_seen_within_a_second(catalog: Catalog) -> None:
+    async def use(meter: Meter) -> None:
+        await meter.admit("acme")
+        Tenants(catalog).set_quotas("acme", Quotas(concurrency=1))
+        await asyncio.sleep(0.6)
+        with pytest.raises(QuotaExceeded):
+            await meter.admit("acme")
+
+    under(catalog, Quotas(), use)
+
+
+def add(catalog: Catalog, digest: str, nbytes: int = 100) -> None:
+    draft = replace(
+        MANIFEST,
+        version=0,
+        digest=digest * 64,
+        weights_sha256=digest * 64,
+        weights_bytes=nbytes,
+    )
+    catalog.add(draft)
+
+
+def test_adapters_that_a_tenant_keeps(catalog: Catalog) -> None:
+    Tenants(catalog).set_quotas("acme", Quotas(adapters=2))
+    acme = catalog.of("acme")
+    add(acme, "a")
+    add(acme, "b")
+    add(acme, "b")  # the same again is no new version
+    with pytest.raises(QuotaReached, match="may keep 2 versions of adapters and has 2"):
+        add(acme, "c")
+    add(catalog.of("zeta"), "c")
+    acme.delete(MANIFEST.name, 1, "now")
+    add(acme, "c")
+
+
+def test_bytes_that_a_tenant_keeps(catalog: Catalog, tmp_path: Path) -> None:
+    Tenants(catalog).set_quotas("acme", Quotas(bytes=1000))
+    acme = catalog.of("acme")
+    add(acme, "a", 600)
+    with pytest.raises(QuotaReached, match="has 600: 500 more are too many"):
+        add(acme, "b", 500)
+    files = TrainingFiles(acme, tmp_path / "files", "0" * 32).of("acme")
+    kept = keep(files, tmp_path, b"x" * 300)
+    with pytest.raises(QuotaReached, match="has 900"):
+        keep(files, tmp_path, b"x" * 101)
+    assert len(list((tmp_path / "files").iterdir())) == 1
+    files.delete(kept.id)
+    keep(files, tmp_path, b"x" * 400)
+
+
+def test_minutes_of_training(catalog: Catalog, tmp_path: Path) -> None:
+    files = TrainingFiles(catalog, tmp_path / "files", "0" * 32)
+    queue = Queue(catalog, "0" * 32)
+    acme = queue.of("acme")
+    order = order_of(keep(files, tmp_path), config={"budget": {"minutes": 4.0}})
+    job = acme.add(within(order, 10.0))
+    assert acme.minutes(0.0) == 4.0  # promised
+    left = within(order_of(keep(files, tmp_path)), 10.0 - acme.minutes(0.0))
+    assert left.config["budget"]["minutes"] == 6.0
+    queue.trained(job.id, 1.5)
+    assert acme.minutes(0.0) == 4.0
+    queue.move(job.id, "succeeded", "done", before=("validating_files",))
+    assert acme.minutes(0.0) == 1.5  # what it did not use came back
+    assert acme.minutes(time.time() + 1) == 0.0
+    assert queue.of("zeta").minutes(0.0) == 0.0
+    with pytest.raises(QuotaExceeded, match="thirty days"):
+        within(order, 0.0)
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[str]:
+    """The address of a Redis of this test's own."""
+    program = shutil.which("redis-server")
+    if program is None or find_spec("redis") is None:
+        pytest.skip("needs Debian's redis-server and `pip install '.[redis]'`")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir"]
+    server = subprocess.Popen([*command, str(tmp_path)], stdout=subprocess.DEVNULL)
+    for _ in range(200):
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    yield f"async+redis://127.0.0.1:{port}"
+    server.terminate()
+    server.wait(10)
+
+
+# The connections live as long as the process: a meter has no end of its own.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_several_servers_count_together(catalog: Catalog, redis: str) -> None:
+    tenants = Tenants(catalog)
+    tenants.set_quotas("acme", Quotas(tokens_per_minute=100, requests_per_minute=6))
+
+    async def run() -> None:
+        one, other = Meter(tenants, redis), Meter(tenants, redis)
+        lease = await one.admit("acme")
+        await lease.reserve(80)
+        elsewhere = await other.admit("acme")
+        with pytest.raises(QuotaExceeded, match="20 are left"):
+            await elsewhere.reserve(40)
+        lease.use(30)
+        await lease.close()
+        await elsewhere.reserve(70)
+        await elsewhere.close()
+        for meter in (one, other, one, other):
+            await (await meter.admit("acme")).close()
+        with pytest.raises(QuotaExceeded, match="6 requests a minute"):
+            await one.admit("acme")
+        nobody = Meter(tenants, "async+redis://127.0.0.1:1")
+        await (await nobody.admit("acme")).close()  # it does not answer: everybody passes
+
+    asyncio.run(run())
+    gc.collect()
