@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from base.preload import preload_torch
 from service.commands.flags import with_settings
 from service.commands.installation import shadowed
 from service.commands.output import fail
@@ -25,7 +26,8 @@ def run(configuration: Configuration) -> None:
     _check_closed(configuration.settings)
     if problem := shadowed():
         fail(problem, "Run `pip uninstall adapters`, then install nibble-serve again.")
-    from service.app import serve  # imports torch: seconds, and only needed here
+    preload_torch()
+    from service.app import serve  # imports much: seconds, and only needed here
 
     try:
         serve(configuration.settings)
