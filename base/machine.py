@@ -129,11 +129,14 @@ class Fit:
         return self.training_bytes <= self.budget
 
 
+# Bytes of one number; of int8, which only a KV cache keeps, with its share of a scale (kv_rows.py).
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1 + 4 / 32}
+
 # What stands beside each part of `Fit`, for people.
 ARITHMETIC = {
     "nf4": "decoder linears: half a byte for each weight, 4 bytes for each block of 64",
     "embeddings": "embeddings (and the output layer, unless tied) in the compute dtype",
-    "kv_cache": "keys and values of 8 sequences of 4,096 tokens in the compute dtype",
+    "kv_cache": "keys and values of 8 sequences of 4,096 tokens in the dtype of the cache",
     "lora": "rank 16 on every linear, float32: weights, gradients, two Adam moments",
     "activations": "4 sequences of 512 tokens: per token and layer 7 hidden and 4 intermediate "
     "widths in the compute dtype (measured), in 16 bit the inputs of LoRA once more in float32; "
@@ -178,12 +181,17 @@ def choose_dtype(machine: Machine, device: str = "auto") -> tuple[str, str]:
     )
 
 
-def fits(machine: Machine) -> tuple[Fit, ...]:
-    """Each common size against what is free on the first GPU, or in memory where there is none."""
+def fits(machine: Machine, kv_dtype: str = "auto") -> tuple[Fit, ...]:
+    """Each common size against what is free on the first GPU, or in memory where there is none.
+
+    `kv_dtype`: what the KV cache keeps, "auto" is the compute dtype.
+    """
     dtype, _ = choose_dtype(machine)
-    width = 4 if dtype == "float32" else 2
+    width, kept = DTYPE_BYTES[dtype], DTYPE_BYTES[dtype if kv_dtype == "auto" else kv_dtype]
     budget = machine.gpus[0].memory_free if machine.gpus else machine.memory_available
-    return tuple(Fit(s, _serving(s, width), _training(s, width), budget) for s in SIZES)
+    return tuple(
+        Fit(s, _serving(s, int(width), kept), _training(s, int(width)), budget) for s in SIZES
+    )
 
 
 def _base(size: Size, width: int) -> dict[str, int]:
@@ -195,11 +203,11 @@ def _base(size: Size, width: int) -> dict[str, int]:
     }
 
 
-def _serving(size: Size, width: int) -> dict[str, int]:
+def _serving(size: Size, width: int, kept: float) -> dict[str, int]:
     tokens = 8 * 4096
     return {
         **_base(size, width),
-        "kv_cache": 2 * size.layers * size.kv_width * tokens * width,
+        "kv_cache": int(2 * size.layers * size.kv_width * tokens * kept),
     }
 
 

@@ -61,6 +61,7 @@ class Info(Outgoing):
     base: BaseView
     kernels: str
     precision: str
+    kv_dtype: str
 
 
 class TokenizeBody(Incoming):
@@ -120,7 +121,7 @@ async def info(desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """The base, its limits, and how it is computed."""
     from base.kernels import native_status
 
-    spec = serving.spec
+    spec, kv_dtype = serving.spec, desk.settings.kv_dtype
     body: dict[str, Any] = {
         "model_id": spec.id,
         "model_sha": spec.revision,
@@ -147,6 +148,7 @@ async def info(desk: DeskDep, serving: ServingDep) -> JSONResponse:
         },
         "kernels": native_status(),
         "precision": serving.precision,
+        "kv_dtype": serving.dtype if kv_dtype == "auto" else kv_dtype,
     }
     return JSONResponse(body)
 

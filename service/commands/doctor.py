@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -10,9 +10,9 @@ import typer
 
 from base.machine import ARITHMETIC, Fit, Machine, choose_dtype, fits, inspect
 from service.commands.installation import shadowed, versions
-from service.commands.output import print_json, print_table
+from service.commands.output import fail, print_json, print_table
 from service.commands.server import Json
-from service.config import GIB, MIB, Settings
+from service.config import GIB, MIB, ConfigError, Settings, configure
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -20,6 +20,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def run(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda: what to choose for.")] = "auto",
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(help="As of `nibble serve`. Default: what a variable or nibble.toml sets."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Tell what this machine is, which base sizes fit in NF4, and the dtype it will compute in.
@@ -31,7 +35,10 @@ def run(
     from base.kernels import fast_status, native_status
 
     cache = default_cache_dir()
-
+    try:
+        kept = configure({"kv_dtype": kv_dtype}).settings.kv_dtype
+    except ConfigError as error:
+        fail(str(error), status=2, as_json=as_json)
     machine = inspect()
     dtype, why = choose_dtype(machine, device)
     problem = shadowed()
@@ -43,7 +50,8 @@ def run(
                 "kernels": native_status(),
                 "precision": {"default": _default_precision(), "fast": fast_status()},
                 "kept": {"bases": str(kept_folder(cache)), "bytes": kept_bytes(cache)},
-                "fits": [_as_json(fit) for fit in fits(machine)],
+                "kv_dtype": kept,
+                "fits": [_as_json(fit) for fit in fits(machine, kept)],
                 "versions": versions(),
                 "problem": problem,
             }
@@ -55,8 +63,9 @@ def run(
             "precision": f"{_default_precision()} unless --precision; fast: {fast_status()}",
             "kept bases": f"{_gib(kept_bytes(cache))} in {kept_folder(cache)}; may be removed",
         }
+        computed["KV cache"] = f"{kept}: {dtype}" if kept == "auto" else kept
         _print_machine(machine, computed)
-        _print_fits(machine)
+        _print_fits(fits(machine, kept))
         typer.echo(f"\n{'problem: ' + problem if problem else 'nothing stands in the way'}")
     if problem:
         raise typer.Exit(1)
@@ -82,7 +91,7 @@ def _print_machine(machine: Machine, more: Mapping[str, str]) -> None:
     print_table(("this machine", ""), rows)
 
 
-def _print_fits(machine: Machine) -> None:
+def _print_fits(found: Sequence[Fit]) -> None:
     typer.echo("")
     rows = [
         (
@@ -90,7 +99,7 @@ def _print_fits(machine: Machine) -> None:
             f"{_gib(fit.serving_bytes)} {'fits' if fit.serves else 'too large'}",
             f"{_gib(fit.training_bytes)} {'fits' if fit.trains else 'too large'}",
         )
-        for fit in fits(machine)
+        for fit in found
     ]
     print_table(("base in NF4", "serving", "training"), rows)
     typer.echo("counted in:")

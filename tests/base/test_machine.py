@@ -9,8 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from base import machine
+from base.kernels.kv_rows import stored_bytes
 from base.machine import ARITHMETIC, GIB, SIZES, Fit, Gpu, Machine, choose_dtype, fits, inspect
 
 LAPTOP = Machine("a laptop", ("avx2", "fma"), 4, 16 * GIB, 12 * GIB)
@@ -70,6 +72,16 @@ def test_sixteen_bit_halves_what_is_not_quantised() -> None:
     assert gpu.serving["nf4"] == cpu.serving["nf4"]
     for part in ("embeddings", "kv_cache"):
         assert gpu.serving[part] * 2 == cpu.serving[part]
+
+
+def test_keys_and_values_are_counted_in_the_dtype_of_the_cache() -> None:
+    sizes = {
+        dtype: next(f for f in fits(LAPTOP, dtype) if f.size.label == "8B").serving["kv_cache"]
+        for dtype in ("auto", "float32", "bfloat16", "int8")
+    }
+    assert sizes["auto"] == sizes["float32"] == 2 * sizes["bfloat16"]
+    head = 128  # numbers: as many bytes and four scales
+    assert sizes["int8"] == 2 * 32 * (1024 // head) * stored_bytes(head, torch.int8) * 8 * 4096
 
 
 def test_the_gpu_s_free_memory_is_the_budget_where_there_is_one() -> None:

@@ -24,6 +24,7 @@ def test_info(client: httpx.Client, server: Running) -> None:
     assert info.max_total_tokens == info.max_input_tokens + 1 == 1024
     assert (info.model_dtype, info.model_device_type) == ("float32", "cpu")
     assert info.precision == serving.precision
+    assert info.kv_dtype == info.model_dtype  # "auto"
 
 
 def test_tokenize_says_where(client: httpx.Client, server: Running) -> None:

@@ -53,6 +53,22 @@ def test_it_tells_where_bases_are_kept_and_how_large(
     assert "3 MiB in" in CliRunner().invoke(doctor.app, []).stdout
 
 
+def test_keys_and_values_are_counted_in_the_dtype_that_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kv_bytes(*flags: str) -> int:
+        found = json.loads(CliRunner().invoke(doctor.app, ["--json", *flags]).stdout)
+        return int(found["fits"][0]["serving"]["kv_cache"])
+
+    own = kv_bytes("--kv-dtype", "float32")
+    assert kv_bytes("--kv-dtype", "bfloat16") == own // 2
+    monkeypatch.setenv("NIBBLE_KV_DTYPE", "int8")
+    assert kv_bytes() == own * 9 // 32
+    wrong = CliRunner().invoke(doctor.app, ["--kv-dtype", "int4"])
+    assert wrong.exit_code == 2
+    assert "--kv-dtype: Input should be" in wrong.output
+
+
 def test_a_problem_ends_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "shadowed", lambda: "something stands before ours")
     done = CliRunner().invoke(doctor.app, [])
