@@ -6,10 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,6 +20,7 @@ import httpx
 import psutil
 from rich.table import Table
 
+from service.bench.launch import nibble_server
 from service.bench.report import percentile
 
 ALONE, BESIDE = "alone", "beside training"
@@ -115,34 +113,11 @@ def beside_table(figures: Figures) -> Table:
 @contextmanager
 def _server(setting: Setting) -> Iterator[tuple[str, psutil.Process]]:
     """`nibble serve` in a home of its own."""
-    with tempfile.TemporaryDirectory(prefix="nibble-beside-") as home:
-        log = Path(home) / "log"
-        command = [sys.executable, "-m", "service.cli", "serve", "--base", str(setting.model)]
-        command += ["--port", "0", "--home", home, "--adapters", "none", "--log-format", "json"]
-        with log.open("wb") as sink:
-            process = subprocess.Popen([*command, *setting.flags], stdout=sink, stderr=sink)
-        try:
-            yield _ready(process, log), psutil.Process(process.pid)
-        finally:
-            process.kill()  # its training goes with it
-            process.wait()
-
-
-def _ready(process: subprocess.Popen[bytes], log: Path) -> str:
-    end = time.monotonic() + STARTING_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        found = re.search(r'"url": "(http[^"]+)"', log.read_text())
-        if found and _answers(found.group(1)):
-            return found.group(1)
-        time.sleep(0.2)
-    raise RuntimeError(f"the server did not start: {log.read_text()[-2000:]}")
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready").status_code == 200
-    except httpx.TransportError:
-        return False
+    with (
+        tempfile.TemporaryDirectory(prefix="nibble-beside-") as home,
+        nibble_server(setting.model, Path(home), setting.flags, {}) as running,
+    ):
+        yield running.url, psutil.Process(running.pid)
 
 
 def _train(client: httpx.Client, setting: Setting) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -26,16 +27,19 @@ from service.bench.beside import Setting, beside_table
 from service.bench.beside import measure as measure_beside
 from service.bench.compare import Figures, Options, compare
 from service.bench.performance import write_page
-from service.bench.report import memory_table, own_table, rates_table
+from service.bench.registered import REGISTERED
+from service.bench.report import memory_table, own_table, rates_table, targets_table
 from service.bench.residency_report import (
     check_markers,
     put_between_markers,
     residency_markdown,
 )
 from service.bench.scenario import FULL, SUITES, Scenario
+from service.bench.start import START
 from service.bench.zipf import Scene, measure_apart, scenes
 
 DTYPES = ("float32", "bfloat16")
+PARTS = (REGISTERED, START)  # of the full suite, beside its workloads
 PRECISIONS: tuple[Precision, ...] = ("fast", "exact")
 
 app = typer.Typer(help="Measure throughput and latency on this machine, beside PEFT's own loops.")
@@ -61,21 +65,34 @@ def bench(
         ),
     ] = "auto",
     peft_rounds: Annotated[
-        int | None, typer.Option(min=1, help="Of PEFT, which is slow. Default: as --rounds.")
+        int | None,
+        typer.Option(min=1, help="Of PEFT and transformers, which are slow. Default: as --rounds."),
     ] = None,
+    transformers: Annotated[
+        bool, typer.Option(help="Measure transformers' continuous batching too, without adapters.")
+    ] = True,
     llama: Annotated[
         bool, typer.Option(help="Measure llama.cpp too, where llama-cpp-python is installed.")
     ] = True,
+    llama_server: Annotated[
+        Path | None,
+        typer.Option(
+            help="llama.cpp's llama-server, measured over HTTP beside `nibble serve`. Default: the "
+            "one on the path, if any."
+        ),
+    ] = None,
     precision: Annotated[
         list[str] | None,
         typer.Option(help="Of nibble's products: exact or fast, once for each. Default: both."),
     ] = None,
     suite: Annotated[str, typer.Option(help=f"The workloads: {' or '.join(SUITES)}.")] = "quick",
     only: Annotated[
-        list[str] | None, typer.Option(help="A workload of any suite by its name.")
+        list[str] | None,
+        typer.Option(help=f"A workload of any suite by its name, or {' or '.join(PARTS)}."),
     ] = None,
     minutes: Annotated[
-        float, typer.Option(min=0.1, help="After these no row begins; default: no limit.")
+        float,
+        typer.Option(min=0.1, help="After these no second round begins; default: no limit."),
     ] = math.inf,
     kernel: Annotated[
         bool, typer.Option("--kernel", help="The NF4 products alone, on each instruction set.")
@@ -99,46 +116,72 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return
-    if device not in ("cpu", "cuda") or (device == "cuda" and not kernel):
-        raise typer.BadParameter(
-            f"got {device}; cpu, or cuda together with --kernel", param_hint="--device"
-        )
-    if kernel:
-        if device == "cuda":
-            bench_cuda.main([])
-        else:
-            kernels.main(["--threads", str(threads)])
+    if kernel or device != "cpu":
+        _products(device, threads, kernel=kernel)
         return
+    scenarios, parts = _asked(suite, only)
     options = Options(
         model=model,
-        scenarios=_scenarios(suite, only),
+        scenarios=scenarios,
+        parts=parts,
         peft_dtypes=_dtypes(peft_dtype, inspect()) if peft else (),
         precisions=_precisions(precision),
-        directory=directory_of(model, cache),
+        llama_server=_llama_server(llama_server) if llama else None,
+        directory=directory_of(model, cache),  # may take minutes, so last of what can be wrong
         rounds=rounds,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         threads=threads,
         peft_rounds=peft_rounds,
         minutes=minutes,
+        transformers=transformers,
         gguf=_gguf_of(model, cache) if llama else None,
         command=shlex.join(["nibble", *sys.argv[1:]]),
     )
     figures = _compare(options)
     _show(figures)
-    if json_path:
-        json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    _write_json(figures, json_path)
     if markdown:
         write_page(figures, markdown)
 
 
-def _scenarios(suite: str, only: list[str] | None) -> tuple[Scenario, ...]:
+def _products(device: str, threads: int, *, kernel: bool) -> None:
+    """The products alone."""
+    if device not in ("cpu", "cuda") or not kernel:
+        raise typer.BadParameter(
+            f"got {device}; cpu, or cuda together with --kernel", param_hint="--device"
+        )
+    if device == "cuda":
+        bench_cuda.main([])
+    else:
+        kernels.main(["--threads", str(threads)])
+
+
+def _asked(suite: str, only: list[str] | None) -> tuple[tuple[Scenario, ...], tuple[str, ...]]:
+    """(workloads, parts) of a suite, or those that were named."""
     if suite not in SUITES:
         raise typer.BadParameter(f"--suite {suite}: {' or '.join(SUITES)}")
-    names = [scenario.name for scenario in FULL]
-    if unknown := set(only or ()) - set(names):
+    if not only:
+        return SUITES[suite], PARTS if suite == "full" else ()
+    names = [*(scenario.name for scenario in FULL), *PARTS]
+    if unknown := set(only) - set(names):
         raise typer.BadParameter(f"--only {sorted(unknown)}: any of {names} is needed")
-    return tuple(each for each in FULL if each.name in only) if only else SUITES[suite]
+    return tuple(each for each in FULL if each.name in only), tuple(p for p in PARTS if p in only)
+
+
+def _llama_server(wanted: Path | None) -> Path | None:
+    """The program, by default the one on the path."""
+    if wanted is None:
+        found = shutil.which("llama-server")
+        return Path(found) if found else None
+    if not (wanted.is_file() and os.access(wanted, os.X_OK)):
+        raise typer.BadParameter(f"--llama-server {wanted}: a program is needed")
+    return wanted.absolute()
+
+
+def _write_json(figures: Figures, path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _dtypes(wanted: str, machine: Machine) -> tuple[str, ...]:
@@ -159,7 +202,7 @@ def _precisions(wanted: list[str] | None) -> tuple[Precision, ...]:
 def _gguf_of(model: str, cache: Path | None) -> Path:
     """Where llama.cpp's weights of this model are kept. A directory is known by its whole path."""
     name = model if model in (*SHAPES, "mini") else quote(str(Path(model).resolve()), safe="")
-    return (cache or default_cache_dir() / "bench") / "gguf" / f"{name}.q4_0.gguf"
+    return (cache or default_cache_dir() / "bench") / "gguf" / f"{name}.words.q4_0.gguf"
 
 
 def directory_of(model: str, cache: Path | None) -> Path:
@@ -208,8 +251,7 @@ def beside_training(
             setting, lambda sort, number: status.update(f"round {number + 1}: {sort}")
         )
     console.print(beside_table(figures))
-    if json_path:
-        json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    _write_json(figures, json_path)
 
 
 @app.command()
@@ -263,8 +305,7 @@ def zipf(
     figures = {"machine": asdict(inspect()), "rows": rows}
     text = residency_markdown(figures)
     console.print(text, markup=False, soft_wrap=True)
-    if json_path:
-        json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    _write_json(figures, json_path)
     if markdown:
         put_between_markers(markdown, text)
 
@@ -286,5 +327,6 @@ def _show(figures: Figures) -> None:
     if figures["own_ratios"]:
         console.print(own_table(figures["own_ratios"]))
     console.print(memory_table(figures["memory"]))
+    console.print(targets_table(figures["targets"]))
     for note in figures["notes"]:
         console.print(note)

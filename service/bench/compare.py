@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 import time
@@ -15,28 +16,21 @@ from typing import Any
 
 from base.kernels import Precision
 from base.machine import inspect
+from base.mini import MINI
 from base.spec import BaseSpec
-from service.bench.anchor import anchor
+from service.bench import registered
 from service.bench.gguf_files import ARCHITECTURES
 from service.bench.limits import Limits, better, distance, measure_limits, multiply_adds
-from service.bench.llama_peer import LlamaPeer, missing
+from service.bench.llama_peer import missing
 from service.bench.nibble_peer import ENGINE, NibblePeer
 from service.bench.peer import PeerProcess, Setup
-from service.bench.peft_peer import PeftPeer
-from service.bench.plan import (
-    BARE,
-    LLAMA,
-    NIBBLE,
-    PEFT,
-    Contestant,
-    contestants,
-    measure,
-    order,
-    ways_of,
-)
+from service.bench.plan import NIBBLE, PEFT, SLOW, Contestant, contestants, measure, order
 from service.bench.random_adapters import random_adapters
 from service.bench.report import own_ratios, ratios_of, row_of
-from service.bench.scenario import BASE, DISTINCT, NONE, Round, Scenario, job
+from service.bench.roster import Roster
+from service.bench.scenario import BASE, DISTINCT, Round, Scenario, job
+from service.bench.start import START, budget, floor_seconds, measure_starts
+from service.bench.targets import reached
 
 RANK = 16
 Figures = dict[str, Any]
@@ -56,8 +50,11 @@ class Options:
     threads: int
     peft_dtypes: tuple[str, ...]  # the fastest of these is measured; empty: no PEFT
     precisions: tuple[Precision, ...] = ("exact",)  # of our own products over NF4, a peer for each
-    peft_rounds: int | None = None  # None: as many as all
+    peft_rounds: int | None = None  # of the slow peers; None: as many as all
+    transformers: bool = False  # its continuous batching too
     gguf: Path | None = None  # where llama.cpp's weights are kept; None: no llama.cpp
+    llama_server: Path | None = None  # the program; None: no servers over HTTP
+    parts: tuple[str, ...] = ()  # REGISTERED and START
     minutes: float = math.inf  # after these no row begins
     command: str = ""
 
@@ -65,7 +62,7 @@ class Options:
         return Setup(self.directory, tuple(adapters), self.threads, more)
 
     def rounds_of(self, peer: str) -> int:
-        return min(self.rounds, self.peft_rounds or self.rounds) if peer == PEFT else self.rounds
+        return min(self.rounds, self.peft_rounds or self.rounds) if peer in SLOW else self.rounds
 
     @property
     def adapters(self) -> int:
@@ -81,14 +78,39 @@ def compare(options: Options, report: Report) -> Figures:
     limits = measure_limits(options.threads)
     report("memory of a process that only serves the base", 0, 1)
     memory, spec = _memory(options)
+    starts = _starts(options, memory, report)
+    many = _registered(options, report)
     with tempfile.TemporaryDirectory(prefix="nibble-bench-") as scratch, ExitStack() as stack:
         count = max(options.adapters, len(DISTINCT.adapters))
         adapters = random_adapters(Path(scratch), spec, count, RANK)
-        peers, trials = _started(options, spec, adapters, stack, report)
+        without = _without_llama(options, spec)
+        roster = Roster(options, spec, adapters, stack, report)
+        peers = roster.start(llama=options.gguf is not None and not without)
         found = _measured(options, peers, spec, report, until)
         facts = {name: peer.facts() for name, peer in peers.items()}
     limits = better(limits, measure_limits(options.threads))
     rows = [row_of(row, rounds, options.prompt_tokens) for row, rounds in found.items()]
+    return {
+        **_setting(options, list(peers)),
+        "limits": asdict(limits),
+        "results": [
+            row | {"limit": _distance(options, each, row, facts, spec, limits)}
+            for each, row in zip(found, rows, strict=True)
+        ],
+        "ratios": ratios_of(found),
+        "own_ratios": own_ratios(found),
+        "targets": reached(found, options.precisions[0], many, starts),
+        "memory": memory,
+        "registered": many,
+        "starts": starts,
+        "peers": facts,
+        "peft_trials": {dtype: round(rate, 2) for dtype, rate in roster.trials.items()},
+        "notes": _notes(options, facts, roster.trials, without),
+    }
+
+
+def _setting(options: Options, peers: Sequence[str]) -> Figures:
+    """What was asked for, when and on which machine."""
     machine = inspect()
     return {
         "model": options.model,
@@ -100,18 +122,37 @@ def compare(options: Options, report: Report) -> Figures:
         "command": options.command,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": asdict(machine) | {"versions": dict(machine.versions) | _versions()},
-        "limits": asdict(limits),
-        "results": [
-            row | {"limit": _distance(options, each, row, facts, spec, limits)}
-            for each, row in zip(found, rows, strict=True)
-        ],
-        "ratios": ratios_of(found),
-        "own_ratios": own_ratios(found),
-        "memory": memory,
-        "peers": facts,
-        "peft_trials": {dtype: round(rate, 2) for dtype, rate in trials.items()},
-        "notes": _notes(options, facts, trials, spec),
     }
+
+
+def _starts(options: Options, memory: Figures, report: Report) -> list[Figures]:
+    """Starts of the embedded base and of this one, which is held against its budget."""
+    if START not in options.parts:
+        return []
+    own = {options.model: options.directory}
+    found, precision = [], options.precisions[0]
+    floor = floor_seconds()
+    for model, directory in ({"mini": MINI} | own).items():
+        report(f"starts of {model}", 0, 1)
+        vocabulary = json.loads((directory / "config.json").read_text())["vocab_size"]
+        ask = job(BASE, 0, vocabulary, options.prompt_tokens, options.new_tokens)
+        row = measure_starts(directory, precision, options.threads, ask)
+        row |= {"model": model, "import_torch_seconds": floor}
+        if model == options.model:
+            tokens = options.prompt_tokens + options.new_tokens
+            row["budget_bytes"] = budget(memory, tokens * memory["token_bytes"])
+        found.append(row)
+    return found
+
+
+def _registered(options: Options, report: Report) -> Figures | None:
+    if registered.REGISTERED not in options.parts:
+        return None
+    report("many registered adapters", 0, 1)
+    setting = registered.Setting(
+        options.directory, options.precisions[0], options.threads, options.rounds, RANK
+    )
+    return registered.measure_apart(setting)
 
 
 def _memory(options: Options) -> tuple[Figures, BaseSpec]:
@@ -122,49 +163,6 @@ def _memory(options: Options) -> tuple[Figures, BaseSpec]:
         first = job(BASE, 0, spec.vocab_size, options.prompt_tokens, options.new_tokens)
         peer.run(first, ENGINE)
         return peer.facts(), spec
-
-
-def _started(
-    options: Options, spec: BaseSpec, adapters: Sequence[Path], stack: ExitStack, report: Report
-) -> tuple[dict[str, PeerProcess], dict[str, float]]:
-    """Every peer, to be closed with the stack; and PEFT's rates in a trial of its dtypes."""
-    peers: dict[str, PeerProcess] = {}
-    trials: dict[str, float] = {}
-    plain = adapters[: len(DISTINCT.adapters)]  # LoRAs: all that the others serve here
-
-    def start(name: str, make: Callable[[], PeerProcess]) -> None:
-        if any(ways_of(name, scenario) for scenario in options.scenarios):
-            report(f"{name} starts", 0, 1)
-            peers[name] = stack.enter_context(closing(make()))
-
-    def nibble(name: str, given: Sequence[Path], precision: Precision) -> None:
-        setup = options.setup(given, precision=precision)
-        start(name, lambda: PeerProcess(name, NibblePeer, setup))
-
-    def peft() -> PeerProcess:
-        chosen, rates = anchor(
-            lambda dtype: PeerProcess(PEFT, PeftPeer, options.setup(plain, dtype=dtype)),
-            options.peft_dtypes,
-            spec.vocab_size,
-            options.prompt_tokens,
-        )
-        trials.update(rates)
-        return chosen
-
-    for precision in options.precisions:
-        nibble(f"{NIBBLE} {precision}", adapters, precision)
-    if NONE in options.scenarios:
-        for precision in options.precisions:
-            nibble(f"{NIBBLE} {precision}{BARE}", [], precision)
-    if options.gguf is not None and not _without_llama(options, spec):
-        more = {"gguf": str(options.gguf), "architecture": spec.architecture}
-        setup = options.setup(plain, vocabulary=spec.vocab_size, **more)
-        start(LLAMA, lambda: PeerProcess(LLAMA, LlamaPeer, setup))
-    if options.peft_dtypes:
-        start(PEFT, peft)
-    for peer in peers.values():
-        peer.facts()  # waits until it is ready, so that nobody loads while another is measured
-    return peers, trials
 
 
 def _measured(
@@ -227,12 +225,16 @@ def _without_llama(options: Options, spec: BaseSpec) -> str:
 
 
 def _notes(
-    options: Options, facts: Mapping[str, Figures], trials: Mapping[str, float], spec: BaseSpec
+    options: Options, facts: Mapping[str, Figures], trials: Mapping[str, float], without: str
 ) -> list[str]:
-    """What a reader must know to believe the figures."""
+    """What a reader must know to believe the figures; `without`: why there is no llama.cpp."""
     lines = []
-    if reason := _without_llama(options, spec):
-        lines.append(f"llama.cpp is not measured: {reason}")
+    if without:
+        lines.append(f"llama.cpp is not measured: {without}")
+    elif options.gguf is not None and options.llama_server is None:
+        lines.append(
+            "llama.cpp's server is not measured: none is on the path, and --llama-server named none"
+        )
     if len(trials) > 1:
         tried = ", ".join(f"{rate:.1f} tokens/s in {dtype}" for dtype, rate in trials.items())
         lines.append(f"PEFT's mixed batch in a short trial: {tried}; the faster is measured")

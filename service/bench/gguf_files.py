@@ -1,7 +1,8 @@
 """The same weights for llama.cpp: a base as Q4_0, LoRAs as they are. Needs `gguf`, an extra.
 
-Written from the NF4 values, in float16, and made Q4_0 by llama.cpp itself, as its users do. There
-is no tokenizer in the file: token ids go in and come out.
+Written from the NF4 values, in float16, and made Q4_0 by llama.cpp itself, as its users do. Token
+ids go in and come out; the vocabulary in the file is one word for each id, since the server of
+llama.cpp wants one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import ctypes
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ _IN_LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+
+
+_UNREAD = "attn_output.bias"  # of a layer: llama.cpp knows no bias there
 
 
 def gguf_name(path: str) -> str:
@@ -95,11 +99,26 @@ def _write_half(base: Base, out: Path) -> None:
     writer.add_value_length(spec.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
-    writer.add_tokenizer_model("none")
-    writer.add_vocab_size(spec.vocab_size)
+    _add_vocabulary(writer, spec.vocab_size, base.eos_token_ids)
     for name, tensor in _tensors(base):
+        if name.endswith(_UNREAD):
+            raise ValueError(f"{name}: llama.cpp has no place for it in {spec.architecture}")
         _add(writer, name, tensor)
     _finish(writer)
+
+
+def _add_vocabulary(writer: Any, size: int, eos: Collection[int]) -> None:
+    """The words t0, t1, …; no BOS is put before a prompt."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_vocab_size(size)
+    writer.add_token_list([f"t{number}" for number in range(size)])
+    writer.add_token_types([1] * size)  # normal
+    writer.add_token_merges(["t 0"])
+    writer.add_add_bos_token(False)
+    last = min(eos, default=0)
+    writer.add_bos_token_id(last)
+    writer.add_eos_token_id(last)
 
 
 def _tensors(base: Base) -> Iterator[tuple[str, Tensor]]:

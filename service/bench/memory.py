@@ -9,8 +9,6 @@ from base.dense import RoundedEmbedding, RoundedLinear
 from base.load import Base
 from base.nf4 import NF4Linear
 
-SMAPS = Path("/proc/self/smaps_rollup")
-
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -21,10 +19,10 @@ class Memory:
     peak_rss: int
 
 
-def resident() -> Memory:
-    """Of this process, now. Raises OSError where there is no /proc."""
-    rollup = _fields(SMAPS)
-    status = _fields(Path("/proc/self/status"))
+def resident(process: int | str = "self") -> Memory:
+    """Of this process or of the one with a number, now. Raises OSError where there is no /proc."""
+    rollup = _fields(Path(f"/proc/{process}/smaps_rollup"))
+    status = _fields(Path(f"/proc/{process}/status"))
     return Memory(rss=rollup["Rss"], anonymous=rollup["Anonymous"], peak_rss=status["VmHWM"])
 
 

@@ -37,6 +37,7 @@ class NibblePeer:
             device="cpu",
             dtype=options.get("dtype", "auto"),
             precision=options.get("precision", "exact"),
+            lean=True,
         )
         self._nf4_bytes = quantised_bytes(self._base)
         self._embedding_bytes = embedding_bytes(self._base)

@@ -30,7 +30,7 @@ class PeftPeer:
         self._dtype: str = setup.options["dtype"]
         base = load_base(setup.model, device="cpu", dtype=self._dtype)
         self._bytes, self._head_bytes = quantised_bytes(base), head_bytes(base)
-        self._linears = _to_bitsandbytes(base)
+        self._linears = to_bitsandbytes(base)
         self._model = _with_adapters(base, setup)
 
     @torch.inference_mode()
@@ -114,7 +114,7 @@ def _with_adapters(base: Base, setup: Setup) -> Any:
     return model.eval()
 
 
-def _to_bitsandbytes(base: Base) -> list[Any]:
+def to_bitsandbytes(base: Base) -> list[Any]:
     """Each NF4Linear -> bitsandbytes' Linear4bit over the very same bytes."""
     linears = {p: m for p, m in base.model.named_modules() if isinstance(m, NF4Linear)}
     made = []

@@ -30,6 +30,8 @@ def performance_markdown(figures: Figures, chart: str) -> str:
         "Written by `nibble bench` from one run; change nothing here by hand.",
         _setting(figures),
         f"![output tokens per second]({chart})",
+        "## Targets",
+        _targets(figures["targets"]),
         "## Throughput and latency",
         "Tokens/s of all requests together, their prompts' time included; the median of the "
         "rounds. Times in ms, p50 / p99. *Of the limit* is the least time that a step can take "
@@ -40,9 +42,12 @@ def performance_markdown(figures: Figures, chart: str) -> str:
         _ratios(figures["ratios"]),
         "## What adapters cost",
         _own(figures["own_ratios"]),
+        "## Registered and resident adapters",
+        _registered(figures["registered"]),
         "## The limits of the machine",
         _limits(figures["limits"]),
-        "## Memory",
+        "## Starts and memory",
+        _starts(figures["starts"]),
         _memory(figures["memory"]),
         "## Versions",
         _versions(figures),
@@ -66,6 +71,89 @@ def _setting(figures: Figures) -> str:
         f"{figures['lora_rank']} on all linear layers. Every peer has its own process and the same "
         f"weights, prompts and threads; they take turns. Rounds: {tries}.\n\n"
         f"    {_without_paths(figures['command'])}"
+    )
+
+
+def _targets(rows: Sequence[Figures]) -> str:
+    def answer(row: Figures) -> str:
+        return "not measured" if row["reached"] is None else "yes" if row["reached"] else "no"
+
+    return "\n\n".join(
+        (
+            "Each a ratio within this run, `nibble` in its default precision; the interval is from "
+            "the lowest round to the highest.",
+            table(
+                ("what", "target", "over", "ratio", "reached"),
+                (
+                    (row["what"], row["target"], row["over"], _exactly(row), answer(row))
+                    for row in rows
+                ),
+            ),
+        )
+    )
+
+
+def _registered(figures: Figures | None) -> str:
+    """Growth, many resident against one, and Zipf's traffic."""
+    if figures is None:
+        return "Not measured in this run."
+    resident, zipf = figures["resident"], figures["zipf"]
+    growth = table(
+        ("registered", "a token, ms", "over the fewest (lowest to highest round)"),
+        (
+            (f"{row['registered']:,}", f"{row['token_ms']:.2f}", _exactly(row))
+            for row in figures["growth"]
+        ),
+    )
+    return "\n\n".join(
+        (
+            "Requests by name to one adapter of the store, 8 at a time:",
+            growth,
+            f"{resident['adapters']} adapters of rank {resident['rank']} in their slots, requests "
+            f"spread evenly over them, 8 at a time: {resident['many_tokens_per_second']:.1f} "
+            f"tokens/s; all to one of them {resident['one_tokens_per_second']:.1f}; the ratio is "
+            f"{_exactly(resident)}.",
+            f"Zipf's traffic over {zipf['registered']:,} adapters with memory for "
+            f"{zipf['resident']}: {zipf['requests']} requests named {zipf['distinct']} of them, "
+            f"{zipf['hit_rate']:.0%} found theirs in memory, {zipf['tokens_per_second']:.1f} "
+            f"tokens/s; a cold load took {_pair(zipf['cold_load_ms'])} ms, the first token "
+            f"{_pair(zipf['first_token_ms'])} ms (p50 / p99). More: [RESIDENCY.md](RESIDENCY.md).",
+        )
+    )
+
+
+def _starts(rows: Sequence[Figures]) -> str:
+    if not rows:
+        return ""
+    return "\n\n".join(
+        (
+            "`nibble serve`, a new process each time, until `/ready`. The first start finds "
+            "nothing kept; a second one maps what the first left. `import torch` alone takes "
+            f"{rows[0]['import_torch_seconds']:.2f} s here. Memory is that of the process after "
+            "its first request; the budget is NF4 × 1.15, embeddings, keys and values in use, and "
+            "250 MB.",
+            table(
+                (
+                    "base",
+                    "first start, s",
+                    "second start, s (each)",
+                    "peak while quantising, MiB",
+                    "resident at a second start, MiB",
+                    "budget, MiB",
+                ),
+                (
+                    (
+                        f"{row['model']}, {row['precision']}",
+                        f"{row['first_seconds']:.1f}",
+                        f"{row['second_seconds']:.1f} ({_listed(row['second_seconds_all'])})",
+                        f"{row['first_peak_bytes'] / MIB:,.0f}",
+                        f"{row['rss_bytes'] / MIB:,.0f}",
+                        f"{row['budget_bytes'] / MIB:,.0f}" if "budget_bytes" in row else "",
+                    )
+                    for row in rows
+                ),
+            ),
+        )
     )
 
 
@@ -160,6 +248,17 @@ def _pair(times: Figures | None) -> str:
     return f"{times['p50']:,.1f} / {times['p99']:,.1f}" if times else ""
 
 
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values)
+
+
+def _exactly(ratio: Figures) -> str:
+    """With three digits, since some targets are a few in a hundred."""
+    if ratio["ratio"] is None:
+        return ""
+    return f"{ratio['ratio']:.3f} ({ratio['lowest']:.3f} to {ratio['highest']:.3f})"
+
+
 def _spread(ratio: Figures) -> str:
     return f"{ratio['ratio']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
 
@@ -167,7 +266,7 @@ def _spread(ratio: Figures) -> str:
 def _without_paths(command: str) -> str:
     """The command without the places of this machine: where models are kept and the JSON goes."""
     words = shlex.split(command)
-    for option in ("--cache", "--json"):
+    for option in ("--cache", "--json", "--llama-server"):
         if option in words[:-1]:
             at = words.index(option)
             del words[at : at + 2]

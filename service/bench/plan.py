@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from service.bench import llama_peer, peft_peer
+from service.bench import llama_peer, peft_peer, server_peers, transformers_peer
 from service.bench.nibble_peer import ENGINE
 from service.bench.peer import PeerProcess
 from service.bench.scenario import (
@@ -24,6 +24,9 @@ from service.bench.scenario import (
 )
 
 NIBBLE, PEFT, LLAMA = "nibble", "peft", "llama.cpp"
+TRANSFORMERS = "transformers"
+NIBBLE_SERVER, LLAMA_SERVER = "nibble serve", "llama-server"
+SLOW = (PEFT, TRANSFORMERS)  # peers that dequantise every weight for every step
 BARE = ", nothing registered"  # ends the name of a nibble that was never given an adapter
 WARM_UP_TOKENS = 4
 
@@ -46,6 +49,23 @@ LLAMA_WAYS: Mapping[Scenario, tuple[str, ...]] = {
     PREFILL: (llama_peer.ONE_BATCH,),
     CHAT: (llama_peer.ONE_BATCH,),
 }
+TRANSFORMERS_WAYS: Mapping[Scenario, tuple[str, ...]] = {
+    BASE: (transformers_peer.CONTINUOUS,),
+    NONE: (transformers_peer.CONTINUOUS,),
+    PREFILL: (transformers_peer.CONTINUOUS,),
+}
+SERVER_WAYS: Mapping[Scenario, tuple[str, ...]] = {
+    ONE: (server_peers.OVER_HTTP,),
+    SAME: (server_peers.OVER_HTTP,),
+    DISTINCT: (server_peers.OVER_HTTP,),
+}
+WAYS = {
+    PEFT: PEFT_WAYS,
+    LLAMA: LLAMA_WAYS,
+    TRANSFORMERS: TRANSFORMERS_WAYS,
+    NIBBLE_SERVER: SERVER_WAYS,
+    LLAMA_SERVER: SERVER_WAYS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +81,16 @@ class Contestant:
         """Is it this server as people run it, with its adapters?"""
         return self.peer.startswith(NIBBLE) and not self.peer.endswith(BARE)
 
+    @property
+    def over_http(self) -> bool:
+        """Is it a server, asked over HTTP? Such rows are compared with each other only."""
+        return self.way == server_peers.OVER_HTTP
+
 
 def ways_of(peer: str, scenario: Scenario) -> tuple[str, ...]:
     """The ways in which this peer serves the scenario; none: it takes no part."""
-    if peer == PEFT:
-        return PEFT_WAYS.get(scenario, ())
-    if peer == LLAMA:
-        return LLAMA_WAYS.get(scenario, ())
+    if peer in WAYS:
+        return WAYS[peer].get(scenario, ())
     return () if peer.endswith(BARE) and scenario != NONE else (ENGINE,)
 
 
@@ -94,11 +117,11 @@ def measure(
 ) -> dict[Contestant, list[Round]]:
     """`rounds[peer]` of each row, after a short one that is not counted; `report` hears of each.
 
-    Nothing begins after `until` (of time.monotonic), and a row without a round is left out.
+    Every row has its first round; no other begins after `until` (of time.monotonic).
     """
     found: dict[Contestant, list[Round]] = {row: [] for row in rows}
     for number, row in order(rows, rounds):
-        if time.monotonic() > until:
+        if number > 1 and time.monotonic() > until:
             break
         tokens = new_tokens if number > 0 else min(new_tokens, WARM_UP_TOKENS)
         asked = job(row.scenario, number, vocabulary, prompt_tokens, tokens)
@@ -106,7 +129,7 @@ def measure(
         if number > 0:
             found[row].append(result)
         report(row)
-    return {row: taken for row, taken in found.items() if taken}
+    return found
 
 
 def order(
@@ -115,14 +138,14 @@ def order(
     """Round 0 warms up. All rows of a round follow each other; every other round runs backwards,
     so that none is always the one after another's heat.
 
-    PEFT has one row warmed up for all: it takes many seconds for each and gains nothing by it.
+    A slow peer has one row warmed up for all: it takes many seconds for each and gains nothing.
     """
     warmed = set()
     for number in range(max(rounds.values()) + 1):
         for row in rows if number % 2 == 0 else reversed(rows):
             if number > rounds[row.peer]:
                 continue
-            if number == 0 and row.peer == PEFT and PEFT in warmed:
+            if number == 0 and row.peer in SLOW and row.peer in warmed:
                 continue
             warmed.add(row.peer)
             yield number, row

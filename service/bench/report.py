@@ -48,7 +48,10 @@ def _rate(row: Contestant, result: Round, prompt_tokens: int) -> float:
 
 
 def ratios_of(found: Mapping[Contestant, Sequence[Round]]) -> list[dict[str, Any]]:
-    """Nibble's rate, in each of its precisions, over each other peer's of the same scenario."""
+    """Nibble's rate, in each of its precisions, over each other peer's of the same scenario.
+
+    Servers over HTTP are compared with servers, engines with engines.
+    """
     return [
         {
             "scenario": other.scenario.name,
@@ -58,7 +61,10 @@ def ratios_of(found: Mapping[Contestant, Sequence[Round]]) -> list[dict[str, Any
         }
         for other in found
         for ours in found
-        if ours.ours and not other.peer.startswith(NIBBLE) and ours.scenario == other.scenario
+        if ours.ours
+        and not other.peer.startswith(NIBBLE)
+        and ours.scenario == other.scenario
+        and ours.over_http == other.over_http
     ]
 
 
@@ -126,6 +132,17 @@ def own_table(ratios: Sequence[Mapping[str, Any]]) -> Table:
     for each in ratios:
         figures = [f"{each[key]:.2f}" for key in ("ratio", "lowest", "highest")]
         table.add_row(each["what"], each["peer"], *figures)
+    return table
+
+
+def targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What was measured of the targets."""
+    table = Table("target", "wanted", "over", "ratio", "lowest", "highest", "reached")
+    for row in rows:
+        if row["ratio"] is not None:
+            figures = [f"{row[key]:.3f}" for key in ("ratio", "lowest", "highest")]
+            answer = "yes" if row["reached"] else "no"
+            table.add_row(row["what"], row["target"], row["over"], *figures, answer)
     return table
 
 

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -117,14 +117,14 @@ def register(
     """Fill the store. What one more adapter costs: seconds, bytes on disk, bytes of memory."""
     chance = torch.Generator().manual_seed(0)
     child = [
-        _add(f"upload-{number}", scene, spec, store, scratch, chance, confined=True)[1]
+        add(f"upload-{number}", scene, spec, store, scratch, chance, confined=True)[1]
         for number in range(UPLOADS)
     ]
     for number in range(UPLOADS):
         store.delete(f"upload-{number}")
     disk, memory = _disk(scratch), resident().anonymous
     added = [
-        _add(f"zipf-{number}", scene, spec, store, scratch, chance, confined=False)
+        add(f"zipf-{number}", scene, spec, store, scratch, chance, confined=False)
         for number in range(scene.registered)
     ]
     seconds = [each for _, each in added]
@@ -139,7 +139,7 @@ def register(
     return [manifest for manifest, _ in added], cost
 
 
-def _add(
+def add(
     name: str,
     scene: Scene,
     spec: BaseSpec,
@@ -170,12 +170,13 @@ def serve(
         return lower(manifest, store.weights_path(manifest), base)
 
     refs = [AdapterRef(manifest.digest, manifest.name) for manifest in manifests]
+    by_name = {ref.name: ref for ref in refs}
     each = max(fetch(refs[0]).nbytes, 1)
     budget = scene.resident * each
     ear = Ear()
     config = EngineConfig(host_cache_bytes=budget, slot_bytes=budget, max_sequences=scene.clients)
     engine = Engine(base, fetch, config, ear)
-    with _running(engine):
+    with running(engine):
         for ref in refs if scene.warm else refs[:1]:
             engine.load(ref)
         _ask(engine, scene, refs[0], random.Random(1))  # the first step of all is slower
@@ -183,7 +184,7 @@ def serve(
         ear.loads.clear()
         ear.evicted.clear()
         begun, processor = time.perf_counter(), time.process_time()
-        asked = _traffic(engine, scene, refs)
+        asked = traffic(engine, scene, list(by_name), by_name.__getitem__)
         seconds, processor = time.perf_counter() - begun, time.process_time() - processor
         memory, held = resident(), engine.residents()
     return {
@@ -215,9 +216,19 @@ class Asked:
     distinct: int = 0  # adapters that were asked for
 
 
-def _traffic(engine: Engine, scene: Scene, refs: Sequence[AdapterRef]) -> Asked:
-    """`clients` threads work off one list of requests; all wait for its end."""
-    picked = choices(len(refs), scene.requests, scene.exponent)
+def traffic(
+    engine: Engine,
+    scene: Scene,
+    names: Sequence[str],
+    find: Callable[[str], AdapterRef],
+    number: int = 0,
+) -> Asked:
+    """`clients` threads work off one list of requests; all wait for its end.
+
+    Each request finds its adapter by name first, as a server does. Traffic of another `number` has
+    other prompts, or the prefix cache would answer.
+    """
+    picked = choices(len(names), scene.requests, scene.exponent)
     asked, lock, todo = Asked(distinct=len(set(picked))), threading.Lock(), iter(enumerate(picked))
     faults: list[BaseException] = []
 
@@ -225,8 +236,9 @@ def _traffic(engine: Engine, scene: Scene, refs: Sequence[AdapterRef]) -> Asked:
         try:
             while True:
                 with lock:
-                    number, which = next(todo)
-                first, refused = _ask(engine, scene, refs[which], random.Random(number + 2))
+                    place, which = next(todo)
+                chance = random.Random(f"{number} {place}")
+                first, refused = _ask(engine, scene, find(names[which]), chance)
                 with lock:
                     asked.first.append(first)
                     asked.refused += refused
@@ -272,7 +284,7 @@ def choices(adapters: int, requests: int, exponent: float) -> list[int]:
 
 
 @contextmanager
-def _running(engine: Engine) -> Iterator[None]:
+def running(engine: Engine) -> Iterator[None]:
     engine.start()
     try:
         yield

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from rich.console import Console
 
 from base.mini import MINI
-from service.bench.beside import ALONE, BESIDE, Setting, Times, _figures, _ready, beside_table
+from service.bench.beside import ALONE, BESIDE, Setting, Times, _figures, beside_table
 from service.bench.beside import measure as measure_beside
 
 
@@ -25,16 +21,6 @@ def test_figures_and_their_ratios() -> None:
     console.print(beside_table({**figures, "steps_per_second_without_requests": 3.0}))
     (row,) = [line for line in console.export_text().splitlines() if "first_token_p95" in line]
     assert "4.00" in row
-
-
-def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with log.open("wb") as sink:
-        program = "raise SystemExit('no such base')"
-        process = subprocess.Popen([sys.executable, "-c", program], stderr=sink)
-    process.wait()
-    with pytest.raises(RuntimeError, match="no such base"):
-        _ready(process, log)
 
 
 @pytest.mark.slow

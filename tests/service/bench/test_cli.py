@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from base.machine import Machine
-from service.bench.cli import _dtypes, app
+from service.bench.cli import _asked, _dtypes, app
+from service.bench.scenario import FULL, PREFILL, QUICK
 
 runner = CliRunner()
 
@@ -48,7 +49,19 @@ def test_the_figures_of_a_small_run(base_directory: Path, tmp_path: Path) -> Non
     assert all("limit" in row for row in figures["results"])
     assert figures["limits"]["read_gbytes"] > 0
     assert "adapter_names, mixed batch" in page.read_text()
+    targets = {row["what"]: row["reached"] for row in figures["targets"]}
+    assert targets["prefill"] is None
+    assert targets["8 distinct adapters"] in (True, False)
     assert (tmp_path / "PERFORMANCE.svg").read_text().count("<rect") == 4  # the ground, 3 bars
+
+
+def test_a_suite_or_what_was_named_of_it() -> None:
+    assert _asked("quick", None) == (QUICK, ())
+    assert _asked("full", None) == (FULL, ("registered adapters", "start and memory"))
+    assert _asked("quick", ["prefill 512", "start and memory"]) == (
+        (PREFILL,),
+        ("start and memory",),
+    )
 
 
 def test_bfloat16_is_tried_only_where_the_cpu_multiplies_it() -> None:
@@ -67,7 +80,7 @@ def test_the_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_model_or_scenario_is_refused() -> None:
     wrong = (["--model", "qwen9"], ["--only", "9 adapters"], ["--peft-dtype", "int8"])
-    wrong += (["--suite", "slow"], ["--precision", "half"])
+    wrong += (["--suite", "slow"], ["--precision", "half"], ["--llama-server", "/nowhere"])
     for arguments in wrong:
         result = runner.invoke(app, arguments)
         assert result.exit_code == 2, result.output

@@ -9,8 +9,9 @@ from base.load import load_base
 from base.nf4 import NF4Linear
 from service.bench.nibble_peer import ENGINE, NibblePeer
 from service.bench.peer import Setup
-from service.bench.peft_peer import MIXED, ONE_BATCH, ONE_BY_ONE, PeftPeer, _to_bitsandbytes
+from service.bench.peft_peer import MIXED, ONE_BATCH, ONE_BY_ONE, PeftPeer, to_bitsandbytes
 from service.bench.scenario import BASE, DISTINCT, NONE, ONE, SAME, Round, Scenario, job
+from service.bench.transformers_peer import CONTINUOUS, TransformersPeer
 
 NEW = 5
 
@@ -53,7 +54,7 @@ def test_peft_computes_on_the_same_nf4_bytes(base_directory: Path) -> None:
 
     base = load_base(base_directory, device="cpu", dtype="float32")
     ours = [m for m in base.model.modules() if isinstance(m, NF4Linear)]
-    theirs = _to_bitsandbytes(base)
+    theirs = to_bitsandbytes(base)
     assert len(theirs) == len(ours) > 0
     for mine, layer in zip(ours, theirs, strict=True):
         got = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -61,7 +62,7 @@ def test_peft_computes_on_the_same_nf4_bytes(base_directory: Path) -> None:
         assert layer.weight.data.data_ptr() == mine.weight.packed.data_ptr()
 
 
-def test_peft_applies_the_adapters_to_bitsandbytes_layers(
+def test_peft_applies_the_adaptersto_bitsandbytes_layers(
     base_directory: Path, adapters: tuple[Path, ...]
 ) -> None:
     from peft.tuners.lora.bnb import Linear4bit
@@ -88,5 +89,15 @@ def test_nibble_times_every_token_of_every_request(
         assert facts["step_bytes"] == facts["nf4_bytes"] + head
         cache = peer._engine.kv_cache_bytes
         assert cache % (facts["token_bytes"] * peer._engine.config.block_size) == 0
+    finally:
+        peer.close()
+
+
+@pytest.mark.slow
+def test_transformers_times_every_token_of_every_request(base_directory: Path) -> None:
+    peer = TransformersPeer(Setup(base_directory, (), 1, {}))
+    try:
+        for scenario in (BASE, NONE):
+            _check(peer.run(job(scenario, 0, 512, 16, NEW), CONTINUOUS), scenario)
     finally:
         peer.close()

@@ -53,6 +53,43 @@ def figures() -> dict[str, Any]:
             _result("prefill 512", "nibble fast", 400.0, "prompt"),
         ],
         "ratios": [{"scenario": "1 base", "peer": "nibble fast", "over": "peft: engine", **ratio}],
+        "targets": [
+            {"what": "prefill", "target": "≥ 0.9", "over": "llama.cpp", "reached": True, **ratio},
+            {"what": "8 distinct", "target": "≥ 3", "over": "x", "reached": None, "ratio": None},
+        ],
+        "registered": {
+            "growth": [{"registered": 1000, "token_ms": 12.5, **ratio}],
+            "resident": {
+                "adapters": 32,
+                "rank": 16,
+                "one_tokens_per_second": 80.0,
+                "many_tokens_per_second": 70.0,
+                **ratio,
+            },
+            "zipf": {
+                "registered": 1000,
+                "resident": 32,
+                "requests": 160,
+                "distinct": 55,
+                "hit_rate": 0.815,
+                "tokens_per_second": 33.3,
+                "cold_load_ms": None,
+                "first_token_ms": {"p50": 1.0, "p99": 2.0},
+            },
+        },
+        "starts": [
+            {
+                "model": "mini",
+                "precision": "fast",
+                "first_seconds": 9.9,
+                "second_seconds": 3.5,
+                "second_seconds_all": [3.4, 3.5, 3.6],
+                "first_peak_bytes": 400 << 20,
+                "rss_bytes": 300 << 20,
+                "import_torch_seconds": 1.7,
+                "budget_bytes": 500 << 20,
+            }
+        ],
         "own_ratios": [{"what": "DoRA / LoRA", "peer": "nibble fast", **ratio}],
         "memory": {
             "precision": "fast",
@@ -77,6 +114,11 @@ def test_the_page_says_all_that_the_figures_say(figures: dict[str, Any], tmp_pat
     assert "400.0 (prompt)" in text
     assert text.count("3.50 (3.00 to 4.00)") == 2
     assert "20.0 GB/s" in text
+    assert "| prefill | ≥ 0.9 | llama.cpp | 3.500 (3.000 to 4.000) | yes |" in text
+    assert "| 8 distinct | ≥ 3 | x |  | not measured |" in text
+    assert "| 1,000 | 12.50 | 3.500 (3.000 to 4.000) |" in text
+    assert "requests named 55 of them, 82% found theirs" in text
+    assert "| mini, fast | 9.9 | 3.5 (3.4, 3.5, 3.6) | 400 | 300 | 500 |" in text
     assert "not available" in text
     assert "    nibble bench --suite full --llama\n" in text  # no places of this machine
     assert "- torch 9.9" in text
@@ -88,7 +130,10 @@ def test_the_page_says_all_that_the_figures_say(figures: dict[str, Any], tmp_pat
 
 def test_a_run_without_others_says_so(figures: dict[str, Any], tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    write_page(figures | {"ratios": [], "own_ratios": [], "notes": []}, page)
+    nothing = {"ratios": [], "own_ratios": [], "notes": [], "starts": [], "registered": None}
+    write_page(figures | nothing, page)
+    assert "until `/ready`" not in page.read_text()
+    assert "Not measured in this run." in page.read_text()
     assert "No other peer was measured" in page.read_text()
     assert "less where the time was up" not in page.read_text()
     write_page(figures | {"rounds": {"nibble fast": 3}}, page)

@@ -1,7 +1,18 @@
 from __future__ import annotations
 
 from service.bench.plan import BARE, Contestant, contestants, measure, order
-from service.bench.scenario import DISTINCT, DORA, FULL, MANY, NONE, ONE, QUICK, Job, Round
+from service.bench.scenario import (
+    DISTINCT,
+    DORA,
+    FULL,
+    MANY,
+    NONE,
+    ONE,
+    QUICK,
+    SAME,
+    Job,
+    Round,
+)
 
 PEERS = ("nibble", "peft")
 FAST = "nibble fast"
@@ -37,6 +48,16 @@ def test_who_takes_part_in_what() -> None:
     assert {row.peer for row in rows if row.ours} == {FAST}
 
 
+def test_transformers_serves_no_adapters_and_servers_are_asked_over_http() -> None:
+    rows = contestants(FULL, ["nibble fast", "transformers", "nibble serve", "llama-server"])
+    adapters = {a for row in rows if row.peer == "transformers" for a in row.scenario.adapters}
+    assert adapters == {None}
+    over_http = {row.peer for row in rows if row.over_http}
+    assert over_http == {"nibble serve", "llama-server"}
+    scenarios = [{row.scenario for row in rows if row.peer == peer} for peer in over_http]
+    assert scenarios[0] == scenarios[1] == {ONE, SAME, DISTINCT}
+
+
 def test_a_slow_peer_takes_fewer_rounds_and_is_warmed_up_once() -> None:
     rows = contestants(QUICK, PEERS)
     turns = list(order(rows, {"nibble": 3, "peft": 1}))
@@ -48,20 +69,20 @@ def test_a_slow_peer_takes_fewer_rounds_and_is_warmed_up_once() -> None:
     assert [row.peer for row in warm].count("nibble") == len(QUICK)
 
 
-def test_nothing_begins_when_the_time_is_up_and_a_row_without_a_round_is_left_out() -> None:
+def test_every_row_has_a_round_and_no_second_one_begins_when_the_time_is_up() -> None:
     asked: list[tuple[str, str, Job]] = []
-    rows = contestants([ONE], PEERS)
+    rows = contestants([ONE, DISTINCT], PEERS)
     found = measure(
         rows,
         {name: Recorder(name, asked) for name in PEERS},  # type: ignore[misc]
-        rounds={"nibble": 1, "peft": 1},
+        rounds={"nibble": 3, "peft": 2},
         vocabulary=100,
         prompt_tokens=3,
         new_tokens=2,
         report=lambda row: None,
         until=0.0,
     )
-    assert (asked, found) == ([], {})
+    assert [len(found[row]) for row in rows] == [1] * len(rows)
 
 
 def test_the_warm_up_is_short() -> None:

@@ -68,6 +68,20 @@ def test_every_precision_is_compared_with_every_other_peer_and_not_with_itself()
     assert pairs == [("nibble", "peft: one", 2.0), ("nibble exact", "peft: one", 2.0)]
 
 
+def test_servers_are_compared_with_servers_and_engines_with_engines() -> None:
+    rows = [
+        Contestant(DISTINCT, "nibble fast", "engine"),
+        Contestant(DISTINCT, "nibble serve", "over HTTP"),
+        Contestant(DISTINCT, "llama.cpp", "one by one"),
+        Contestant(DISTINCT, "llama-server", "over HTTP"),
+    ]
+    pairs = [(r["peer"], r["over"]) for r in ratios_of(dict.fromkeys(rows, _rounds(1.0)))]
+    assert pairs == [
+        ("nibble fast", "llama.cpp: one by one"),
+        ("nibble serve", "llama-server: over HTTP"),
+    ]
+
+
 def test_fewer_rounds_of_a_slow_peer_are_compared_with_those_of_the_same_number() -> None:
     (ratio,) = ratios_of({OURS: _rounds(1.0, 9.0, 9.0), THEIRS: _rounds(3.0)})
     assert (ratio["lowest"], ratio["ratio"], ratio["highest"]) == (3.0, 3.0, 3.0)
