@@ -65,6 +65,7 @@ from service.retrieval.embedding import open_embedder
 from service.retrieval.errors import RetrievalError
 from service.retrieval.library import Library
 from service.retrieval.rerank import Reranker, open_reranker
+from service.tracing.trace import Tracing, open_tracing, traced
 
 if TYPE_CHECKING:
     from adapters.manifest import AdapterManifest
@@ -80,11 +81,17 @@ CANCEL_SECONDS = 2  # for replies that drain_seconds did not suffice for
 logger = structlog.get_logger("nibble.app")
 
 
-def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    when_failed: Callable[[], None] = lambda: None,
+    tracing: Tracing | None = None,
+) -> FastAPI:
     """The application; it starts to load the base when its lifespan starts.
 
     `when_failed` is called when the base could not be loaded: nothing will ever be served.
+    `tracing` is used in place of what the settings and OpenTelemetry's variables say.
     """
+    model = _model_name(settings.base)
     app = FastAPI(
         title="Nibble",
         summary="One 4-bit base model, loaded once; every request names an adapter.",
@@ -98,10 +105,11 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
     app.state.desk = Desk(
         settings=settings,
         admission=Admission(settings.max_queue),
-        metrics=Metrics(_model_name(settings.base)),
+        metrics=Metrics(model),
         uploads=asyncio.Semaphore(UPLOADS_AT_ONCE),
         upload_directory=settings.home / "uploads",
         slow=ThreadPoolExecutor(SLOW_AT_ONCE, thread_name_prefix="nibble-slow"),
+        tracing=tracing or open_tracing(settings.otlp_traces_endpoint, model, meta.own_version()),
     )
     bounds = Bounds(
         settings.max_body_bytes,
@@ -111,7 +119,7 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
             ("POST", "/v1/files"): settings.max_file_bytes + FORM_BYTES,
         },
     )
-    app.add_middleware(Door, bounds=bounds)
+    app.add_middleware(Door, bounds=bounds, tracing=app.state.desk.tracing)
     plain = app.openapi
     app.openapi = lambda: access.described(plain())  # type: ignore[method-assign]
     errors.register(app)
@@ -123,8 +131,6 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
         templates,
         feedback,
         vllm_admin,
-        files,
-        fine_tuning,
         keys,
         tenants,
         meta,
@@ -132,7 +138,8 @@ def create_app(settings: Settings, when_failed: Callable[[], None] = lambda: Non
         console,
     )
     openai = (models, chat, completions, embeddings)
-    for router in (module.router for module in (*routes, *openai)):
+    training = (files.router, fine_tuning.router) if settings.fine_tuning else (fine_tuning.off,)
+    for router in (*(module.router for module in (*routes, *openai)), *training):
         app.include_router(router)
     return app
 
@@ -155,6 +162,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     if desk.serving is not None:
         await asyncio.to_thread(_close, desk.serving, desk.settings.drain_seconds)
     desk.slow.shutdown(wait=False, cancel_futures=True)
+    await asyncio.to_thread(desk.tracing.close)
 
 
 def _load(app: FastAPI, loop: asyncio.AbstractEventLoop) -> None:
@@ -162,7 +170,7 @@ def _load(app: FastAPI, loop: asyncio.AbstractEventLoop) -> None:
     desk: Desk = app.state.desk
     started = time.monotonic()
     try:
-        loaded = assemble(desk.settings, desk.metrics)
+        loaded = assemble(desk.settings, desk.metrics, desk.tracing)
     except Exception as error:
         expected = isinstance(error, UnservableBase | AdapterError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
@@ -187,7 +195,8 @@ def _open(desk: Desk, loaded: Serving) -> None:
         _close(loaded)
         return
     desk.serving = loaded
-    loaded.jobs.start()
+    if desk.settings.fine_tuning:
+        loaded.jobs.start()
     desk.admission.open(lambda: loaded.engine.stats().waiting)
     threading.Thread(target=_warm, args=(loaded,), name="nibble-warm", daemon=True).start()
 
@@ -217,7 +226,7 @@ def _close(loaded: Serving, drain_seconds: float = 0.0) -> None:
     loaded.store.close()
 
 
-def assemble(settings: Settings, metrics: Metrics) -> Serving:
+def assemble(settings: Settings, metrics: Metrics, tracing: Tracing) -> Serving:
     """Base, store, engine, in this order; blocking. Raises UnservableBase, StoreUnavailable."""
     from adapters.lowering import lower
     from base.kernels import native_status
@@ -254,7 +263,7 @@ def assemble(settings: Settings, metrics: Metrics) -> Serving:
         engine.probe(lower(draft, weights, base))
 
     config = _engine_config(settings)
-    engine = Engine(base, Fetch(store, base), config, metrics)
+    engine = Engine(base, Fetch(store, base), config, traced(metrics, tracing))
     engine.start()
     own = OwnTokenizers(store, base.tokenizer, base.eos_token_ids)
     assembly = Assembly(base.tokenizer, engine.max_model_len, own)

@@ -34,6 +34,7 @@ from pydantic_settings import (
 )
 
 from base.mini import MINI
+from service.tracing.trace import can_trace
 
 PREFIX = "NIBBLE_"
 FILE = "nibble.toml"
@@ -144,6 +145,14 @@ class Settings(BaseSettings):
         "Least important line to log.", "Server", "info"
     )
     log_format: Literal["text", "json"] = _setting("How a log line looks.", "Server", "text")
+    otlp_traces_endpoint: str | None = _setting(
+        "URL of an OpenTelemetry collector for traces, http://collector:4318/v1/traces; also on "
+        "where OTEL_EXPORTER_OTLP_ENDPOINT is set.",
+        "Server",
+        None,
+        pattern=r"^https?://",
+        max_length=4096,
+    )
 
     base: str = _setting(
         "The base model: `mini` (embedded), a directory, or a hub id.", "Base", "mini", min_length=1
@@ -198,6 +207,11 @@ class Settings(BaseSettings):
     max_upload_bytes: Bytes = _setting("Largest adapter upload.", "Store", GIB, ge=KIB, le=TIB)
     max_rank: int = _setting("Largest rank of an adapter.", "Store", 256, ge=1, le=4096)
 
+    fine_tuning: bool = _setting(
+        "Take training jobs and their files over HTTP (/v1/fine_tuning, /v1/files).",
+        "Training",
+        True,
+    )
     max_file_bytes: Bytes = _setting("Largest training file.", "Training", GIB // 2, ge=KIB, le=TIB)
     jobs_at_once: int = _setting("Training jobs that run at once.", "Training", 1, ge=1, le=16)
     max_jobs: int = _setting(
@@ -333,6 +347,7 @@ class Settings(BaseSettings):
             "job_memory_bytes",
             "job_threads",
             "max_model_len",
+            "otlp_traces_endpoint",
             "revision",
             "templates",
             "embedder_model",
@@ -354,6 +369,13 @@ class Settings(BaseSettings):
         if path is not None and not path.is_dir():
             raise ValueError("is not a directory; give one that is, or none")
         return path
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _traceable(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not can_trace():
+            raise ValueError("needs OpenTelemetry: pip install 'nibble-serve[otel]'")
+        return endpoint
 
     @field_validator("block_size")
     @classmethod

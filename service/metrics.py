@@ -51,7 +51,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 _LOAD = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 # The engine's reasons in vLLM's words.
-_REASONS = {
+REASONS = {
     "eos_token": "stop",
     "stop_sequence": "stop",
     "length": "length",
@@ -148,7 +148,7 @@ class Metrics:
             registry=self.registry,
         )
         self._ended = {
-            reason: ended.labels(self._model, reason) for reason in sorted(set(_REASONS.values()))
+            reason: ended.labels(self._model, reason) for reason in sorted(set(REASONS.values()))
         }
 
     def _of_adapters(self) -> None:
@@ -218,7 +218,7 @@ class Metrics:
         self._tpot.observe(seconds)
 
     def finished(self, end: Finished, seconds: float) -> None:
-        self._ended[_REASONS[end.reason]].inc()
+        self._ended[REASONS[end.reason]].inc()
         self._e2e.observe(seconds)
         self._queue_time.observe(end.queue_seconds)
         self._prefill_time.observe(end.prefill_seconds)

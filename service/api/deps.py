@@ -36,6 +36,7 @@ from service.prompt.templates import Templates
 from service.retrieval.library import Library
 from service.retrieval.rerank import Reranker
 from service.selection import Sums
+from service.tracing.trace import Tracing, Untraced
 
 if TYPE_CHECKING:  # it brings torch, which is not here yet when the first request comes
     from service.residency.tiers import Resident
@@ -129,6 +130,7 @@ class Desk:
     slow: ThreadPoolExecutor
     serving: Serving | None = None
     failure: str | None = None  # why the base could not be loaded
+    tracing: Tracing = field(default_factory=Untraced)
 
     async def slowly(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Run something slow in a thread. Not undone when the client goes: it is shielded."""

@@ -21,6 +21,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import Refused, failure, log_failure
+from service.tracing.trace import Passage as Trace
+from service.tracing.trace import Tracing
 
 LINGER_BYTES = 4 << 20  # of a refused body, read so that the client gets to see the refusal
 LINGER_SECONDS = 2.0
@@ -49,9 +51,10 @@ class Bounds:
 class Door:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, bounds: Bounds) -> None:
+    def __init__(self, app: ASGIApp, bounds: Bounds, tracing: Tracing) -> None:
         self.app = app
         self.bounds = bounds
+        self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,14 +64,20 @@ class Door:
         scope["request_id"] = secrets.token_hex(8)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=scope["request_id"])
-        await _Passage(self, scope, receive, send).run()
+        with self.tracing.passage(scope) as trace:
+            if trace.trace_id:
+                structlog.contextvars.bind_contextvars(trace_id=trace.trace_id)
+            await _Passage(self, trace, scope, receive, send).run()
 
 
 class _Passage:
     """One request on its way through the door."""
 
-    def __init__(self, door: Door, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, door: Door, trace: Trace, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         self._app = door.app
+        self._trace = trace
         self._bounds = door.bounds
         self._scope = scope
         self._receive = receive
@@ -93,6 +102,7 @@ class _Passage:
                 raise
             await self._answer(self._refusal or error)
         finally:
+            self._trace.answered(self._status)
             self._log()
 
     async def receive(self) -> Message:

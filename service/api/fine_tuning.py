@@ -15,8 +15,9 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from adapters.errors import InvalidTemplate
-from service.api.access import Guarded, needs
+from service.api.access import Guarded, needs, open_to_all
 from service.api.deps import Desk, DeskDep, Serving, ServingDep, unless_gone
+from service.api.errors import Refused
 from service.api.files import After, listed
 from service.api.fine_tuning_schema import (
     CheckpointList,
@@ -287,3 +288,18 @@ def _kept(office: Office, job_id: str, after: str | None, limit: int) -> dict[st
             raise NotFound(f"checkpoint {after[:80]!r} does not exist", "after")
         views = views[places[0] + 1 :]
     return listed(views[:limit], len(views) > limit)
+
+
+# In place of all routes of training, where the setting `fine_tuning` is off.
+off = APIRouter(route_class=Guarded)
+
+
+async def refuse(rest: str = "") -> JSONResponse:
+    raise Refused(
+        404, "not_found", "this server takes no training jobs or files: fine_tuning is off here"
+    )
+
+
+for path in ("/v1/fine_tuning/{rest:path}", "/v1/files", "/v1/files/{rest:path}"):
+    methods = ["GET", "POST", "DELETE"]
+    off.add_api_route(path, open_to_all(refuse), methods=methods, include_in_schema=False)

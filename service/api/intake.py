@@ -37,6 +37,8 @@ from service.prompt.assembly import Assembly
 from service.prompt.templates import FIELD as FIELD_TEMPLATE
 from service.prompt.templates import TemplateAsked, TemplateChat
 from service.selection import Selection, select
+from service.tracing.trace import Generation as Trace
+from service.tracing.trace import Operation
 
 DEFAULT_NEW_TOKENS = 128
 CHARACTERS_PER_TOKEN = 4
@@ -100,6 +102,12 @@ class Order:
     stored: StoredTemplate | None = None  # which template made the prompt
     question: str | None = None  # what was asked before a template's words came around it
 
+    @property
+    def operation(self) -> Operation:
+        if self.pooled:
+            return "embeddings"
+        return "chat" if isinstance(self.prompt, Chat) else "text_completion"
+
 
 @dataclass(frozen=True, slots=True)
 class Started:
@@ -135,11 +143,13 @@ async def start(order: Order, request_id: str, desk: Desk, serving: Serving) -> 
     if serving.lease is not None:  # before anything is read or tokenized
         await serving.lease.reserve(reserved)
     ticket = desk.admission.admit()
+    trace = desk.tracing.generation(request_id)
     try:
         order = await templated(order, serving)
         with _named(order.names):
-            return await _started(order, request_id, ticket, desk, serving, reserved)
-    except BaseException:
+            return await _started(order, request_id, ticket, trace, desk, serving, reserved)
+    except BaseException as error:
+        trace.failed(error)
         ticket.release()
         raise
     finally:
@@ -147,9 +157,16 @@ async def start(order: Order, request_id: str, desk: Desk, serving: Serving) -> 
 
 
 async def _started(
-    order: Order, request_id: str, ticket: Ticket, desk: Desk, serving: Serving, reserved: int
+    order: Order,
+    request_id: str,
+    ticket: Ticket,
+    trace: Trace,
+    desk: Desk,
+    serving: Serving,
+    reserved: int,
 ) -> Started:
     selection = order.selection or await selected(order.terms, order.client, desk, serving)
+    trace.chosen(order.operation, selection)
     _check_tokens(order, selection, serving)
     # A cold adapter is on its way while the prompt is read.
     ticket.meanwhile(serving.engine.reserved(selection.ref if selection else None))
@@ -181,7 +198,7 @@ async def _started(
         vocabulary=own,
     )
     _note(order, selection, serving)
-    stream = _submitted(generation, selection, serving)
+    stream = trace.followed(_submitted(generation, selection, serving), generation)
     return Started(stream, generation, selection, serving.assembly, ticket, retrieved, order.stored)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -253,3 +254,28 @@ def test_first_signal_drains_second_exits(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert left == []
     server.handle_exit(signal.SIGINT, None)
     assert left == [130]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/fine_tuning/jobs"),
+        ("GET", "/v1/fine_tuning/jobs"),
+        ("POST", "/v1/fine_tuning/jobs/ftjob-1/resume"),
+        ("POST", "/v1/files"),
+        ("GET", "/v1/files/file-1/content"),
+    ],
+)
+def test_training_over_http_can_be_turned_off(method: str, path: str, tmp_path: Path) -> None:
+    app = create_app(Settings(home=tmp_path, fine_tuning=False))
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.request(method, path)
+
+    reply = asyncio.run(ask())
+    assert reply.status_code == 404
+    assert "fine_tuning is off here" in reply.json()["error"]["message"]
+    assert not any("fine_tuning" in one or "files" in one for one in app.openapi()["paths"])
+    assert "/generate" in app.openapi()["paths"]

@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from service.api import door
 from service.api.door import Bounds, Door
+from service.tracing.trace import Untraced
 from tests.service.api.conftest import Running, until
 
 CANARY = "canary-of-a-secret-prompt"
@@ -41,7 +42,7 @@ def through(bounds: Bounds, app: Any, messages: list[dict[str, Any]], **scope: A
         "headers": [(b"transfer-encoding", b"chunked")],
         **scope,
     }
-    asyncio.run(Door(app, bounds)(whole, receive, send))
+    asyncio.run(Door(app, bounds, Untraced())(whole, receive, send))
     return sent
 
 

@@ -1,0 +1,1 @@
+"""Traces of requests, where somebody collects them."""
