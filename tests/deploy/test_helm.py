@@ -146,6 +146,12 @@ def test_a_volume_of_its_own_is_never_shared_by_two_servers() -> None:
     assert fleet["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
 
 
+def test_a_fleet_takes_no_training_over_http() -> None:
+    fleet = rendered(*MATRIX["fleet"])
+    (server,) = only(fleet, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert variables(server)["NIBBLE_FINE_TUNING"] == "false", "a job would live on one pod"
+
+
 def test_the_catalog_is_migrated_once_before_servers_start() -> None:
     job = only(rendered(SHARED), "Job")
     assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
