@@ -25,7 +25,8 @@ export function total(samples, name, labels = {}) {
     .reduce((sum, row) => sum + row.value, 0);
 }
 
-/** The q-quantile of what a histogram gained since `before`, as Prometheus interpolates it. */
+/** The q-quantile of what a histogram gained since `before`, as Prometheus interpolates it; `under`
+ * where it lies in the lowest bucket, of which only the upper bound is known. */
 export function quantile(samples, before, name, q) {
   const old = new Map((before?.get(`${name}_bucket`) ?? []).map((r) => [r.labels.le, r.value]));
   const rows = (samples.get(`${name}_bucket`) ?? [])
@@ -40,9 +41,10 @@ export function quantile(samples, before, name, q) {
   let low = { le: 0, count: 0 };
   for (const row of rows) {
     if (row.count >= rank) {
-      if (row.le === Infinity) return low.le;
+      if (row.le === Infinity) return { at: low.le, under: false };
+      if (!low.le) return { at: row.le, under: true };
       const share = (rank - low.count) / (row.count - low.count || 1);
-      return low.le + (row.le - low.le) * share;
+      return { at: low.le + (row.le - low.le) * share, under: false };
     }
     low = row;
   }

@@ -372,4 +372,6 @@ export default {
   'Expected': '예상',
   'Found': '결과',
   'Arms that have not run: {n}': '실행되지 않은 대상: {n}개',
+  '{used} of {all}': '{all} 중 {used}',
+  '{title}: {share} % in use': '{title}: {share} % 사용 중',
 };
