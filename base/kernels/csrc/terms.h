@@ -265,6 +265,21 @@ static void term_rest(const int8_t *panel, int64_t rank, const float *u, int64_t
     }
 }
 
+/* Few rows read B as fast as memory gives it, from a place of its own for each term: its lines are
+ * asked for AHEAD_PANELS early, and at the end of a term the next one's first. */
+#define AHEAD_PANELS 4
+INLINE void term_prefetch(const fast_product *p, int64_t j, int64_t n, int64_t p0, int64_t p1) {
+    const lowrank_segment *s = p->terms + j;
+    if (n >= p1) {
+        n += p0 - p1;
+        if (j + 1 >= p->term_count || n >= p1) return;
+        s++;
+    }
+    const int64_t bytes = s->rank * (ROWS + 4);
+    const char *panel = (const char *)s->b + n * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(panel + i, 0, 2);
+}
+
 /* Panels [p0, p1) of a product's outputs, through its terms in their order. */
 static void term_columns(const fast_job *job, const fast_product *p, const float *u, int64_t p0,
                          int64_t p1) {
@@ -276,6 +291,7 @@ static void term_columns(const fast_job *job, const fast_product *p, const float
             const int64_t o = n * ROWS, count = p->out - o;
             const int8_t *panel = (const int8_t *)s->b + n * s->rank * (ROWS + 4);
             const float *gain = s->gain ? s->gain + o : NULL, *bias = s->bias ? s->bias + o : NULL;
+            if (rows <= 2) term_prefetch(p, j, n + AHEAD_PANELS, p0, p1);
             if (count < ROWS)
                 term_rest(panel, s->rank, u, ldu, y + o, p->out, gain, bias, rows, count);
             else
