@@ -79,8 +79,8 @@ def test_the_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_model_or_scenario_is_refused() -> None:
-    wrong = (["--model", "qwen9"], ["--only", "9 adapters"], ["--peft-dtype", "int8"])
-    wrong += (["--suite", "slow"], ["--precision", "half"], ["--llama-server", "/nowhere"])
+    wrong = [["--model", "qwen9"], ["--only", "9 adapters"], ["--peft-dtype", "int8"]]
+    wrong += [["--suite", "slow"], ["--precision", "half"], ["--llama-server", "/nowhere"]]
     for arguments in wrong:
         result = runner.invoke(app, arguments)
         assert result.exit_code == 2, result.output

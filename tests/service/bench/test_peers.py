@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from base.kernels import NF4Weight
 from base.load import load_base
 from base.nf4 import NF4Linear
 from service.bench.nibble_peer import ENGINE, NibblePeer
@@ -59,6 +60,7 @@ def test_peft_computes_on_the_same_nf4_bytes(base_directory: Path) -> None:
     for mine, layer in zip(ours, theirs, strict=True):
         got = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         assert torch.equal(got, mine.weight.dequantize(torch.float32))
+        assert isinstance(mine.weight, NF4Weight)
         assert layer.weight.data.data_ptr() == mine.weight.packed.data_ptr()
 
 

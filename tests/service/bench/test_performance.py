@@ -130,7 +130,13 @@ def test_the_page_says_all_that_the_figures_say(figures: dict[str, Any], tmp_pat
 
 def test_a_run_without_others_says_so(figures: dict[str, Any], tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    nothing = {"ratios": [], "own_ratios": [], "notes": [], "starts": [], "registered": None}
+    nothing: dict[str, Any] = {
+        "ratios": [],
+        "own_ratios": [],
+        "notes": [],
+        "starts": [],
+        "registered": None,
+    }
     write_page(figures | nothing, page)
     assert "until `/ready`" not in page.read_text()
     assert "Not measured in this run." in page.read_text()
