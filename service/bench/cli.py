@@ -95,7 +95,7 @@ def bench(
         typer.Option(min=0.1, help="After these no second round begins; default: no limit."),
     ] = math.inf,
     kernel: Annotated[
-        bool, typer.Option("--kernel", help="The NF4 products alone, on each instruction set.")
+        bool, typer.Option("--kernel", help="The kernels alone, each beside the machine's limits.")
     ] = False,
     device: Annotated[
         str, typer.Option(help="cpu or cuda, with --kernel: cuda checks and times Triton's.")
@@ -146,7 +146,7 @@ def bench(
 
 
 def _products(device: str, threads: int, *, kernel: bool) -> None:
-    """The products alone."""
+    """The kernels alone."""
     if device not in ("cpu", "cuda") or not kernel:
         raise typer.BadParameter(
             f"got {device}; cpu, or cuda together with --kernel", param_hint="--device"
