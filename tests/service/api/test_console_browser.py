@@ -257,9 +257,9 @@ def test_a_report_of_a_comparison_is_drawn(page: Any, tmp_path: Path) -> None:
     cell = table.get_by_role("row", name=re.compile("^lora ")).get_by_role("cell").nth(1)
     assert f"{row['quality']['value']:.1%}".replace("%", " %") in cell.inner_text()
     panel.get_by_role("img", name="Quality against Parameters").wait_for()
-    panel.get_by_label("Quality against").select_option("peak_bytes")
+    panel.get_by_role("combobox", name="Quality against").select_option("peak_bytes")
     panel.get_by_role("img", name="Quality against Memory at the peak").wait_for()
-    panel.get_by_label("Task").select_option("manual")
+    panel.get_by_role("combobox", name="Task").select_option("manual")
     panel.get_by_text("less is better").wait_for()
 
 
