@@ -6,7 +6,7 @@ import ctypes
 from contextlib import suppress
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
-OWN_PAGES = 1 << 22  # bytes from which an allocation has pages of its own
+OWN_PAGES = 1 << 20  # bytes from which an allocation has pages of its own
 
 
 def return_large_tensors() -> None:

@@ -110,10 +110,12 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float,
     position_ids: Tensor,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' signature; there is no mask, for positions say all that it would."""
     assert attention_mask is None, "only where nothing else is masked (`by_document`)"
+    assert sliding_window is None or query.shape[2] <= sliding_window
     found = documents(position_ids, len(query))
     y: Tensor = _Attention.apply(query, key, value, scaling, found)  # type: ignore[no-untyped-call]
     return y, None
@@ -147,7 +149,9 @@ def _takes(model: Any, length: int) -> bool:
 
 
 def _known(module: Any, length: int) -> bool:
-    window = getattr(module, "sliding_window", None)
+    # Of Qwen each layer has its window, or none; of Mistral all have the config's.
+    own = module if hasattr(module, "sliding_window") else module.config
+    window = getattr(own, "sliding_window", None)
     origin = type(module).__module__.partition(".")[0]
     named = type(module).__name__ in KNOWN and origin == "transformers"
     return named and (window is None or length <= window)

@@ -116,7 +116,7 @@ def note_origin(config: TrainConfig, done: Trained) -> None:
     files = {"train": config.data.train, "eval": config.data.eval}
     found: dict[str, Any] = {
         "config": fields,
-        "data": {part: _digest(path) for part, path in files.items() if path is not None},
+        "data": {part: digest for part, path in files.items() if (digest := _found(path))},
         "run": done.figures(),
     }
     if digest := _prompt_digest(config.data.template):
@@ -125,9 +125,20 @@ def note_origin(config: TrainConfig, done: Trained) -> None:
     (config.out / origin.FILE).write_text(text, encoding="utf-8")
 
 
+def _found(path: Path | None) -> str | None:
+    """The digest of a file or folder; None where it has gone while the run went on."""
+    try:
+        return None if path is None else _digest(path)
+    except OSError:
+        return None
+
+
 def _prompt_digest(path: Path | None) -> str | None:
-    """Of the prompt template that the run was trained with, if it was."""
-    return read_template(path)[1].digest if path and path.suffix in SUFFIXES else None
+    """Of the prompt template that the run was trained with, if it was and is still there."""
+    try:
+        return read_template(path)[1].digest if path and path.suffix in SUFFIXES else None
+    except AdapterError:
+        return None
 
 
 def _digest(path: Path) -> str:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from base.load import Base
 from tests.training.runs import run_of
@@ -50,6 +51,10 @@ def test_a_window_that_a_row_does_not_fit_into_is_left_to_transformers(
     base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base.model.model.layers[1].self_attn, "sliding_window", 8)
-    for length, ours in ((8, True), (9, False)):
-        with by_document(base.model, length):
-            assert (base.model.config._attn_implementation == NAME) is ours
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 99}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 8}
+    mistral = MistralForCausalLM(MistralConfig(**sizes, **heads))  # has it in its config alone
+    for model in (base.model, mistral):
+        for length, ours in ((8, True), (9, False)):
+            with by_document(model, length):
+                assert (model.config._attn_implementation == NAME) is ours
