@@ -25,10 +25,10 @@ from adapters.errors import (
     StoreFull,
     StoreUnavailable,
 )
-from adapters.manifest import AdapterManifest
+from adapters.manifest import DEFAULT_TENANT, AdapterManifest
 from adapters.room import check_room
 from adapters.sharing import homes, visible
-from adapters.tables import DEFAULT_TENANT, adapters, arms, metadata, served, totals
+from adapters.tables import adapters, arms, metadata, served, totals
 from adapters.traffic import Arm
 
 __all__ = ["Catalog", "check_alias", "check_name", "metadata"]

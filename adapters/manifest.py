@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 Placement = Literal["unmerged", "merged"]
 MergedDtype = Literal["bfloat16", "float32", "nf4"]
+DEFAULT_TENANT = "default"  # whose everything is where there are no keys
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from sqlalchemy.exc import IntegrityError
 
 from adapters.catalog import ATTEMPTS, Catalog
 from adapters.errors import StoreUnavailable
-from adapters.tables import DEFAULT_TENANT, arms, served, totals
+from adapters.manifest import DEFAULT_TENANT
+from adapters.tables import arms, served, totals
 
 Ending = Literal["completed", "failed", "cancelled"]
 Row = dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-DEFAULT_TENANT = "default"  # whose everything is where there are no keys
+from adapters.manifest import DEFAULT_TENANT
 
 metadata = sa.MetaData()
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 from adapters.errors import AdapterError, AdapterNotFound
 from adapters.intervals import Interval, Sample, mean, mean_difference, rate, rate_difference
-from adapters.manifest import AdapterManifest
+from adapters.manifest import DEFAULT_TENANT, AdapterManifest
 from adapters.outcomes import Ending, Outcome, Outcomes, Scored, Totals
 from adapters.store import AdapterStore
-from adapters.tables import DEFAULT_TENANT
 from service.engine.request import Event, Finished
 from service.engine.stream import EventStream
 from service.selection import Via

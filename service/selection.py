@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from adapters.compose import FIELD, Part, Term, check_sum, check_terms, composed_digest, sum_of
 from adapters.errors import InvalidAdapter
+from adapters.manifest import DEFAULT_TENANT
 from adapters.store import AdapterStore, alias_of
 from adapters.traffic import choose
-from service.engine.request import AdapterRef
+from service.engine.request import AdapterRef, full_name
 from service.errors import InvalidRequest
 
 MAX_REFERENCE = 200  # characters of `name@alias` or `sha256:<hex>`
@@ -32,6 +33,7 @@ class Selection:
 
     parts: tuple[Part, ...]  # in the order of their digests
     via: Via | None = None  # where one alias was named, and nothing else
+    tenant: str = DEFAULT_TENANT  # who asked
 
     @property
     def single(self) -> bool:
@@ -45,11 +47,11 @@ class Selection:
     def ref(self) -> AdapterRef:
         """What the engine is asked for."""
         if self.single:
-            return AdapterRef.of(self.parts[0].manifest)
+            return AdapterRef.of(self.parts[0].manifest, self.tenant)
         # No commas: in metrics names stand in a list.
         name = "+".join(part.manifest.name for part in self.parts)
         pairs = tuple((part.manifest.digest, part.weight) for part in self.parts)
-        return AdapterRef(self.digest, name, parts=pairs)
+        return AdapterRef(self.digest, full_name(name, self.tenant), parts=pairs)
 
     @property
     def template(self) -> str | None:
@@ -84,7 +86,7 @@ def select(
         parts = sum_of([_part(term, store, client) for term in terms])
         if not parts:
             raise InvalidAdapter("the weights cancel each other, so no adapter is left", FIELD)
-        found = Selection(parts, _via(terms))
+        found = Selection(parts, _via(terms), store.catalog.tenant)
         if not found.single:
             check_sum(parts, max_rank, max_bytes)
     except InvalidAdapter as error:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from adapters.tables import DEFAULT_TENANT
+from adapters.manifest import DEFAULT_TENANT
 from service.errors import Forbidden
 
 Scope = Literal["infer", "adapters:read", "adapters:write", "rag", "train", "admin"]

@@ -313,7 +313,7 @@ async def drop_alias(name: PathName, alias: PathName, serving: ServingDep) -> JS
 async def load(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Bring an adapter to its slot now, so that no request has to wait for it."""
     manifest = await asyncio.to_thread(serving.store.resolve, name)
-    report = await desk.slowly(serving.engine.load, AdapterRef.of(manifest))
+    report = await desk.slowly(serving.engine.load, AdapterRef.of(manifest, serving.caller.tenant))
     body = {
         "name": manifest.name,
         "version": manifest.version,
@@ -332,7 +332,7 @@ async def load(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONRespon
 async def pin(name: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Load an adapter and keep it in its slot, whatever else comes."""
     manifest = await asyncio.to_thread(serving.store.resolve, name)
-    await desk.slowly(serving.engine.pin, AdapterRef.of(manifest))
+    await desk.slowly(serving.engine.pin, AdapterRef.of(manifest, serving.caller.tenant))
     return _reply(_pinned(manifest, True), 200, manifest)
 
 

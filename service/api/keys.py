@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
-from adapters.tables import DEFAULT_TENANT
+from adapters.manifest import DEFAULT_TENANT
 from service.access.caller import SCOPES, TENANT, Scope
 from service.access.keys import DAY, MAX_DAYS, OVERLAP
 from service.api.access import Guarded, needs

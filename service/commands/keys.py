@@ -11,7 +11,7 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from adapters.errors import AdapterError
-from adapters.tables import DEFAULT_TENANT
+from adapters.manifest import DEFAULT_TENANT
 from service.access.audit import AuditLog
 from service.access.caller import SCOPES
 from service.access.keys import MAX_DAYS, OVERLAP, Keys, opened

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from adapters.manifest import AdapterManifest, MergedDtype, Placement
+from adapters.manifest import DEFAULT_TENANT, AdapterManifest, MergedDtype, Placement
 from service.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ class Sampling:
     guide: Guide | None = None  # what the output must look like
 
 
+def full_name(name: str, tenant: str) -> str:
+    """What metrics and logs call an adapter: names are a tenant's own."""
+    return name if tenant == DEFAULT_TENANT else f"{tenant}/{name}"
+
+
 class AdapterKey(NamedTuple):
     """What an adapter is for the engine: one slot, and one namespace of the prefix cache.
 
@@ -66,11 +71,11 @@ class AdapterRef:
     invocation: tuple[int, ...] = ()  # tokens that activate it; none: it is from the start
 
     @classmethod
-    def of(cls, manifest: AdapterManifest) -> AdapterRef:
-        """What the engine is asked for when a request names this version."""
+    def of(cls, manifest: AdapterManifest, tenant: str = DEFAULT_TENANT) -> AdapterRef:
+        """What the engine is asked for when a request of `tenant` names this version."""
         return cls(
             manifest.digest,
-            manifest.name,
+            full_name(manifest.name, tenant),
             manifest.placement,
             manifest.merged_dtype,
             virtual_tokens=manifest.virtual_tokens,

@@ -20,8 +20,8 @@ import sqlalchemy as sa
 
 from adapters.blobs import disk_errors
 from adapters.catalog import Catalog
+from adapters.manifest import DEFAULT_TENANT
 from adapters.room import check_room
-from adapters.tables import DEFAULT_TENANT
 from adapters.tables import training_files as files
 from service.errors import NotFound
 

@@ -13,7 +13,7 @@ import secrets
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from adapters.tables import DEFAULT_TENANT
+from adapters.manifest import DEFAULT_TENANT
 from service.jobs.order import Order
 
 Status = Literal[

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from adapters.catalog import Catalog
-from adapters.tables import DEFAULT_TENANT
+from adapters.manifest import DEFAULT_TENANT
 from adapters.tables import job_events as events
 from adapters.tables import training_jobs as jobs
 from service.errors import NotFound, WrongState

@@ -255,6 +255,9 @@ def test_every_reply_is_found_with_what_served_it(site: Site, directory: Path) -
         site.acme.post("/v1/embeddings", json={"model": "noted", "input": CANARY}),
     ]
     base = site.acme.post("/generate", json={"inputs": CANARY, "parameters": {"max_new_tokens": 1}})
+    metrics = site.admin.get("/metrics").text
+    assert '"acme/noted"' in metrics
+    assert '"noted"' not in metrics
     gone = site.acme.delete("/adapters/noted")
     refused = site.acme.post("/keys", json={"name": "mine", "scopes": ["admin"]})
     time.sleep(0.5)
