@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,8 +25,8 @@ from tests.adapters.test_manifest import MANIFEST
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    catalog = Catalog(str(tmp_path / "catalog.db"))
+def catalog(tmp_path: Path, empty_catalog: Path) -> Iterator[Catalog]:
+    catalog = Catalog(str(shutil.copy(empty_catalog, tmp_path)))
     yield catalog
     catalog.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,8 @@ OPERATOR = "the key of the operator"
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> Iterator[Keys]:
-    catalog = Catalog(str(tmp_path / "catalog.db"))
+def keys(tmp_path: Path, empty_catalog: Path) -> Iterator[Keys]:
+    catalog = Catalog(str(shutil.copy(empty_catalog, tmp_path)))
     yield Keys(catalog)
     catalog.close()
 

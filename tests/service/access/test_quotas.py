@@ -28,8 +28,8 @@ from tests.service.jobs.conftest import keep, order_of
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    catalog = Catalog(str(tmp_path / "catalog.db"))
+def catalog(tmp_path: Path, empty_catalog: Path) -> Iterator[Catalog]:
+    catalog = Catalog(str(shutil.copy(empty_catalog, tmp_path)))
     for tenant in ("acme", "zeta"):
         Keys(catalog).create("a key", tenant, ["infer"])
     yield catalog

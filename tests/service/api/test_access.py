@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -68,12 +69,12 @@ def test_a_route_that_says_nothing_cannot_be_made() -> None:
 
 
 @pytest.fixture
-def closed(server: Running, tmp_path: Path) -> Iterator[Keys]:
+def closed(server: Running, tmp_path: Path, empty_catalog: Path) -> Iterator[Keys]:
     """The server with a gate of its own; what is made here opens it. Its own catalog stays as it
     is: once it knew a key, the server would be closed for good."""
     before = server.desk.serving
     assert before is not None
-    catalog = Catalog(str(tmp_path / "keys.db"))
+    catalog = Catalog(str(shutil.copy(empty_catalog, tmp_path)))
     server.desk.serving = replace(before, gate=Gate(Keys(catalog), "the operator's own key"))
     yield Keys(catalog)
     server.desk.serving = before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -36,10 +37,10 @@ class Site:
 
 
 @pytest.fixture
-def site(server: Running, tmp_path: Path) -> Iterator[Site]:
+def site(server: Running, tmp_path: Path, empty_catalog: Path) -> Iterator[Site]:
     before = server.desk.serving
     assert before is not None
-    catalog = Catalog(str(tmp_path / "keys.db"))
+    catalog = Catalog(str(shutil.copy(empty_catalog, tmp_path)))
     keys, audit = Keys(catalog), AuditLog(tmp_path / "audit")
     server.desk.serving = replace(
         before, gate=Gate(keys, OPERATOR), meter=Meter(Tenants(catalog)), audit=audit
