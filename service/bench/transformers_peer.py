@@ -6,6 +6,8 @@ import logging
 import time
 from typing import Any
 
+import torch
+
 from base.load import load_base
 from service.bench.memory import head_bytes, quantised_bytes
 from service.bench.peer import Setup
@@ -29,6 +31,9 @@ class TransformersPeer:
         base = load_base(setup.model, device="cpu", dtype="float32")
         self._bytes, self._head_bytes = quantised_bytes(base), head_bytes(base)
         to_bitsandbytes(base)
+        for weight in base.model.parameters():
+            if weight.dtype is torch.bfloat16:  # it keeps keys in the dtype of the first weight
+                weight.data = weight.data.float()
         bounds = ContinuousBatchingConfig(
             page_size=PAGE, num_blocks=PAGES, max_batch_tokens=STEP, allow_block_sharing=False
         )
