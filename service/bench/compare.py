@@ -86,8 +86,8 @@ def compare(options: Options, report: Report) -> Figures:
         without = _without_llama(options, spec)
         roster = Roster(options, spec, adapters, stack, report)
         peers = roster.start(llama=options.gguf is not None and not without)
-        found = _measured(options, peers, spec, report, until)
-        facts = {name: peer.facts() for name, peer in peers.items()}
+        found = _measured(options, peers, spec, report, roster.failed, until)
+        facts = {name: peer.facts() for name, peer in peers.items() if name not in roster.failed}
     limits = better(limits, measure_limits(options.threads))
     rows = [row_of(row, rounds, options.prompt_tokens) for row, rounds in found.items()]
     return {
@@ -105,7 +105,10 @@ def compare(options: Options, report: Report) -> Figures:
         "starts": starts,
         "peers": facts,
         "peft_trials": {dtype: round(rate, 2) for dtype, rate in roster.trials.items()},
-        "notes": _notes(options, facts, roster.trials, without),
+        "notes": [
+            *_notes(options, facts, roster.trials, without),
+            *(f"{name} failed and is left out: {why}" for name, why in roster.failed.items()),
+        ],
     }
 
 
@@ -170,6 +173,7 @@ def _measured(
     peers: Mapping[str, PeerProcess],
     spec: BaseSpec,
     report: Report,
+    failed: dict[str, str],
     until: float,
 ) -> dict[Contestant, list[Round]]:
     rows = contestants(options.scenarios, list(peers))
@@ -190,6 +194,7 @@ def _measured(
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         report=count,
+        failed=failed,
         until=until,
     )
 

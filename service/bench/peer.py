@@ -39,6 +39,11 @@ class Peer(Protocol):
 class PeerFailed(Exception):
     """A peer's process raised; the message is its traceback."""
 
+    @property
+    def reason(self) -> str:
+        """Its last line."""
+        return str(self).strip().splitlines()[-1][:300]
+
 
 class PeerProcess:
     """A peer at the other end of a pipe. It waits in its pipe, idle, while others are measured."""

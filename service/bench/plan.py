@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from service.bench import llama_peer, peft_peer, server_peers, transformers_peer
 from service.bench.nibble_peer import ENGINE
-from service.bench.peer import PeerProcess
+from service.bench.peer import PeerFailed, PeerProcess
 from service.bench.scenario import (
     BASE,
     CHAT,
@@ -113,23 +113,33 @@ def measure(
     prompt_tokens: int,
     new_tokens: int,
     report: Callable[[Contestant], None],
+    failed: dict[str, str],
     until: float = math.inf,
 ) -> dict[Contestant, list[Round]]:
     """`rounds[peer]` of each row, after a short one that is not counted; `report` hears of each.
 
-    Every row has its first round; no other begins after `until` (of time.monotonic).
+    Every row has its first round; no other begins after `until` (of time.monotonic). One of the
+    others that fails is left out of all, and `failed` says why; nibble may not fail.
     """
     found: dict[Contestant, list[Round]] = {row: [] for row in rows}
     for number, row in order(rows, rounds):
         if number > 1 and time.monotonic() > until:
             break
+        if row.peer in failed:
+            continue
         tokens = new_tokens if number > 0 else min(new_tokens, WARM_UP_TOKENS)
         asked = job(row.scenario, number, vocabulary, prompt_tokens, tokens)
-        result = peers[row.peer].run(asked, row.way)
+        try:
+            result = peers[row.peer].run(asked, row.way)
+        except PeerFailed as error:
+            if row.peer.startswith(NIBBLE):
+                raise
+            failed[row.peer] = error.reason
+            continue
         if number > 0:
             found[row].append(result)
         report(row)
-    return found
+    return {row: each for row, each in found.items() if each and row.peer not in failed}
 
 
 def order(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from base.spec import BaseSpec
 from service.bench.anchor import anchor
 from service.bench.llama_peer import LlamaPeer
 from service.bench.nibble_peer import NibblePeer
-from service.bench.peer import Peer, PeerProcess, Setup
+from service.bench.peer import Peer, PeerFailed, PeerProcess, Setup
 from service.bench.peft_peer import PeftPeer
 from service.bench.plan import (
     BARE,
@@ -44,6 +44,7 @@ class Roster:
         report: Report,
     ) -> None:
         self.trials: dict[str, float] = {}  # PEFT's rates in each dtype that it was tried in
+        self.failed: dict[str, str] = {}  # others that did not start, and why
         self._options = options
         self._spec = spec
         self._adapters = adapters
@@ -61,9 +62,14 @@ class Roster:
             self._start(TRANSFORMERS, TransformersPeer, self._options.setup([]))
         if self._options.peft_dtypes:
             self._add(PEFT, self._peft)
-        for peer in self._peers.values():
-            peer.facts()  # answers once it is ready
-        return self._peers
+        for name, peer in self._peers.items():
+            try:
+                peer.facts()  # answers once it is ready
+            except PeerFailed as error:
+                if name.startswith(NIBBLE):
+                    raise
+                self.failed[name] = error.reason
+        return {name: peer for name, peer in self._peers.items() if name not in self.failed}
 
     def _ours(self) -> None:
         options = self._options
@@ -82,7 +88,8 @@ class Roster:
         self._start(LLAMA, LlamaPeer, setup)
         if options.llama_server is not None:
             if LLAMA in self._peers:
-                self._peers[LLAMA].facts()  # it may still write the weights that both read
+                with suppress(PeerFailed):  # said when all have started
+                    self._peers[LLAMA].facts()  # it may still write the weights that both read
             setup = options.setup(self._plain, binary=str(options.llama_server), **more)
             self._start(LLAMA_SERVER, LlamaServerPeer, setup)
             setup = options.setup(self._plain, precision=options.precisions[0])

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import pytest
+
+from service.bench.peer import PeerFailed
 from service.bench.plan import BARE, Contestant, contestants, measure, order
 from service.bench.scenario import (
     DISTINCT,
@@ -80,6 +83,7 @@ def test_every_row_has_a_round_and_no_second_one_begins_when_the_time_is_up() ->
         prompt_tokens=3,
         new_tokens=2,
         report=lambda row: None,
+        failed={},
         until=0.0,
     )
     assert [len(found[row]) for row in rows] == [1] * len(rows)
@@ -95,6 +99,7 @@ def test_the_warm_up_is_short() -> None:
         prompt_tokens=3,
         new_tokens=30,
         report=lambda row: None,
+        failed={},
     )
     assert [job.new_tokens for _, _, job in asked] == [4, 30]
 
@@ -111,9 +116,41 @@ def test_peers_take_turns_on_the_same_prompts_and_the_first_round_is_not_counted
         prompt_tokens=3,
         new_tokens=2,
         report=heard.append,
+        failed={},
     )
     assert [name for name, _, _ in asked] == [*PEERS, *reversed(PEERS), *PEERS]
     assert [a[2] == b[2] for a, b in zip(asked[::2], asked[1::2], strict=True)] == [True] * 3
     assert [len(rounds) for rounds in found.values()] == [2, 2]
     assert [each.tokens for each in found[rows[0]]] == [4, 5]  # of its second and third try
     assert len(heard) == 6
+
+
+def test_another_that_fails_is_left_out_and_nibble_may_not_fail() -> None:
+    class Failing(Recorder):
+        def run(self, job: Job, way: str) -> Round:
+            done = super().run(job, way)
+            if [name for name, _, _ in self.asked].count(self.name) > 2:
+                raise PeerFailed(f"{self.name}:\nTraceback\nRuntimeError: out of pages")
+            return done
+
+    def run(failing: str, failed: dict[str, str]) -> dict[Contestant, list[Round]]:
+        asked: list[tuple[str, str, Job]] = []
+        return measure(
+            contestants([ONE], PEERS),
+            {
+                name: (Failing if name == failing else Recorder)(name, asked)  # type: ignore[misc]
+                for name in PEERS
+            },
+            rounds={"nibble": 3, "peft": 3},
+            vocabulary=100,
+            prompt_tokens=3,
+            new_tokens=2,
+            report=lambda row: None,
+            failed=failed,
+        )
+
+    failed: dict[str, str] = {}
+    assert {row.peer for row in run("peft", failed)} == {"nibble"}
+    assert failed == {"peft": "RuntimeError: out of pages"}
+    with pytest.raises(PeerFailed, match="out of pages"):
+        run("nibble", {})
