@@ -15,6 +15,8 @@ from service.access.caller import SCOPES, Caller
 from service.access.caller import Scope as KeyScope
 from service.access.quotas import Lease
 from service.api.deps import Desk, loaded
+from service.api.openai_errors import speaks_openai
+from service.api.wire import refusals
 from service.errors import Forbidden
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -49,6 +51,8 @@ class Guarded(APIRoute):
         if declared:
             security = {"security": [{}, {SCHEME: list(declared)}]}
             rest["openapi_extra"] = security | (rest.get("openapi_extra") or {})
+            if not speaks_openai(path):  # there every 4XX is described
+                rest["responses"] = refusals(401, 403, 429) | (rest.get("responses") or {})
         super().__init__(path, endpoint, **rest)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
