@@ -68,7 +68,7 @@ clients: $(CLIENTS)/.stamp
 	  -o asyncio_default_fixture_loop_scope=function -W ignore \
 	  --timeout 1800 tests/clients $(ARGS)
 
-# A server of its own with memory for half of the adapters; the report goes to build/load.
+# A server of its own with memory for some of its adapters; the report goes to build/load.
 load: $(INSTALLED)
 	$(BIN)/python -m deploy.load $(ARGS)
 

@@ -58,7 +58,7 @@ def main() -> None:
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
             "server": f"{info.json()['version']}, {where}; {model}, {info.json()['kernels']}",
             "adapters": f"{given.adapters} of {given.adapter.name}"
-            + (f", memory for {given.resident}" if given.url is None else ""),
+            + (f", {_room(given):,} bytes for them in each tier" if given.url is None else ""),
             "load": f"{given.requests} requests a phase and round, {given.rounds} rounds, "
             f"{given.clients} clients; {given.prompt_words + 1} words in, "
             f"{given.tokens} tokens out",
@@ -79,7 +79,8 @@ def _arguments() -> argparse.Namespace:
     add("--serve", type=shlex.split, default=[], help="flags for that one: '--base DIR'")
     add("--adapter", type=Path, default=SAMPLE, help="what all adapters are made of")
     add("--adapters", type=int, default=16, help="how many")
-    add("--resident", type=int, default=8, help="how many its own server has memory for")
+    about = "of their files fit into each tier of its own server's memory, which keeps less of each"
+    add("--resident", type=int, default=4, help=f"how many {about}")
     add("--requests", type=int, default=32, help="of each workload in each round")
     add("--rounds", type=int, default=2)
     add("--clients", type=int, default=4, help="that ask one request after another")
