@@ -80,6 +80,16 @@ def answer(client: httpx.Client, **parameters: Any) -> str:
     return said
 
 
+def certainty(client: httpx.Client, **parameters: Any) -> list[float]:
+    """The log-probabilities of an answer: what a short training changes before it changes words."""
+    body = {
+        "inputs": PROMPT,
+        "parameters": {"max_new_tokens": TOKENS, "details": True, **parameters},
+    }
+    details = client.post("/generate", json=body).raise_for_status().json()["details"]
+    return [token["logprob"] for token in details["tokens"]]
+
+
 @pytest.fixture(scope="module")
 def mini() -> Base:
     return load_base(MINI, device="cpu", dtype="float32")
@@ -121,13 +131,14 @@ def test_it_trains_is_uploaded_and_answers_as_trained(
     adapter.detach()
     served = answer(server, adapter_id=name)
     assert served.strip() == trained.strip()
-    assert served != answer(server), "20 steps show"
+    assert certainty(server, adapter_id=name) != certainty(server), "20 steps show"
 
 
 @pytest.mark.parametrize("build", ["full", "dapt"])
 def test_a_new_base_is_made_and_answers(data: Path, tmp_path: Path, build: str) -> None:
     text = tmp_path / "town.txt"
-    text.write_text("The smith of Arvelle sold nine copper bells to the mill.\n\n" * 40)
+    said_often = "The smith of Arvelle sold {} copper bells to the mill.\n\n"
+    text.write_text("".join(map(said_often.format, range(1, 121))))
     out = tmp_path / "new"
     flags = ["--data", str(data if build == "full" else text), "--out", str(out), "--steps", "20"]
     flags += ["--batch-size", "4", "--set", "data.max_length=128", "--json"]

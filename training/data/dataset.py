@@ -122,8 +122,12 @@ def prepare(config: DataConfig, tokenizer: Any) -> Prepared:
             'them would not learn to stop; the last piece of a text needs no "continues"'
         )
     if (config.eval or config.split) and not found.held_out:
-        why = config.eval or f"{config.train}: data.split={config.split}"
-        raise DataError(f"{why}: no rows to evaluate on")
+        if config.eval:
+            raise DataError(f"{config.eval}: no rows to evaluate on")
+        raise DataError(
+            f"{config.train}: data.split={config.split} leaves no rows to evaluate on: name a file "
+            "as data.eval, or split off more, or say data.split=0 to train without"
+        )
     return found
 
 
