@@ -61,6 +61,20 @@ class Forbidden(ServiceError):
         self.wanted = tuple(wanted)
 
 
+class KeysWanted(Forbidden):
+    """The route is off while the server has no API key."""
+
+    def __init__(self, wanted: Sequence[str]) -> None:
+        scope = " or ".join(wanted)
+        ServiceError.__init__(
+            self,
+            "this is off while the server has no API key: make one with "
+            f"`nibble keys create NAME --scopes {scope}`, or set NIBBLE_ADMIN_KEY, and send it as "
+            "`Authorization: Bearer …`",
+        )
+        self.wanted = tuple(wanted)
+
+
 class Overloaded(ServiceError):
     """The server has too much to do; come back after `retry_after` seconds."""
 

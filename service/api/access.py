@@ -17,7 +17,7 @@ from service.access.quotas import Lease
 from service.api.deps import Desk, loaded
 from service.api.openai_errors import speaks_openai
 from service.api.wire import refusals
-from service.errors import Forbidden
+from service.errors import Forbidden, KeysWanted
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -43,13 +43,16 @@ open_to_all = needs()  # and who has none
 class Guarded(APIRoute):
     """A route that says who may use it. One that says nothing cannot be made."""
 
+    keyless = True  # it takes requests while the server has no key
+
     def __init__(self, path: str, endpoint: Callable[..., Any], **rest: Any) -> None:
         declared = getattr(endpoint, "scopes", None)
         if declared is None:
             raise ValueError(f"{path}: say who may use it: @needs(…), @any_key or @open_to_all")
         self.scopes: tuple[KeyScope, ...] = declared
         if declared:
-            security = {"security": [{}, {SCHEME: list(declared)}]}
+            without: list[dict[str, list[str]]] = [{}] if self.keyless else []
+            security = {"security": [*without, {SCHEME: list(declared)}]}
             rest["openapi_extra"] = security | (rest.get("openapi_extra") or {})
             if not speaks_openai(path):  # there every 4XX is described
                 rest["responses"] = refusals(401, 403, 429) | (rest.get("responses") or {})
@@ -72,6 +75,10 @@ class Guarded(APIRoute):
             if lease is not None:
                 await lease.close()
 
+    def check(self, caller: Caller) -> None:
+        """Raises Forbidden."""
+        caller.check(*self.scopes)
+
     async def _admit(self, scope: Scope) -> Lease | None:
         """Raises Unauthenticated, Forbidden, QuotaExceeded. What an operator does is not counted,
         and nothing is where there are no keys."""
@@ -81,11 +88,22 @@ class Guarded(APIRoute):
         scope["caller"], scope["said"] = caller, {}
         if caller.key is not None:
             structlog.contextvars.bind_contextvars(key=caller.key, tenant=caller.tenant)
-        caller.check(*self.scopes)
+        self.check(caller)
         counted = caller.key is not None and self.scopes != ("admin",)
         scope["lease"] = await here.meter.admit(caller.tenant) if counted else None
         lease: Lease | None = scope["lease"]
         return lease
+
+
+class Keyed(Guarded):
+    """A route that is off until the server has a key, on this machine's own address too."""
+
+    keyless = False
+
+    def check(self, caller: Caller) -> None:
+        if caller.key is None:
+            raise KeysWanted(self.scopes)
+        super().check(caller)
 
 
 def caller_of(request: Request) -> Caller:

@@ -1,7 +1,8 @@
 """`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as controllers on Kubernetes call vLLM's.
 
-Both want a key with the scope `admin`, where the server has keys. An adapter is loaded from a
-directory beneath `adapter_root`, which the operator mounts; its checks are those of an upload.
+Both want a key with the scope `admin`, and are off while the server has no key at all. An adapter
+is loaded from a directory beneath `adapter_root`, which the operator mounts; its checks are those
+of an upload.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fastapi.responses import PlainTextResponse, Response
 from pydantic import ConfigDict, Field
 
 from adapters.errors import AdapterNotFound
-from service.api.access import Guarded, needs
+from service.api.access import Keyed, needs
 from service.api.adapters import delete_adapter
 from service.api.deps import DeskDep, Serving, ServingDep
 from service.api.openai.schema import Lenient
@@ -22,7 +23,7 @@ from service.api.openai.served import not_found
 from service.api.openai_errors import openai_refusals
 from service.errors import InvalidRequest
 
-router = APIRouter(prefix="/v1", tags=["admin"], route_class=Guarded)
+router = APIRouter(prefix="/v1", tags=["admin"], route_class=Keyed)
 
 AdapterName = Annotated[str, Field(min_length=1, max_length=64)]
 

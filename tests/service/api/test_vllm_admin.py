@@ -55,8 +55,40 @@ def load(client: httpx.Client, name: str, path: str, **more: object) -> httpx.Re
     return client.post("/v1/load_lora_adapter", json=body)
 
 
-def test_off_without_a_root(client: httpx.Client) -> None:
-    reply = load(client, "new", "fresh")
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("given", [None, f"Bearer {KEY}"])
+def test_off_until_there_is_a_key(
+    admin: httpx.Client, server: Running, tmp_path: Path, given: str | None, local: bool
+) -> None:
+    """Also for this machine itself, which may do all else without a key."""
+    catalog = Catalog(str(tmp_path / "none.db"))
+    keys, serving = Keys(catalog), server.desk.serving
+    assert serving is not None
+    server.desk.serving = replace(serving, gate=Gate(keys, local=local))
+    headers = {} if given is None else {"authorization": given}
+    with httpx.Client(base_url=admin.base_url, headers=headers, timeout=60) as anybody:
+        for reply in (
+            load(anybody, "new", "fresh"),
+            anybody.post("/v1/unload_lora_adapter", json={"lora_name": "lora"}),
+        ):
+            assert reply.status_code == 403
+            said = reply.json()["error"]
+            assert said["type"] == "permission_error"
+            assert "nibble keys create NAME --scopes admin" in said["message"]
+    made = keys.create("first", "default", ["admin"])
+    server.desk.serving = replace(serving, gate=Gate(keys, local=local))
+    headers = {"authorization": f"Bearer {made.token}"}
+    with httpx.Client(base_url=admin.base_url, headers=headers, timeout=60) as operator:
+        assert load(operator, "new", "fresh").status_code == 200
+        gone = operator.post("/v1/unload_lora_adapter", json={"lora_name": "new"})
+        assert gone.status_code == 200
+    server.desk.serving = serving
+    catalog.close()
+
+
+def test_off_without_a_root(admin: httpx.Client, server: Running, settings: Settings) -> None:
+    server.desk.settings = settings
+    reply = load(admin, "new", "fresh")
     assert reply.status_code == 400
     assert "adapter_root" in reply.json()["error"]["message"]
 
