@@ -47,6 +47,8 @@ _LATENCY = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0),
     *(240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
+# A wait or a prompt is mostly shorter than the first of these: theirs, and finer ones below.
+_WAIT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, *_LATENCY)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _LOAD = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -127,10 +129,10 @@ class Metrics:
             "vllm:e2e_request_latency_seconds", "Time from arrival to end.", _LATENCY
         )
         self._queue_time = self._histogram(
-            "vllm:request_queue_time_seconds", "Time spent waiting.", _LATENCY
+            "vllm:request_queue_time_seconds", "Time spent waiting.", _WAIT
         )
         self._prefill_time = self._histogram(
-            "vllm:request_prefill_time_seconds", "Time spent in prefill.", _LATENCY
+            "vllm:request_prefill_time_seconds", "Time spent in prefill.", _WAIT
         )
         self._decode_time = self._histogram(
             "vllm:request_decode_time_seconds", "Time spent in decoding.", _LATENCY

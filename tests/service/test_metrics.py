@@ -104,7 +104,18 @@ def test_ends_by_vllm_s_reasons(reason: str, theirs: str) -> None:
         assert counted == (one == theirs)
     assert value(metrics, "vllm:e2e_request_latency_seconds_sum") == 3.0
     assert value(metrics, "vllm:request_queue_time_seconds_sum") == 0.5
+    waited = "vllm:request_queue_time_seconds_bucket"
+    assert value(metrics, waited, le="0.3") == 0 < value(metrics, waited, le="0.5") == 1
     assert value(metrics, "vllm:request_generation_tokens_sum") == 5
+
+
+def test_a_short_wait_has_buckets_of_its_own() -> None:
+    metrics = Metrics("m")
+    for seconds in (0.0004, 0.004):
+        metrics.finished(Finished(0, "length", "t", 3, 0, 5, queue_seconds=seconds), 0.1)
+    bounds = {"0.001": 1, "0.0025": 1, "0.005": 2, "0.3": 2}
+    waited = "vllm:request_queue_time_seconds_bucket"
+    assert {le: value(metrics, waited, le=le) for le in bounds} == bounds
 
 
 def test_capacity_stands_beside_use() -> None:
