@@ -110,7 +110,10 @@ class AdapterView(Outgoing):
     rank: int
     targets: list[str]
     parameters: int
-    memory_bytes: int = Field(description="What a slot needs, in fp32.")
+    memory_bytes: int = Field(
+        description="Of its numbers in fp32, as precision exact keeps them. The fast precision "
+        "and merged placements keep others: `bytes` of `residency` is what it takes here."
+    )
     weights_bytes: int
     placement: str
     merged_dtype: str

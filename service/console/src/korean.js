@@ -41,6 +41,7 @@ export default {
   'Tier': '위치',
   'On disk': '디스크',
   'In its slot': '슬롯에서',
+  'In fp32': 'fp32로',
   'Hits': '사용 횟수',
   'Last used': '마지막 사용',
   'merged': '병합',

@@ -170,10 +170,16 @@ def test_a_bad_upload_says_why(page: Any, tmp_path: Path) -> None:
     assert "XLORA" in form.get_by_role("alert").inner_text()
 
 
-def test_status_shows_what_ran(page: Any) -> None:
+def test_status_shows_what_ran(page: Any, running: Running) -> None:
+    asked: dict[str, Any] = {"inputs": [{"role": "user", "content": QUESTION}]}
+    asked["parameters"] = {"adapter_id": "cipher", "details": True}
+    reply = httpx.post(f"{running.url}/generate", json=asked, timeout=PATIENCE / 1000).json()
+    assert reply["details"]["finish_reason"] == "eos_token"
     _open(page, "status")
     page.get_by_role("region", name="Memory").get_by_text("blocks of 16 tokens").wait_for()
     page.get_by_role("img", name="KV cache").wait_for()
+    page.get_by_role("img", name=re.compile(r"^Slots, on the device: \d+\.\d % in use")).wait_for()
+    page.get_by_role("region", name="Memory").get_by_text("cipher@1").first.wait_for()
     machine = page.get_by_role("region", name="Machine")
     assert "mini" in machine.inner_text()
     assert "stop" in page.get_by_role("region", name="Since the start").inner_text()
