@@ -43,9 +43,6 @@ InPath = Annotated[str, Path(min_length=1, max_length=64, examples=["handbook"])
 DocumentPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, examples=["guide.md"])]
 _ERRORS = refusals(404, 422, 501, 503)
 _WRITE_ERRORS = refusals(404, 408, 409, 413, 415, 422, 429, 501, 503, 507)
-_STREAM: dict[str, Any] = {
-    "text/event-stream": {"schema": {"$ref": "#/components/schemas/IngestEvent"}}
-}
 
 
 class CollectionBody(Incoming):
@@ -146,6 +143,13 @@ class IngestEvent(Outgoing):
     of: int | None = Field(default=None, description="Chunks that this commit embeds.")
     reused: int | None = None
     result: Ingested | None = Field(default=None, description="With the last event.")
+
+
+# In full: a model that no route returns is no component. What it refers to, other routes return.
+_EVENT = IngestEvent.model_json_schema(ref_template="#/components/schemas/{model}")
+_STREAM: dict[str, Any] = {
+    "text/event-stream": {"schema": {k: v for k, v in _EVENT.items() if k != "$defs"}}
+}
 
 
 class DocumentView(Outgoing):
