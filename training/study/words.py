@@ -86,6 +86,8 @@ def difference(metric: Metric, value: float) -> str:
 def size(count: int | None) -> str:
     if count is None:
         return "–"
+    if count < 2**10:
+        return f"{count} B"
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
 
