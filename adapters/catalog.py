@@ -37,8 +37,12 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 MIGRATIONS = Path(__file__).with_name("migrations")
 HEAD = "0008"
-BUSY_SECONDS = 10
+BUSY_SECONDS = 10  # for the one who writes
+EXCLUSIVE_SECONDS = 120  # for one who brings weights to a bucket meanwhile
 ATTEMPTS = 5
+# PostgreSQL's advisory locks: one writes at a time, as SQLite has it, migrations among them; and
+# one replica at a time changes blobs and rows together.
+WRITING_LOCK, EXCLUSIVE_LOCK = 0x6E62_0001, 0x6E62_0002
 
 ALIVE = adapters.c.deleted.is_(None)
 
@@ -69,12 +73,20 @@ class Catalog:
     """
 
     def __init__(self, url: str) -> None:
-        self._engine = sa.create_engine(url if "://" in url else f"sqlite:///{url}")
+        # A connection that the database has closed meanwhile is replaced before it is used.
+        url = url if "://" in url else f"sqlite:///{url}"
+        self._engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
         if self._engine.dialect.name == "sqlite":
             _tune_sqlite(self._engine)
+        elif self._engine.dialect.name == "postgresql":
+            _tune_postgresql(self._engine)
         self._writer = self._engine.execution_options(writing=True)
         self.tenant = DEFAULT_TENANT
-        self._migrate()
+        try:
+            self._migrate()
+        except BaseException:
+            self.close()
+            raise
 
     def of(self, tenant: str) -> Catalog:
         """The same rows as this tenant sees them."""
@@ -237,9 +249,26 @@ class Catalog:
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """One transaction. Raises StoreUnavailable, StoreFull, IntegrityError."""
+        """One transaction, and nobody else's beside it: what it read is so until it ends.
+
+        Raises StoreUnavailable, StoreFull, IntegrityError.
+        """
         with self._errors(), self._writer.begin() as connection:
             yield connection
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Held by one replica at a time while blobs and rows change together; it reads and writes
+        by other connections meanwhile. SQLite is one machine's, where a file lock does it.
+
+        Raises StoreUnavailable.
+        """
+        if self._engine.dialect.name != "postgresql":
+            yield
+            return
+        with self._errors(), self._engine.begin() as connection:
+            _lock(connection, EXCLUSIVE_LOCK, EXCLUSIVE_SECONDS)
+            yield
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -294,6 +323,11 @@ class Catalog:
                 at = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
                 if at == HEAD:
                     return
+                if at is not None and at > HEAD:
+                    raise StoreUnavailable(
+                        f"the catalog has revision {at}, and this server knows those up to {HEAD}: "
+                        "start a version as new as the one that made it"
+                    )
             from alembic import command  # slow to import, and seldom needed
             from alembic.config import Config
 
@@ -373,3 +407,17 @@ def _tune_sqlite(engine: sa.Engine) -> None:
         # A writer takes the lock at once: one that reads first could not be promoted later.
         writing = connection.get_execution_options().get("writing", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+
+def _tune_postgresql(engine: sa.Engine) -> None:
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        if connection.get_execution_options().get("writing", False):
+            _lock(connection, WRITING_LOCK, BUSY_SECONDS)
+
+
+def _lock(connection: sa.Connection, key: int, seconds: int) -> None:
+    """Wait for a lock that goes with the transaction. Every later statement sees what was done
+    before by those who held it: at READ COMMITTED each has a snapshot of its own."""
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{seconds}s'")
+    connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({key})")

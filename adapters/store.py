@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -28,6 +28,7 @@ from adapters.errors import (
     AdapterError,
     AdapterNotFound,
     InvalidAdapter,
+    QuotaReached,
     StoreUnavailable,
     TooLarge,
 )
@@ -96,6 +97,7 @@ class AdapterStore:
         self.outcomes = Outcomes(self._catalog)
         self._verified: set[str] = set()
         self._verifying = threading.Lock()
+        self._doubtful: list[AdapterManifest] = []  # whether their rows are there
 
     def of(self, tenant: str) -> AdapterStore:
         """The same store as this tenant sees it: its own names, and those shared with it."""
@@ -174,17 +176,45 @@ class AdapterStore:
             )
             if probe is not None:
                 probe(draft, staged.path)
-            with self._blobs.exclusive():
-                self._blobs.publish(staged)
-                if tokenizer is not None:
-                    self._blobs.publish(tokenizer)
-                manifest = self._catalog.add(draft)
+            with self._exclusive():
+                manifest = self._commit(draft, staged, tokenizer)
             self._step("committed")
             return manifest
         finally:
             self._blobs.discard(staged)
             if tokenizer is not None:
                 self._blobs.discard(tokenizer)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Threads and processes of this machine wait for the blobs, other replicas for the
+        catalog: a blob is kept or discarded by what the rows say, so both hold still."""
+        with self._blobs.exclusive(), self._catalog.exclusive():
+            yield
+
+    def _commit(
+        self, draft: AdapterManifest, staged: StagedBlob, tokenizer: StagedBlob | None
+    ) -> AdapterManifest:
+        """Blobs, then the row. Blobs whose row failed are removed when the next one succeeds: until
+        then a start may still find that row in the database's log."""
+        doubtful = {address for one in self._doubtful for address in _addresses(one)}
+        try:
+            self._blobs.publish(staged)
+            if tokenizer is not None:
+                self._blobs.publish(tokenizer)
+            manifest = self._catalog.add(draft)
+        except QuotaReached:
+            if doubtful.isdisjoint(_addresses(draft)):
+                self._drop([draft])
+            raise
+        except StoreUnavailable:
+            self._doubtful.append(draft)
+            raise
+        if self._doubtful:
+            with suppress(StoreUnavailable):  # the upload itself is kept
+                self._drop(self._doubtful)
+                self._doubtful.clear()
+        return manifest
 
     def _staged(self, content: bytes, limit: int) -> StagedBlob:
         with disk_errors("cannot write a temporary file"), TemporaryFile() as file:
@@ -259,15 +289,19 @@ class AdapterStore:
         name, at, tag = reference.partition("@")
         if at and not VERSION.fullmatch(tag):
             raise AdapterNotFound(reference)
-        with self._blobs.exclusive():
+        with self._exclusive():
             return tuple(self._catalog.delete(name, int(tag) if at else None, _now()))
 
     def discard(self, retired: Iterable[AdapterManifest]) -> None:
         """Remove the weights of these, but for those that a living row needs."""
-        with self._blobs.exclusive():
-            needed = self._catalog.blobs_in_use()
-            for sha256 in {address for one in retired for address in _addresses(one)} - needed:
-                self._blobs.delete(sha256)
+        with self._exclusive():
+            self._drop(retired)
+
+    def _drop(self, unneeded: Iterable[AdapterManifest]) -> None:
+        """`discard`, while the store is held."""
+        needed = self._catalog.blobs_in_use()
+        for sha256 in {address for one in unneeded for address in _addresses(one)} - needed:
+            self._blobs.delete(sha256)
 
     def set_alias(self, name: str, alias: str, shares: Mapping[int, float]) -> None:
         """Point `name@alias` to versions: version -> weight. Raises InvalidAdapter (the alias),
@@ -310,7 +344,7 @@ class AdapterStore:
         Rows whose blob is missing are reported, never removed.
         """
         before = time() if older_than is None else older_than
-        with self._blobs.exclusive():
+        with self._exclusive():
             temporary = self._blobs.sweep(before)
             needed = self._catalog.blobs_in_use()
             orphans = [a for a in self._blobs.addresses(before) if a not in needed]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+
+from tests import postgres
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,3 +28,21 @@ def empty_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("catalog") / "catalog.db"
     Catalog(str(path)).close()
     return path
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[sa.URL]:
+    """A PostgreSQL server of the tests' own, where one is installed."""
+    pytest.importorskip("psycopg", reason="PostgreSQL's driver is not installed: .[postgres]")
+    at = postgres.programs()
+    if at is None:
+        pytest.skip("no PostgreSQL server: neither initdb on the path nor /usr/lib/postgresql")
+    with postgres.running(at) as url:
+        yield url
+
+
+@pytest.fixture
+def postgresql_database(postgresql: sa.URL) -> Iterator[str]:
+    """The URL of an empty database."""
+    with postgres.database(postgresql, f"test_{uuid.uuid4().hex}") as url:
+        yield url

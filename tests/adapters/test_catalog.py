@@ -17,9 +17,12 @@ from adapters.errors import AdapterInUse, AdapterNotFound, InvalidAdapter, Store
 from tests.adapters.test_manifest import MANIFEST
 
 
-@pytest.fixture
-def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    catalog = Catalog(str(tmp_path / "catalog.db"))
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def catalog(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Catalog]:
+    if request.param == "sqlite":
+        catalog = Catalog(str(tmp_path / "catalog.db"))
+    else:
+        catalog = Catalog(request.getfixturevalue("postgresql_database"))
     yield catalog
     catalog.close()
 

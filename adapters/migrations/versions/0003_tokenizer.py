@@ -11,3 +11,7 @@ down_revision = "0002"
 
 def upgrade() -> None:
     op.add_column("adapters", sa.Column("tokenizer_sha256", sa.String(64)))
+
+
+def downgrade() -> None:
+    op.drop_column("adapters", "tokenizer_sha256")

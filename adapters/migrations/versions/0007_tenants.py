@@ -80,7 +80,8 @@ def _rebuild(names: Iterable[str], *, keyed: bool) -> None:
                 else []
             ),
         )
-        listed = ", ".join(column.name for column in columns)
+        quote = bind.dialect.identifier_preparer.quote  # `binary` is a word of PostgreSQL's
+        listed = ", ".join(quote(column.name) for column in columns)
         op.execute(f"INSERT INTO {name}_new ({listed}) SELECT {listed} FROM {name}")
     for name in reversed(old):
         op.drop_table(name)
