@@ -104,6 +104,13 @@ class LocalBlobs:
             self._blobs.mkdir(parents=True, exist_ok=True)
             self._staging.mkdir(exist_ok=True)
             self._lock_file = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            _sync_directory(root)
+        for parent in root.absolute().parents[:2]:  # may be new too, or not ours to read
+            with (
+                disk_errors(f"cannot create the store in {root}"),
+                suppress(PermissionError),
+            ):
+                _sync_directory(parent)
 
     def stage(self, source: int, limit: int) -> StagedBlob:
         path = self._staging / uuid.uuid4().hex
@@ -117,7 +124,8 @@ class LocalBlobs:
                 self._step("synced")
             except BaseException:
                 file.close()
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # the next sweep finds it; why it failed is worth more
+                    path.unlink(missing_ok=True)
                 raise
         return StagedBlob(path, sha256, nbytes, file)
 
@@ -137,9 +145,8 @@ class LocalBlobs:
     def publish(self, staged: StagedBlob) -> None:
         final = self._address(staged.sha256)
         with disk_errors("cannot publish a blob"):
-            if not final.parent.is_dir():
-                final.parent.mkdir(exist_ok=True)
-                _sync_directory(self._blobs)
+            final.parent.mkdir(exist_ok=True)
+            _sync_directory(self._blobs)  # also where it was: who made it may not have come so far
             os.replace(staged.path, final)
             self._step("renamed")
             _sync_directory(final.parent)
@@ -147,7 +154,8 @@ class LocalBlobs:
             staged.file.close()
 
     def discard(self, staged: StagedBlob) -> None:
-        staged.path.unlink(missing_ok=True)
+        with suppress(OSError):  # the next sweep finds it
+            staged.path.unlink(missing_ok=True)
         staged.file.close()
 
     def local_path(self, sha256: str) -> Path:

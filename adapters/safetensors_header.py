@@ -6,6 +6,7 @@ accepts duplicate keys and a million empty tensors; this one bounds the header f
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -16,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import InvalidAdapter, TooLarge, UnsupportedMedia
+from adapters.errors import InvalidAdapter, StoreUnavailable, TooLarge, UnsupportedMedia
 from adapters.limits import Limits
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4}
@@ -54,17 +55,22 @@ class Header:
     file_bytes: int
 
 
+OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
+
+
 @contextmanager
 def open_regular(path: Path, where: str = "weights") -> Iterator[int]:
     """A read-only descriptor of a regular file; links, pipes and devices are refused.
 
-    Raises InvalidAdapter.
+    Raises InvalidAdapter; StoreUnavailable where the machine is at fault, not the file.
     """
     try:
         # O_NONBLOCK: opening a FIFO would otherwise wait for ever for its writer.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
+        if isinstance(error, OSError) and error.errno in OURS:
+            raise StoreUnavailable(f"the {where} cannot be opened: {reason}") from error
         raise InvalidAdapter(f"cannot be opened as a regular file: {reason}", where) from error
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):

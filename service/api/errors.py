@@ -203,6 +203,9 @@ def failure(error: BaseException) -> Failure:
         return Failure(error.status_code, kind, str(error.detail), None, error.headers or {})
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Failure(507, "store_full", "the server's disk is full; nothing was kept")
+    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.EMFILE, errno.ENFILE):
+        reason = "the server's disk fails, or it has too many files open; nothing was kept"
+        return Failure(503, "store_unavailable", reason)
     for cause, status, error_type in _STATUS:
         if isinstance(error, cause):
             return Failure(status, error_type, str(error), _field(error), _headers(error, status))

@@ -11,6 +11,7 @@ from adapters.errors import (
     AdapterInUse,
     AdapterNotFound,
     InvalidAdapter,
+    QuotaReached,
     StoreUnavailable,
     TooLarge,
     UnsupportedMedia,
@@ -220,6 +221,22 @@ def test_refused_uploads_leave_nothing(
             store.add("bad", config, weights, template, spec, limits)
     assert files(root) == []
     assert store.list() == []
+
+
+def test_beyond_the_quota_leaves_nothing(
+    store: AdapterStore, add: Adder, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a tenant could fill the disk with uploads that are refused."""
+    kept = add("kept", seed=1)
+
+    def refuse(draft: AdapterManifest) -> AdapterManifest:
+        raise QuotaReached("no room")
+
+    monkeypatch.setattr(store.catalog, "add", refuse)
+    for seed in (1, 2):
+        with pytest.raises(QuotaReached):
+            add(seed=seed)
+    assert files(root) == [kept.weights_sha256]
 
 
 def test_weights_are_checked_once_in_a_process(store: AdapterStore, add: Adder, root: Path) -> None:
