@@ -263,10 +263,11 @@ def bench(
     except ValueError:
         fail(f"--sizes {sizes!r}: should be numbers, 1000,10000", status=2, as_json=as_json)
     with _progress(as_json) as progress:
-        found = run(wanted, ingest, queries, progress)
-        if pairs:
+        asked: dict[str, Any] = {}
+        if pairs:  # first, so that a server which is not there is told at once
             with connect(url, as_json) as client:
-                found["pairs"] = measure(client, pairs, progress)
+                asked["pairs"] = measure(client, pairs, progress)
+        found = run(wanted, ingest, queries, progress) | asked
     if as_json:
         print_json(found)
         return

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from adapters.manifest import DEFAULT_TENANT
 from service.errors import InvalidRequest
 from service.retrieval.chunks import DEFAULT_TOKENS, Chunker
 from service.retrieval.collection import METADATA, Character, Collection, opening, schema
@@ -71,7 +72,7 @@ class Library:
         """Who has a directory here; of a bucket nobody can say, so the one that always is."""
         place = Path(_place(self._url, "."))
         if "://" in self._url and not self._url.startswith("file:"):
-            return ["default"]
+            return [DEFAULT_TENANT]
         inside = sorted(place.iterdir()) if place.is_dir() else []
         return [one.name for one in inside if one.is_dir() and NAME.match(one.name)]
 
