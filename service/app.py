@@ -175,7 +175,7 @@ def _load(app: FastAPI, loop: asyncio.AbstractEventLoop) -> None:
         expected = isinstance(error, UnservableBase | AdapterError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
         logger.error("the base could not be loaded", reason=reason, exc_info=not expected)
-        _post(loop, lambda: _fail(app, reason))
+        _post(loop, lambda: _fail(app, f"the base could not be loaded: {reason}"))
         return
     logger.info("ready", base=loaded.spec.id, seconds=round(time.monotonic() - started, 2))
     if not _post(loop, lambda: _open(desk, loaded)):
@@ -393,9 +393,20 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if await super().on_tick(counter):
             return True
-        if self._stop_at is None:
+        if self._stop_at is None and not self._engine_failed():
             return False
+        assert self._stop_at is not None
         return self._desk.admission.inside == 0 or time.monotonic() > self._stop_at
+
+    def _engine_failed(self) -> bool:
+        """Nothing more will be served: stop, so that whoever watches the process starts another."""
+        serving = self._desk.serving
+        if serving is None or serving.engine.alive:
+            return False
+        self._desk.failure = "the engine failed; the log says why"
+        self._desk.admission.drain()
+        self._stop_at = time.monotonic() + CANCEL_SECONDS  # what failed gets its answer
+        return True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # What still runs has had its time: its end as cancelled travels the usual road, so that
@@ -443,4 +454,4 @@ def serve(settings: Settings) -> None:
     server = Server(config, desk)
     server.run()
     if desk.failure is not None:
-        raise SystemExit(f"the base could not be loaded: {desk.failure}")
+        raise SystemExit(desk.failure)

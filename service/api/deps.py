@@ -129,7 +129,7 @@ class Desk:
     # own threads, so that it never stands before the look-ups of requests.
     slow: ThreadPoolExecutor
     serving: Serving | None = None
-    failure: str | None = None  # why the base could not be loaded
+    failure: str | None = None  # why it serves nothing: no base, or no engine any more
     tracing: Tracing = field(default_factory=Untraced)
 
     async def slowly(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
