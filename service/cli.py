@@ -37,6 +37,7 @@ OWN = {
     "audit": ("service.commands.audit:app", "Verify and search the record of what was done."),
     "tenants": ("service.commands.tenants:app", "Quotas of tenants, and what they share."),
     "config": ("service.commands.config:app", "Print the effective configuration."),
+    "plan": ("service.commands.plan:app", "How many servers a load needs."),
     "catalog": ("service.commands.catalog:app", "Bring the catalog's tables up to date."),
     "conformance": (
         "service.commands.conformance:app",

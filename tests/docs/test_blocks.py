@@ -28,6 +28,7 @@ NOT_HERE = {
     "make ": "what calls this test, or the server that it has started",
     ".venv/bin/pip install": "needs an index",
     ".venv/bin/nibble compare": "a study takes hours",
+    ".venv/bin/nibble bench": "minutes, on a quiet machine; tests/service/plan runs what follows",
     ".venv/bin/nibble serve": "the test has a server",
     ".venv/bin/accelerate launch": "tests/training/test_distributed.py runs it",
     "pytest -m cuda": "needs a GPU",
