@@ -83,6 +83,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("what", "stride", "seeds", "least"), FORMS)
 def test_nothing_acknowledged_is_lost(
     library: Path, work: Path, what: str, stride: int, seeds: int, least: int
