@@ -8,6 +8,7 @@ when a delete is acknowledged. It also clears what a killed process left behind.
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
@@ -35,6 +36,9 @@ METADATA = b"nibble"  # of the table's schema: what the collection remembers
 OWN = ("key", "document", "number", "sought", "skip", "start", "stop", "heading", "tokens")
 AGE = timedelta(milliseconds=1)  # of old versions; zero would drop the same, with a warning
 AT_ONCE = 500  # keys in one expression
+# From so many chunks on dense search has an index; below it compares all vectors, which is exact.
+VECTORS_FROM = 50_000
+PROBES = 32  # of the index's partitions, of which there are as many as the root of the chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,8 @@ class Collection:
 
         def ask() -> pa.Table:
             query = self._table.search(vector, vector_column_name="vector").distance_type("cosine")
+            # What a filter leaves may lie in partitions that are not probed: then all are compared.
+            query = query.nprobes(PROBES) if where is None else query.bypass_vector_index()
             return self._narrowed(query, where, ["_distance", "vector"]).limit(limit).to_arrow()
 
         return self._found(self._read(ask), lambda row: 1.0 - row["_distance"])
@@ -224,8 +230,10 @@ class Collection:
         with self._write, self._latch.alone(), _faults():
             if self._removed or not self._indexed():
                 self._index()  # built anew, it has no words of removed texts
+                self._index_vectors(anew=True)  # nor their vectors
                 self._removed = False
                 sweep = True
+            self._index_vectors(anew=False)
             self._tidy()
             if sweep:  # once more: the files that compaction replaced belong to an old version now
                 self._tidy()
@@ -242,6 +250,19 @@ class Collection:
     def _index(self) -> None:
         fts = installed("lancedb.index").FTS(language=self.character.language)
         self._table.create_index("sought", config=fts, replace=True)
+
+    def _index_vectors(self, *, anew: bool) -> None:
+        """Where there are many. Later rows are compared one by one until they join the index."""
+        names = [one.name for one in self._table.list_indices() if "vector" in one.columns]
+        rows = int(self._table.count_rows())
+        if rows < VECTORS_FROM:
+            for name in names if anew else ():
+                self._table.drop_index(name)
+        elif anew or not names:
+            ivf = installed("lancedb.index").IvfFlat(
+                distance_type="cosine", num_partitions=math.isqrt(rows), max_iterations=20
+            )
+            self._table.create_index("vector", config=ivf, replace=True)
 
     # Rows ---------------------------------------------------------------------------------------
 

@@ -162,3 +162,39 @@ def test_readers_see_whole_documents_while_they_are_replaced(tmp_path: Path) -> 
     assert not errors
     assert all(len(rounds) <= 1 for rounds in seen)
     assert len(collection.passages("page")) > 3
+
+
+# Many vectors ------------------------------------------------------------------------------------
+
+
+def test_an_index_finds_what_comparing_all_vectors_finds(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.retrieval.collection.VECTORS_FROM", 300)
+    shelf = library.shelf("default")
+    collection = shelf.create("many", fields={"year": "integer"})
+    documents = [Document(f"d{n}", f"word{n} and word{n // 3}", {"year": n}) for n in range(400)]
+    add(library, "many", *documents[:200])
+    assert indexed(collection) == 0, "so few are compared one by one"
+    add(library, "many", *documents[200:])
+    assert indexed(collection) == 400
+    add(library, "many", Document("late", "word7 and a late one"))
+    vector = library.embedder.embed(["word7 and word2"])[0]
+    best = [one.passage.document for one in collection.dense(vector, 3, None)]
+    assert best[0] == "d7"
+    alone = parse_filter({"year": 399}, collection.character.fields)
+    assert [one.passage.document for one in collection.dense(vector, 3, alone)] == ["d399"]
+    collection.remove(["d7"])
+    assert indexed(collection) == 400, "built anew, without the vector of what was removed"
+    assert "d7" not in [one.passage.document for one in collection.dense(vector, 50, None)]
+    collection.remove([f"d{n}" for n in range(200)])
+    assert indexed(collection) == 0, "and dropped where few are left"
+    assert len(collection.dense(vector, 500, None)) == 201
+
+
+def indexed(collection: Collection) -> int:
+    """Rows in the index of vectors."""
+    table = collection._table
+    names = [one.name for one in table.list_indices() if "vector" in one.columns]
+    assert len(names) < 2
+    return sum(table.index_stats(name).num_indexed_rows for name in names)
