@@ -38,7 +38,7 @@ AGE = timedelta(milliseconds=1)  # of old versions; zero would drop the same, wi
 AT_ONCE = 500  # keys in one expression
 # From so many chunks on dense search has an index; below it compares all vectors, which is exact.
 VECTORS_FROM = 50_000
-PROBES = 32  # of the index's partitions, of which there are as many as the root of the chunks
+PROBES = 128  # of the index's partitions, of which there are as many as the root of the chunks
 
 
 @dataclass(frozen=True, slots=True)
