@@ -103,7 +103,7 @@ def test_a_run_says_what_it_did(base_directory: Path, tmp_path: Path) -> None:
     assert told["run"]["loss"] == found["loss"]
     assert told["config"]["base"] == base_directory.name
     status, found = said("run", *flags, "--json", "--set", "optim.steps=0")
-    assert (status, found["refused"]["field"]) == (2, "optim.steps")
+    assert (status, found["error"]["field"]) == (2, "optim.steps")
 
 
 def test_a_second_check_imports_neither_torch_nor_transformers(

@@ -361,25 +361,25 @@ def test_a_canary_never_crosses_tenants(client: httpx.Client, server: Running) -
 def test_a_template_shows_the_passages_that_a_request_gets(
     client: httpx.Client, facts: str, user: str
 ) -> None:
-    body = {"name": "reader", "user": user, "sampling": {"max_new_tokens": 2}}
+    body = {"name": "wayfinder", "user": user, "sampling": {"max_new_tokens": 2}}
     assert client.post("/templates", json=body).status_code == 201
     retrieval = {"collection": facts, "k": 2, "filter": {"year": {"lte": 2021}}}
     asked = "Where does Merla live?"
     try:
         given = {"inputs": asked, "retrieval": retrieval}
-        shown = client.post("/templates/reader/render", json=given).json()
-        bare = client.post("/templates/reader/render", json={"inputs": asked}).json()
+        shown = client.post("/templates/wayfinder/render", json=given).json()
+        bare = client.post("/templates/wayfinder/render", json={"inputs": asked}).json()
         other = {**given, "retrieval": retrieval | {"collection": "nowhere"}}
-        missing = client.post("/templates/reader/render", json=other)
+        missing = client.post("/templates/wayfinder/render", json=other)
         request = {
             "inputs": asked,
-            "template": {"name": "reader"},
+            "template": {"name": "wayfinder"},
             "retrieval": retrieval,
             "parameters": {"decoder_input_details": True},
         }
         said = client.post("/generate", json=request).json()["details"]
     finally:
-        client.delete("/templates/reader")
+        client.delete("/templates/wayfinder")
     assert shown["token_ids"] == [token["id"] for token in said["prefill"]]
     for told in (shown["retrieval"], said["retrieval"]):
         told.pop("timings")

@@ -112,6 +112,8 @@ def test_from_a_file_to_a_text(sdk: OpenAI, client: httpx.Client, file_id: str) 
         model="words", messages=[{"role": "user", "content": "say 3"}], max_tokens=3
     )
     assert chat.choices[0].message.role == "assistant"
+    assert client.delete("/adapters/words").status_code == 200
+    assert client.delete("/templates/asking").status_code == 200
 
 
 @pytest.mark.parametrize("name", ["nowhere", "../x"])

@@ -30,7 +30,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return httpx.Response(200, text="".join(f"data:{json.dumps(t)}\n\n" for t in tokens))
 
     transport = httpx.MockTransport(answer)
-    monkeypatch.setattr(server, "Client", lambda url: Client(url, transport=transport))
+    monkeypatch.setattr(
+        server, "Client", lambda url, key=None: Client(url, key=key, transport=transport)
+    )
     return bodies
 
 
