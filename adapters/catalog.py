@@ -27,7 +27,7 @@ from adapters.errors import (
 )
 from adapters.manifest import DEFAULT_TENANT, AdapterManifest
 from adapters.room import check_room
-from adapters.sharing import homes, visible
+from adapters.sight import homes, visible
 from adapters.tables import adapters, arms, metadata, served, totals
 from adapters.traffic import Arm
 

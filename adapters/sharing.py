@@ -6,21 +6,14 @@ tenants cannot share one name with the same third: the second is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
 
+from adapters.catalog import Catalog
 from adapters.errors import AdapterNotFound, InvalidAdapter, TemplateNotFound
-from adapters.tables import adapters, prompt_templates, shares
-
-if TYPE_CHECKING:
-    from adapters.catalog import Catalog
-
-Kind = Literal["adapter", "template"]
-EVERYONE = "*"
-NAMED: dict[Kind, sa.Table] = {"adapter": adapters, "template": prompt_templates}
+from adapters.sight import EVERYONE, NAMED, Kind
+from adapters.tables import shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,34 +79,3 @@ class Shares:
                 f"tenant {other!r} shares {share.kind} {share.name!r} with some of them already",
                 "audience",
             )
-
-
-def homes(connection: sa.Connection, tenant: str, kind: Kind, name: str) -> Iterator[str]:
-    """The tenants whose `name` is meant, in turn: one's own, and where there is none of that name,
-    the one who shares it. What is another's and what is nowhere take the same road."""
-    yield tenant
-    table = NAMED[kind]
-    own = sa.select(table.c.name).where(
-        table.c.deleted.is_(None), table.c.tenant == tenant, table.c.name == name
-    )
-    if connection.execute(own.limit(1)).first() is None:
-        query = sa.select(shares.c.tenant).where(shares.c.name == name, *_to(tenant, kind))
-        if (home := connection.execute(query.limit(1)).scalar()) is not None:
-            yield home
-
-
-def visible(tenant: str, kind: Kind) -> sa.ColumnElement[bool]:
-    """Of the rows of a kind: one's own, and those that are shared with one."""
-    table = NAMED[kind]
-    here = sa.select(shares.c.name).where(
-        shares.c.tenant == table.c.tenant, shares.c.name == table.c.name, *_to(tenant, kind)
-    )
-    return sa.or_(table.c.tenant == tenant, sa.exists(here))
-
-
-def _to(tenant: str, kind: Kind) -> Sequence[sa.ColumnElement[bool]]:
-    return (
-        shares.c.kind == kind,
-        shares.c.tenant != tenant,
-        shares.c.audience.in_([tenant, EVERYONE]),
-    )

@@ -65,7 +65,8 @@ from service.retrieval.embedding import open_embedder
 from service.retrieval.errors import RetrievalError
 from service.retrieval.library import Library
 from service.retrieval.rerank import Reranker, open_reranker
-from service.tracing.trace import Tracing, open_tracing, traced
+from service.tracing.open import open_tracing
+from service.tracing.trace import Tracing, traced
 
 if TYPE_CHECKING:
     from adapters.manifest import AdapterManifest

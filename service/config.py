@@ -34,7 +34,7 @@ from pydantic_settings import (
 )
 
 from base.mini import MINI
-from service.tracing.trace import can_trace
+from service.tracing.open import can_trace
 
 PREFIX = "NIBBLE_"
 FILE = "nibble.toml"

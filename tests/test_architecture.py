@@ -62,13 +62,13 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def imports(path: Path, *, at_import: bool = False) -> Iterator[str]:
-    """Every module that `path` imports; `at_import` leaves out what functions and type checkers do.
+def imports(path: Path) -> Iterator[str]:
+    """Every module that `path` imports, in functions and for type checkers too.
 
     `from a.b import c` yields a.b.c too: c may be a module.
     """
     package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
-    for node in _statements(tree(path)) if at_import else ast.walk(tree(path)):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -78,17 +78,6 @@ def imports(path: Path, *, at_import: bool = False) -> Iterator[str]:
                 module = ".".join([*above, module] if module else above)
             yield module
             yield from (f"{module}.{alias.name}" for alias in node.names)
-
-
-def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """What runs when a module is imported."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-            continue
-        yield child
-        yield from _statements(child)
 
 
 def named(names: Mapping[str, str]) -> str:
@@ -117,10 +106,9 @@ def test_tests_are_imported_by_nobody() -> None:
 
 
 def test_no_import_cycles() -> None:
+    """Imports for types and those inside functions count too."""
     known = {module_of(path) for path in sources()}
-    graph = {
-        module_of(path): known.intersection(imports(path, at_import=True)) for path in sources()
-    }
+    graph = {module_of(path): known.intersection(imports(path)) for path in sources()}
     # `from package import module` names the package as well; the module itself is the arrow meant.
     for module, targets in graph.items():
         outer = {t for t in targets if any(other.startswith(f"{t}.") for other in targets)}

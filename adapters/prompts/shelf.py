@@ -33,7 +33,7 @@ from adapters.prompts.template import (
     parse_file,
     parse_template,
 )
-from adapters.sharing import homes, visible
+from adapters.sight import homes, visible
 from adapters.store import VERSION, read_small
 from adapters.tables import adapters
 from adapters.tables import prompt_aliases as aliases

@@ -9,7 +9,8 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
-from adapters.sharing import EVERYONE, Share, Shares
+from adapters.sharing import Share, Shares
+from adapters.sight import EVERYONE
 from service.access.caller import TENANT
 from service.access.keys import check_tenant
 from service.access.quotas import Tenant, checked

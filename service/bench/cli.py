@@ -25,7 +25,8 @@ from base.mini import MINI
 from base.random_model import SHAPES, random_model
 from service.bench.beside import Setting, beside_table
 from service.bench.beside import measure as measure_beside
-from service.bench.compare import Figures, Options, compare
+from service.bench.compare import Figures, compare
+from service.bench.options import Options
 from service.bench.performance import write_page
 from service.bench.registered import REGISTERED
 from service.bench.report import memory_table, own_table, rates_table, targets_table

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from base.kernels import Precision
 from base.machine import inspect
 from base.mini import MINI
 from base.spec import BaseSpec
@@ -23,52 +21,18 @@ from service.bench.gguf_files import ARCHITECTURES
 from service.bench.limits import Limits, better, distance, measure_limits, multiply_adds
 from service.bench.llama_peer import missing
 from service.bench.nibble_peer import ENGINE, NibblePeer
-from service.bench.peer import PeerProcess, Setup
-from service.bench.plan import NIBBLE, PEFT, SLOW, Contestant, contestants, measure, order
+from service.bench.options import Options, Report
+from service.bench.peer import PeerProcess
+from service.bench.plan import NIBBLE, PEFT, Contestant, contestants, measure, order
 from service.bench.random_adapters import random_adapters
 from service.bench.report import own_ratios, ratios_of, row_of
 from service.bench.roster import Roster
-from service.bench.scenario import BASE, DISTINCT, Round, Scenario, job
+from service.bench.scenario import BASE, DISTINCT, Round, job
 from service.bench.start import START, budget, floor_seconds, measure_starts
 from service.bench.targets import reached
 
 RANK = 16
 Figures = dict[str, Any]
-Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What to compare, and on which base."""
-
-    model: str  # as the user named it
-    directory: Path
-    scenarios: tuple[Scenario, ...]
-    rounds: int
-    prompt_tokens: int
-    new_tokens: int
-    threads: int
-    peft_dtypes: tuple[str, ...]  # the fastest of these is measured; empty: no PEFT
-    precisions: tuple[Precision, ...] = ("exact",)  # of our own products over NF4, a peer for each
-    peft_rounds: int | None = None  # of the slow peers; None: as many as all
-    transformers: bool = False  # its continuous batching too
-    gguf: Path | None = None  # where llama.cpp's weights are kept; None: no llama.cpp
-    llama_server: Path | None = None  # the program; None: no servers over HTTP
-    parts: tuple[str, ...] = ()  # REGISTERED and START
-    minutes: float = math.inf  # after these no row begins
-    command: str = ""
-
-    def setup(self, adapters: Sequence[Path], **more: Any) -> Setup:
-        return Setup(self.directory, tuple(adapters), self.threads, more)
-
-    def rounds_of(self, peer: str) -> int:
-        return min(self.rounds, self.peft_rounds or self.rounds) if peer in SLOW else self.rounds
-
-    @property
-    def adapters(self) -> int:
-        """How many of the assortment the scenarios use."""
-        used = [a for s in self.scenarios for a in s.adapters if a is not None]
-        return max(used, default=0) + 1
 
 
 def compare(options: Options, report: Report) -> Figures:

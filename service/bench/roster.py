@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from base.spec import BaseSpec
 from service.bench.anchor import anchor
 from service.bench.llama_peer import LlamaPeer
 from service.bench.nibble_peer import NibblePeer
+from service.bench.options import Options, Report
 from service.bench.peer import Peer, PeerFailed, PeerProcess, Setup
 from service.bench.peft_peer import PeftPeer
 from service.bench.plan import (
@@ -27,9 +27,6 @@ from service.bench.plan import (
 from service.bench.scenario import DISTINCT, NONE
 from service.bench.server_peers import LlamaServerPeer, NibbleServerPeer
 from service.bench.transformers_peer import TransformersPeer
-
-if TYPE_CHECKING:
-    from service.bench.compare import Options, Report
 
 
 class Roster:

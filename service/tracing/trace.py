@@ -6,23 +6,17 @@ Neither is ever told a prompt, an output, a stop string or the message of an err
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-import structlog
-
-if TYPE_CHECKING:  # the configuration looks in here, and is read in no time
+if TYPE_CHECKING:
     from service.engine.observer import Observer
     from service.engine.request import Request
     from service.engine.stream import EventStream
     from service.selection import Selection
 
-VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 Operation = Literal["chat", "text_completion", "embeddings"]
-logger = structlog.get_logger("nibble.tracing")
 
 
 class Passage(Protocol):
@@ -74,27 +68,6 @@ class Untraced:
 
     def followed(self, stream: EventStream, request: Request) -> EventStream:
         return stream
-
-
-def can_trace() -> bool:
-    """Whether OpenTelemetry is installed (the extra `otel`)."""
-    try:
-        return find_spec("opentelemetry.exporter.otlp.proto.http") is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def open_tracing(endpoint: str | None, model: str, version: str) -> Tracing:
-    """Traces to `endpoint`, or to where OpenTelemetry's own variables say; else to nowhere."""
-    off = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    if off or not (endpoint or any(os.environ.get(name) for name in VARIABLES)):
-        return Untraced()
-    if not can_trace():  # a cluster may set the variables for all that runs in it
-        logger.warning("not traced", why="OpenTelemetry is not installed: nibble-serve[otel]")
-        return Untraced()
-    from service.tracing.otel import to_collector  # half a second, and only needed here
-
-    return to_collector(endpoint, model, version)
 
 
 def traced(observer: Observer, tracing: Tracing) -> Observer:

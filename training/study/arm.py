@@ -26,6 +26,7 @@ from training.methods.files import WEIGHTS
 from training.recipe import Step, train
 from training.study.config import Reference, StudyConfig, TaskConfig
 from training.study.material import Material
+from training.study.place import Place
 from training.study.prompts import Prompts
 from training.study.questions import Found
 from training.study.retrieved import found_by
@@ -54,26 +55,6 @@ class Arm:
         end = f".lr{self.learning_rate:g}" if self.kind == "trial" else ""
         middle = "" if self.kind in ("trial", "final") else f".{self.kind}"
         return f"{self.task}.{self.name}{middle}{end}.s{self.seed}"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """The study's folder on the disk."""
-
-    root: Path
-
-    def material(self, task: str) -> Path:
-        return self.root / "material" / task
-
-    @property
-    def retention(self) -> Path:
-        return self.root / "material" / "retention.jsonl"
-
-    def result(self, arm: str) -> Path:
-        return self.root / "arms" / f"{arm}.json"
-
-    def adapter(self, task: str, name: str, learning_rate: float, seed: int) -> Path:
-        return self.root / "adapters" / f"{task}.{name}.lr{learning_rate:g}.s{seed}"
 
 
 def run_arm(study: StudyConfig, place: Place, arm: Arm) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from training.evaluation.card import store
 from training.methods.files import CONFIG, WEIGHTS
-from training.study.arm import Place
 from training.study.config import StudyConfig, TaskConfig
 from training.study.findings import Result, quality
+from training.study.place import Place
 from training.study.schedule import Results
 
 FIGURES = {"exact_match": "exact_match", "accuracy": "accuracy", "nats": "nats_per_token"}

@@ -18,12 +18,13 @@ from rich.markup import escape
 
 from base.errors import UnservableBase
 from training.errors import TrainingError
-from training.study.arm import Arm, Place
+from training.study.arm import Arm
 from training.study.best import keep_best
 from training.study.config import StudyConfig, read_study
 from training.study.findings import Findings, find
 from training.study.markdown import markdown
 from training.study.page import page
+from training.study.place import Place
 from training.study.retrieved import search
 from training.study.runner import prepare, results, run, write_json
 

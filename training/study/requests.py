@@ -12,9 +12,9 @@ from statistics import fmean, median
 from typing import Any
 
 from adapters.prompts.shelf import read_template
-from training.study.arm import Place
 from training.study.config import Reference, StudyConfig, TaskConfig
 from training.study.material import Material
+from training.study.place import Place
 from training.study.questions import Questions, body_of
 from training.study.retrieved import MODES, collection_name, fill, post
 from training.study.server import Running, served_name

@@ -9,18 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 
 from training.errors import TrainingError
 from training.study.config import StudyConfig, TaskConfig
 from training.study.material import Material
+from training.study.place import Place
 from training.study.questions import Found, corpus, query_of
 from training.study.server import server
-
-if TYPE_CHECKING:
-    from training.study.arm import Place
 
 FILE = "retrieved.json"  # beside the task's material: {mode: {query: [passage, …]}}
 MODES = ("dense", "hybrid")

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import ConfigError, MethodError, TrainingError
-from training.study.arm import Arm, Place, refused, run_arm
+from training.study.arm import Arm, refused, run_arm
 from training.study.config import StudyConfig
 from training.study.material import make_material
+from training.study.place import Place
 from training.study.retention import write_retention
 from training.study.schedule import arms, next_arm
 

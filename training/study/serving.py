@@ -18,8 +18,9 @@ import httpx
 
 from training.errors import TrainingError
 from training.methods.files import CONFIG, WEIGHTS
-from training.study.arm import Arm, Place
+from training.study.arm import Arm
 from training.study.config import StudyConfig
+from training.study.place import Place
 from training.study.requests import cost_of_requests
 from training.study.runner import results
 from training.study.server import served_name, server

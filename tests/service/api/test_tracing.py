@@ -18,9 +18,10 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from service.app import create_app
 from service.config import ConfigError, Settings, configure
-from service.tracing import trace
+from service.tracing import open as opening
+from service.tracing.open import open_tracing
 from service.tracing.otel import OpenTelemetry
-from service.tracing.trace import Untraced, open_tracing
+from service.tracing.trace import Untraced
 from tests.service.api.conftest import PATIENCE, Running, until
 
 CANARY = "canary-7f3a"
@@ -220,7 +221,7 @@ def test_probes_make_no_spans(server: Traced) -> None:
 
 
 def test_off_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in trace.VARIABLES:
+    for name in opening.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert isinstance(open_tracing(None, "m", "1"), Untraced)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
@@ -236,7 +237,7 @@ def test_without_the_library_a_setting_is_refused_and_a_variable_passed_over(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("service.config.can_trace", lambda: False)
-    monkeypatch.setattr(trace, "can_trace", lambda: False)
+    monkeypatch.setattr(opening, "can_trace", lambda: False)
     with pytest.raises(ConfigError, match=r"otlp-traces-endpoint: needs .*nibble-serve\[otel\]"):
         configure({"otlp_traces_endpoint": "http://127.0.0.1:9"})
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")

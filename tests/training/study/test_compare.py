@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from training.errors import ConfigError, TrainingError
 from training.study import cli, runner, serving
-from training.study.arm import Arm, Place, chance, run_arm, shuffled
+from training.study.arm import Arm, chance, run_arm, shuffled
 from training.study.config import StudyConfig, TaskConfig
 from training.study.findings import find
 from training.study.material import Material
+from training.study.place import Place
 from training.study.schedule import next_arm
 from training.tasks import TASKS
 

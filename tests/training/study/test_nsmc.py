@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from training.study import runner
-from training.study.arm import Arm, Place, run_arm
+from training.study.arm import Arm, run_arm
 from training.study.config import StudyConfig, read_study
 from training.study.material import Material
+from training.study.place import Place
 
 SHIPPED = Path(__file__).resolve().parents[3] / "docs" / "study" / "nsmc.yaml"
 THINGS = ("영화", "배우", "음악", "이야기", "화면", "결말")

@@ -8,9 +8,9 @@ import pytest
 
 from base.load import Base, load_base
 from base.mini import MINI
-from training.study.arm import Place
 from training.study.config import StudyConfig
 from training.study.material import Material
+from training.study.place import Place
 from training.study.prompts import Prompts
 from training.study.questions import Questions, body_of, query_of
 from training.study.requests import cost_of_requests
