@@ -1,6 +1,7 @@
 """Blobs: immutable files addressed by the sha-256 of their bytes.
 
     stage    copy into a temporary file, hashing; nobody sees it
+    send     what takes long of publishing
     publish  make it durable under its address
     discard  forget a staged file
 
@@ -16,24 +17,28 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from adapters.errors import StoreFull, StoreUnavailable, TooLarge
 from adapters.limits import MIB
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 ADDRESS = re.compile(r"[0-9a-f]{64}")
 PIECE = MIB
+CACHE_BYTES = 16 << 30
 
 Step = Callable[[str], None]
 
 
-def _no_step(name: str) -> None:
+def no_step(name: str) -> None:
     """Tests put a fault here: it is called after each step of a write."""
     del name
 
@@ -53,6 +58,9 @@ class BlobStore(Protocol):
 
     def stage(self, source: int, limit: int) -> StagedBlob:
         """Copy an open file (from its start), at most `limit` bytes, else TooLarge."""
+
+    def send(self, staged: StagedBlob) -> None:
+        """What takes long of `publish`, and needs no lock: without a row a sweep may undo it."""
 
     def publish(self, staged: StagedBlob) -> None:
         """Durable and complete under its address when this returns."""
@@ -94,7 +102,7 @@ def check_address(sha256: str) -> str:
 class LocalBlobs:
     """Blobs in a directory: `blobs/ab/abcd…`, temporary files in `tmp/` on the same file system."""
 
-    def __init__(self, root: Path, step: Step = _no_step) -> None:
+    def __init__(self, root: Path, step: Step = no_step) -> None:
         self._blobs = root / "blobs"
         self._staging = root / "tmp"
         self._step = step
@@ -113,13 +121,17 @@ class LocalBlobs:
                 _sync_directory(parent)
 
     def stage(self, source: int, limit: int) -> StagedBlob:
+        return self.stage_pieces(_pieces_of(source), limit)
+
+    def stage_pieces(self, pieces: Iterable[Buffer], limit: int) -> StagedBlob:
+        """`stage` for bytes as they come."""
         path = self._staging / uuid.uuid4().hex
         with disk_errors("cannot write a temporary file"):
             file = path.open("xb", buffering=0)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._step("created")
-                sha256, nbytes = self._copy(source, file, limit)
+                sha256, nbytes = self._copy(pieces, file, limit)
                 os.fsync(file.fileno())
                 self._step("synced")
             except BaseException:
@@ -129,18 +141,21 @@ class LocalBlobs:
                 raise
         return StagedBlob(path, sha256, nbytes, file)
 
-    def _copy(self, source: int, target: IO[bytes], limit: int) -> tuple[str, int]:
+    def _copy(self, pieces: Iterable[Buffer], target: IO[bytes], limit: int) -> tuple[str, int]:
         hashed, done = hashlib.sha256(), 0
-        while piece := os.pread(source, PIECE, done):
-            done += len(piece)
+        for piece in pieces:
+            view = memoryview(piece)
+            done += len(view)
             if done > limit:
                 raise TooLarge(f"more than {limit} bytes", "weights")
-            hashed.update(piece)
-            view = memoryview(piece)
+            hashed.update(view)
             while view:  # a write may be short, on a full disk for one
                 view = view[target.write(view) :]
             self._step("written")
         return hashed.hexdigest(), done
+
+    def send(self, staged: StagedBlob) -> None:
+        """It is on the right file system already."""
 
     def publish(self, staged: StagedBlob) -> None:
         final = self._address(staged.sha256)
@@ -169,9 +184,17 @@ class LocalBlobs:
             self._address(sha256).unlink(missing_ok=True)
 
     def addresses(self, older_than: float) -> list[str]:
+        return sorted(path.name for path, found in self.files() if found.st_mtime < older_than)
+
+    def files(self) -> list[tuple[Path, os.stat_result]]:
+        """Every blob's file; one that goes meanwhile is not there."""
+        files: list[tuple[Path, os.stat_result]] = []
         with disk_errors("cannot list the blobs"):
-            files = [path for path in self._blobs.glob("*/*") if ADDRESS.fullmatch(path.name)]
-            return sorted(path.name for path in files if path.stat().st_mtime < older_than)
+            for path in self._blobs.glob("*/*"):
+                if ADDRESS.fullmatch(path.name):
+                    with suppress(FileNotFoundError):
+                        files.append((path, path.stat()))
+        return files
 
     def sweep(self, older_than: float) -> list[str]:
         with disk_errors("cannot sweep the temporary files"):
@@ -208,6 +231,14 @@ class LocalBlobs:
         return self._blobs / check_address(sha256)[:2] / sha256
 
 
+def _pieces_of(source: int) -> Iterator[bytes]:
+    """An open file from its start."""
+    done = 0
+    while piece := os.pread(source, PIECE, done):
+        yield piece
+        done += len(piece)
+
+
 def _sync_directory(path: Path) -> None:
     """A rename is durable only when its directory is."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -217,88 +248,12 @@ def _sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-class RemoteBlobs:
-    """Blobs in an object store (S3 and whatever else obstore speaks), with a local copy of each.
-
-    Staging and the copies lie in `cache`. A put is atomic there, so no rename is needed; blobs
-    without a row are left to `addresses` and `delete`.
-    """
-
-    def __init__(self, remote: Any, cache: Path, step: Step = _no_step) -> None:
-        self._remote = remote
-        self._cache = LocalBlobs(cache, step)
-
-    def stage(self, source: int, limit: int) -> StagedBlob:
-        return self._cache.stage(source, limit)
-
-    def publish(self, staged: StagedBlob) -> None:
-        with _network_errors():
-            # The same address is the same bytes: to write it again changes nothing.
-            self._remote.put(_key(staged.sha256), staged.path)
-        self._cache.publish(staged)
-
-    def discard(self, staged: StagedBlob) -> None:
-        self._cache.discard(staged)
-
-    def local_path(self, sha256: str) -> Path:
-        with suppress(FileNotFoundError):
-            return self._cache.local_path(sha256)
-        self._fetch(sha256)
-        return self._cache.local_path(sha256)
-
-    def _fetch(self, sha256: str) -> None:
-        part = self._cache._staging / f"{sha256}.{uuid.uuid4().hex}"
-        try:
-            with _network_errors(), part.open("wb") as file:
-                for piece in self._remote.get(_key(sha256)).stream():
-                    file.write(piece)
-            with part.open("rb") as file:
-                staged = self._cache.stage(file.fileno(), part.stat().st_size)
-        finally:
-            part.unlink(missing_ok=True)
-        if staged.sha256 != sha256:
-            self._cache.discard(staged)
-            raise StoreUnavailable(f"blob {sha256} came back with sha-256 {staged.sha256}")
-        self._cache.publish(staged)
-
-    def delete(self, sha256: str) -> None:
-        with _network_errors():
-            self._remote.delete(_key(sha256))
-        self._cache.delete(sha256)
-
-    def addresses(self, older_than: float) -> list[str]:
-        with _network_errors():
-            rows = [row for page in self._remote.list("blobs") for row in page]
-        old = (row["path"] for row in rows if row["last_modified"].timestamp() < older_than)
-        return sorted(path.rpartition("/")[2] for path in old)
-
-    def sweep(self, older_than: float) -> list[str]:
-        return self._cache.sweep(older_than)
-
-    def exclusive(self) -> AbstractContextManager[None]:
-        return self._cache.exclusive()
-
-
-def _key(sha256: str) -> str:
-    return f"blobs/{check_address(sha256)[:2]}/{sha256}"
-
-
-@contextmanager
-def _network_errors() -> Iterator[None]:
-    from obstore.exceptions import BaseError
-
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (BaseError, OSError) as error:
-        raise StoreUnavailable(f"the object store failed: {error}") from error
-
-
-def open_blobs(url: str, cache: Path | None = None, step: Step = _no_step) -> BlobStore:
+def open_blobs(
+    url: str, cache: Path | None = None, step: Step = no_step, max_cache_bytes: int = CACHE_BYTES
+) -> BlobStore:
     """The blobs at a directory or at a URL that obstore knows (`s3://bucket/prefix`).
 
-    A remote store wants `cache`, a local directory for copies.
+    A remote store wants `cache`, a local directory for copies of at most `max_cache_bytes`.
     """
     if "://" not in url:
         return LocalBlobs(Path(url), step)
@@ -306,6 +261,6 @@ def open_blobs(url: str, cache: Path | None = None, step: Step = _no_step) -> Bl
         return LocalBlobs(Path(url2pathname(urlsplit(url).path)), step)
     if cache is None:
         raise ValueError(f"the blob store {url} wants a local cache directory")
-    import obstore.store
+    from adapters.remote_blobs import connect
 
-    return RemoteBlobs(obstore.store.from_url(url), cache, step)
+    return connect(url, cache, step, max_cache_bytes)

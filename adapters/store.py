@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -22,7 +21,7 @@ from time import time
 from typing import Any
 
 from adapters import evaluation, origin
-from adapters.blobs import BlobStore, StagedBlob, Step, disk_errors, open_blobs
+from adapters.blobs import CACHE_BYTES, BlobStore, StagedBlob, Step, disk_errors, open_blobs
 from adapters.catalog import DIGEST, Catalog, check_alias, check_name
 from adapters.errors import (
     AdapterError,
@@ -83,20 +82,26 @@ class AdapterStore:
     """Blobs and catalog together. Every method may be called from any thread."""
 
     def __init__(
-        self, blobs: str, catalog: str, *, cache: Path | None = None, step: Step | None = None
+        self,
+        blobs: str,
+        catalog: str,
+        *,
+        cache: Path | None = None,
+        max_cache_bytes: int = CACHE_BYTES,
+        step: Step | None = None,
     ) -> None:
         """Open (or create) a store.
 
-        blobs    a directory, or a URL that obstore knows (then `cache` is a local directory)
+        blobs    a directory, or a URL that obstore knows; then `cache` is a local directory for
+                 copies, of `max_cache_bytes` in all
         catalog  a file for SQLite, or an SQLAlchemy URL
         step     called after each step of an upload: a place for tests to put faults
         """
         self._step: Step = step or (lambda name: None)
-        self._blobs: BlobStore = open_blobs(blobs, cache, self._step)
+        self._blobs: BlobStore = open_blobs(blobs, cache, self._step, max_cache_bytes)
         self._catalog = Catalog(catalog)
         self.outcomes = Outcomes(self._catalog)
         self._verified: set[str] = set()
-        self._verifying = threading.Lock()
         self._doubtful: list[AdapterManifest] = []  # whether their rows are there
 
     def of(self, tenant: str) -> AdapterStore:
@@ -176,6 +181,7 @@ class AdapterStore:
             )
             if probe is not None:
                 probe(draft, staged.path)
+            self._send(staged, tokenizer)
             with self._exclusive():
                 manifest = self._commit(draft, staged, tokenizer)
             self._step("committed")
@@ -184,6 +190,11 @@ class AdapterStore:
             self._blobs.discard(staged)
             if tokenizer is not None:
                 self._blobs.discard(tokenizer)
+
+    def _send(self, *staged: StagedBlob | None) -> None:
+        for blob in staged:
+            if blob is not None:
+                self._blobs.send(blob)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -330,12 +341,11 @@ class AdapterStore:
         except FileNotFoundError as error:
             whose = f"{manifest.name}@{manifest.version}"
             raise StoreUnavailable(f"the {what} of {whose} ({sha256}) are missing") from error
-        with self._verifying:
-            if sha256 not in self._verified:
-                found = _sha256(path)
-                if found != sha256:
-                    raise StoreUnavailable(f"blob {sha256} is damaged: its sha-256 is now {found}")
-                self._verified.add(sha256)
+        if sha256 not in self._verified:  # two at once both look: nobody waits for another's file
+            found = _sha256(path)
+            if found != sha256:
+                raise StoreUnavailable(f"blob {sha256} is damaged: its sha-256 is now {found}")
+            self._verified.add(sha256)
         return path
 
     def sweep(self, older_than: float | None = None) -> SweepReport:

@@ -10,8 +10,9 @@ from typing import Any
 import obstore.store
 import pytest
 
-from adapters.blobs import BlobStore, LocalBlobs, RemoteBlobs, StagedBlob, open_blobs
+from adapters.blobs import BlobStore, LocalBlobs, StagedBlob, open_blobs
 from adapters.errors import StoreFull, StoreUnavailable, TooLarge
+from adapters.remote_blobs import IN_USE_SECONDS, RemoteBlobs
 
 TEXT = b"some weights" * 1000
 SHA = hashlib.sha256(TEXT).hexdigest()
@@ -31,6 +32,7 @@ def staged(blobs: BlobStore, path: Path, content: bytes = TEXT) -> Iterator[Stag
 
 def put(blobs: BlobStore, path: Path, content: bytes = TEXT) -> str:
     with staged(blobs, path, content) as blob:
+        blobs.send(blob)
         blobs.publish(blob)
     return blob.sha256
 
@@ -165,6 +167,90 @@ def test_a_remote_blob_is_fetched_and_checked(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match="came back with sha-256"):
         RemoteBlobs(remote, tmp_path / "three").local_path(SHA)
     assert elsewhere.local_path(SHA).read_bytes() == TEXT
+
+
+def test_what_is_swept_on_its_way_is_brought_again(tmp_path: Path) -> None:
+    """Another replica starts between `send` and `publish`, and finds no row for the blob."""
+    remote = obstore.store.MemoryStore()
+    blobs, starting = (RemoteBlobs(remote, tmp_path / name) for name in ("one", "two"))
+    with staged(blobs, tmp_path / "w") as blob:
+        blobs.send(blob)
+        assert starting.addresses(LATER) == [SHA]
+        starting.delete(SHA)
+        blobs.publish(blob)
+    assert starting.local_path(SHA).read_bytes() == TEXT
+
+
+def test_copies_leave_in_order_of_last_use(tmp_path: Path) -> None:
+    remote, contents = obstore.store.MemoryStore(), [bytes([n]) * 1000 for n in range(4)]
+    writer = RemoteBlobs(remote, tmp_path / "writer")
+    addresses = [put(writer, tmp_path / "w", content) for content in contents]
+    cache = tmp_path / "cache"
+    blobs = RemoteBlobs(remote, cache, max_cache_bytes=2000)
+
+    def copies() -> set[int]:
+        files = {path.name for path in (cache / "blobs").glob("*/*")}
+        return {n for n, address in enumerate(addresses) if address in files}
+
+    def used(number: int, seconds_ago: float) -> None:
+        path = blobs.local_path(addresses[number])
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - seconds_ago))
+
+    used(0, 3 * IN_USE_SECONDS)
+    used(1, 2 * IN_USE_SECONDS)
+    used(0, 0)  # again, and now
+    used(2, 0)
+    assert copies() == {0, 2}, "1 was asked for longest ago"
+    used(3, 0)
+    assert copies() == {0, 2, 3}, "whoever asked just now may be about to open them"
+    assert [blobs.local_path(each).read_bytes() for each in addresses] == contents
+
+
+def test_copies_of_what_another_replica_deleted_go_with_a_sweep(tmp_path: Path) -> None:
+    remote = obstore.store.MemoryStore()
+    one, two = (RemoteBlobs(remote, tmp_path / name) for name in ("one", "two"))
+    put(one, tmp_path / "w")
+    kept = put(one, tmp_path / "w", b"others")
+    paths = [two.local_path(SHA), two.local_path(kept)]
+    one.delete(SHA)
+    two.sweep(LATER)
+    assert [path.exists() for path in paths] == [False, True]
+
+
+class _Broken:
+    """A network that ends in the middle of a blob."""
+
+    def __init__(self, remote: Any) -> None:
+        self._remote = remote
+        self.whole = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._remote, name)
+
+    def get(self, key: str) -> Any:
+        found = self._remote.get(key)
+        return found if self.whole else self
+
+    @property
+    def meta(self) -> dict[str, int]:
+        return {"size": len(TEXT)}
+
+    def stream(self) -> Iterator[bytes]:
+        yield TEXT[:100]
+        raise ConnectionResetError("gone")
+
+
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+    remote = _Broken(obstore.store.MemoryStore())
+    put(RemoteBlobs(remote, tmp_path / "one"), tmp_path / "w")
+    blobs = RemoteBlobs(remote, tmp_path / "two")
+    with pytest.raises(StoreUnavailable, match="gone"):
+        blobs.local_path(SHA)
+    assert [path for path in (tmp_path / "two").rglob("*") if path.is_file()] == [
+        tmp_path / "two/lock"
+    ]
+    remote.whole = True
+    assert blobs.local_path(SHA).read_bytes() == TEXT
 
 
 def test_which_store_a_url_means(tmp_path: Path) -> None:

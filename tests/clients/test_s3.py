@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +13,11 @@ from service.config import Settings
 from service.retrieval.errors import CollectionUnavailable
 from service.retrieval.library import Library
 from service.retrieval.passage import Document
+from tests import s3
 from tests.service.api.conftest import Running, until
 from tests.service.retrieval.conftest import WordEmbedder, add, make_chunker
 
 boto3 = pytest.importorskip("boto3", reason="make clients")
-pytest.importorskip("moto", reason="make clients")
 pytest.importorskip("lancedb", reason="needs the extra rag")
 pytestmark = pytest.mark.slow
 
@@ -31,37 +27,8 @@ FACTS = {f"d{n}": f"Number {n} lives in the town of Kesh{n}." for n in range(40)
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """moto's server, in a process of its own, with an empty bucket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 60
-        while time.monotonic() < end and process.poll() is None:
-            try:
-                httpx.get(f"{url}/moto-api/")
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in (
-                ("AWS_ENDPOINT", url),
-                ("AWS_ALLOW_HTTP", "true"),
-                ("AWS_ACCESS_KEY_ID", "test"),
-                ("AWS_SECRET_ACCESS_KEY", "test"),
-                ("AWS_REGION", "us-east-1"),
-            ):
-                patch.setenv(name, value)
-            boto3.client("s3", endpoint_url=url, region_name="us-east-1").create_bucket(
-                Bucket=BUCKET
-            )
-            yield url
-    finally:
-        process.terminate()
-        process.wait(30)
+    with s3.running(BUCKET) as url:
+        yield url
 
 
 @pytest.fixture
@@ -85,7 +52,7 @@ def started(running: list[Running], home: Path) -> httpx.Client:
 
 
 def keys(endpoint: str, prefix: str = "") -> dict[str, bytes]:
-    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    client = boto3.client("s3", endpoint_url=endpoint, region_name=s3.REGION)
     found = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
     return {
         one["Key"]: client.get_object(Bucket=BUCKET, Key=one["Key"])["Body"].read() for one in found
