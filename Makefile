@@ -37,7 +37,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py base/kernels/bu
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(PIP) install --quiet --progress-bar off -c constraints.txt --no-build-isolation -e '.[dev,otel,postgres,rag]'
+	$(PIP) install --quiet --progress-bar off -c constraints.txt --no-build-isolation -e '.[dev,otel,postgres,rag,redis]'
 	@touch $@
 
 install: $(INSTALLED)

@@ -5,7 +5,9 @@ Imported when the first tenant with such a quota comes: it takes a tenth of a se
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import time
 from typing import Any
 
@@ -14,11 +16,44 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from limits.errors import StorageError
 from limits.storage import storage_from_string
 
+from service.access.quotas import HERE
+
 log = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 0.25  # for the store
+AWAY_SECONDS = 5.0  # until one that gave no answer is asked again
 
 
 class Windows:
-    """What each tenant has used of its last minute. Made in the event loop that it runs in."""
+    """What each tenant has used of its last minute. Made in the event loop that it runs in.
+
+    A store that does not answer must not stop all servers at once: until it does, each counts for
+    itself.
+    """
+
+    def __init__(self, store: str) -> None:
+        self._own = _Window(HERE)
+        self._shared = None if store == HERE else _Window(store)
+        self._away_until = -math.inf
+
+    async def take(
+        self, tenant: str, what: str, most: int, amount: int, *, keep: bool = True
+    ) -> tuple[int, float] | None:
+        """Take `amount` of a minute's `most`; without `keep` only look whether it is there, and
+        with a negative one give back. None, or what is left and the seconds until it is more."""
+        if self._shared is not None and time.monotonic() >= self._away_until:
+            try:
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    return await self._shared.take(tenant, what, most, amount, keep)
+            except (StorageError, TimeoutError) as error:
+                self._away_until = time.monotonic() + AWAY_SECONDS
+                why = str(error) or f"no answer within {ANSWER_SECONDS:g} s"
+                log.warning("quotas are counted by each server for itself: %s", why)
+        return await self._own.take(tenant, what, most, amount, keep)
+
+
+class _Window:
+    """The windows of one store. Raises StorageError."""
 
     def __init__(self, store: str) -> None:
         client = {"implementation": "redispy"} if "redis" in store else {}
@@ -26,20 +61,11 @@ class Windows:
         self._limiter = SlidingWindowCounterRateLimiter(storage)
 
     async def take(
-        self, tenant: str, what: str, most: int, amount: int, *, keep: bool = True
+        self, tenant: str, what: str, most: int, amount: int, keep: bool
     ) -> tuple[int, float] | None:
-        """Take `amount` of a minute's `most`; without `keep` only look whether it is there, and
-        with a negative one give back. None, or what is left and the seconds until it is more.
-
-        A Redis that does not answer lets everybody pass: it would stop all servers at once.
-        """
         item, names = RateLimitItemPerMinute(most), ("nibble", tenant, what)
         do = self._limiter.hit if keep else self._limiter.test
-        try:
-            if await do(item, *names, cost=amount):
-                return None
-            stats = await self._limiter.get_window_stats(item, *names)
-        except StorageError as error:
-            log.warning("quotas are not counted: %s", error)
+        if await do(item, *names, cost=amount):
             return None
+        stats = await self._limiter.get_window_stats(item, *names)
         return stats.remaining, max(1.0, min(stats.reset_time - time.time(), 60.0))

@@ -239,8 +239,36 @@ def test_several_servers_count_together(catalog: Catalog, redis: str) -> None:
             await (await meter.admit("acme")).close()
         with pytest.raises(QuotaExceeded, match="6 requests a minute"):
             await one.admit("acme")
-        nobody = Meter(tenants, "async+redis://127.0.0.1:1")
-        await (await nobody.admit("acme")).close()  # it does not answer: everybody passes
 
     asyncio.run(run())
     gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("answers", ["refuses", "is silent"])
+def test_without_its_redis_a_server_counts_for_itself(
+    catalog: Catalog, answers: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("redis", reason="`pip install '.[redis]'`")
+    tenants = Tenants(catalog)
+    tenants.set_quotas("acme", Quotas(requests_per_minute=3))
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        if answers == "is silent":
+            door.listen()  # the kernel takes connections, and nobody reads them
+        meter = Meter(tenants, f"async+redis://127.0.0.1:{door.getsockname()[1]}")
+
+        async def run() -> float:
+            begun = time.perf_counter()
+            for _ in range(3):
+                await (await meter.admit("acme")).close()
+            passed = time.perf_counter() - begun
+            with pytest.raises(QuotaExceeded, match="3 requests a minute"):
+                await meter.admit("acme")
+            return passed
+
+        assert asyncio.run(run()) < 2.0, "one request waited for an answer, and no other"
+    gc.collect()
+    said = [one.message for one in caplog.records if "each server for itself" in one.message]
+    assert len(said) == 1
