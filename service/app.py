@@ -33,7 +33,6 @@ from service.access.keys import Keys
 from service.access.quotas import Meter, Tenants
 from service.admission import Admission
 from service.api import (
-    access,
     adapters,
     collections,
     compose,
@@ -45,6 +44,7 @@ from service.api import (
     generate,
     keys,
     meta,
+    openapi,
     page,
     templates,
     tenants,
@@ -122,7 +122,7 @@ def create_app(
     )
     app.add_middleware(Door, bounds=bounds, tracing=app.state.desk.tracing)
     plain = app.openapi
-    app.openapi = lambda: access.described(plain())  # type: ignore[method-assign]
+    app.openapi = lambda: openapi.described(plain())  # type: ignore[method-assign]
     errors.register(app)
     routes = (
         generate,

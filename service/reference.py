@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,12 +57,7 @@ def http_page(schema: Mapping[str, Any]) -> str:
     lines += ["## Schemas", ""]
     for name, one in sorted(schema["components"]["schemas"].items()):
         lines += _schema(name, one)
-    page = "\n".join(lines) + "\n"
-    known = {name.lower() for name in schema["components"]["schemas"]}
-    # A stream's events may be named and not described: then there is nothing to link to.
-    return re.sub(
-        r"\[([\w.-]+)\]\(#([\w.-]+)\)", lambda m: m[0] if m[2] in known else f"`{m[1]}`", page
-    )
+    return "\n".join(lines) + "\n"
 
 
 def _route(method: str, path: str, found: Mapping[str, Any]) -> Iterator[str]:

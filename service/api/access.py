@@ -144,17 +144,3 @@ class _Record:
             base=serving.spec.fingerprint if infers else None,
             **{"digest": self._headers.get("x-adapter-digest"), **self._scope["said"]},
         )
-
-
-def described(api: dict[str, Any]) -> dict[str, Any]:
-    """The OpenAPI document with what `security` of its operations means."""
-    api.setdefault("components", {})["securitySchemes"] = {
-        SCHEME: {
-            "type": "http",
-            "scheme": "bearer",
-            "bearerFormat": "nbl_<id>_<secret>",
-            "description": "An API key, where the server has any; the names are scopes, of which "
-            "it needs one.",
-        }
-    }
-    return api

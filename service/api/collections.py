@@ -24,7 +24,7 @@ from service.api.retrieval import (
     passage_view,
     shown_metadata,
 )
-from service.api.sse import EventReply
+from service.api.sse import EventReply, events_of
 from service.api.wire import Incoming, Outgoing, refusals
 from service.retrieval.chunks import DEFAULT_TOKENS, MAX_TOKENS, MIN_TOKENS
 from service.retrieval.collection import Collection, Stored
@@ -145,13 +145,6 @@ class IngestEvent(Outgoing):
     result: Ingested | None = Field(default=None, description="With the last event.")
 
 
-# In full: a model that no route returns is no component. What it refers to, other routes return.
-_EVENT = IngestEvent.model_json_schema(ref_template="#/components/schemas/{model}")
-_STREAM: dict[str, Any] = {
-    "text/event-stream": {"schema": {k: v for k, v in _EVENT.items() if k != "$defs"}}
-}
-
-
 class DocumentView(Outgoing):
     """A document as the collection has it."""
 
@@ -243,8 +236,7 @@ async def delete(
 
 @router.post(
     "/{name}/documents",
-    responses={200: {"model": Ingested}, **_WRITE_ERRORS},
-    openapi_extra={"responses": {"200": {"content": _STREAM}}},
+    responses={200: {"model": Ingested, "content": events_of(IngestEvent)}, **_WRITE_ERRORS},
 )
 @needs("rag")
 async def add_documents(
@@ -270,8 +262,8 @@ async def add_documents(
 
 @router.post(
     "/{name}/files",
-    responses={200: {"model": Ingested}, **_WRITE_ERRORS},
-    openapi_extra=FORM | {"responses": {"200": {"content": _STREAM}}},
+    responses={200: {"model": Ingested, "content": events_of(IngestEvent)}, **_WRITE_ERRORS},
+    openapi_extra=FORM,
 )
 @needs("rag")
 async def add_files(

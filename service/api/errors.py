@@ -182,7 +182,6 @@ _STATUS: Sequence[tuple[type[Exception], int, str]] = (
     (ServiceError, 503, "unavailable"),
 )
 _HTTP = {
-    400: "validation",
     403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
@@ -198,6 +197,8 @@ def failure(error: BaseException) -> Failure:
         return Failure(error.status, error.error_type, str(error), error.field, headers)
     if isinstance(error, RequestValidationError):
         return _invalid_body(error)
+    if isinstance(error, HTTPException) and error.status_code == 400:
+        return Failure(422, "validation", f"the body is not JSON: {_unreadable(error.__cause__)}")
     if isinstance(error, HTTPException):
         kind = _HTTP.get(error.status_code, "http")
         return Failure(error.status_code, kind, str(error.detail), None, error.headers or {})
@@ -297,6 +298,17 @@ def _invalid_body(error: RequestValidationError) -> Failure:
     if len(found) > MAX_LISTED:
         listed.append(f"and {len(found) - MAX_LISTED} more")
     return Failure(422, "validation", "; ".join(listed), _where(found[0]["loc"]) or None)
+
+
+def _unreadable(cause: BaseException | None) -> str:
+    """What FastAPI's 400 leaves out: why Python's parser gave up before it had any JSON."""
+    if isinstance(cause, UnicodeDecodeError):
+        return f"it is no {cause.encoding.upper()} at byte {cause.start}"
+    if isinstance(cause, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(cause, ValueError):
+        return "it has a number of too many digits"
+    return "it could not be read"
 
 
 def _where(loc: Sequence[Any]) -> str:

@@ -22,6 +22,7 @@ from service.api.files import After, listed
 from service.api.fine_tuning_schema import (
     CheckpointList,
     EventList,
+    EventView,
     JobBody,
     JobList,
     JobView,
@@ -30,7 +31,7 @@ from service.api.fine_tuning_schema import (
     order_of,
 )
 from service.api.openai_errors import openai_refusals
-from service.api.sse import EventReply
+from service.api.sse import EventReply, events_of
 from service.api.wire import PathName
 from service.errors import InvalidRequest, NotFound
 from service.jobs import progress
@@ -121,7 +122,7 @@ async def publish(job_id: PathName, desk: DeskDep, serving: ServingDep) -> JSONR
 @router.get(
     "/{job_id}/events",
     response_class=JSONResponse,
-    responses={200: {"model": EventList, "content": {"text/event-stream": {}}}, **_REFUSALS},
+    responses={200: {"model": EventList, "content": events_of(EventView)}, **_REFUSALS},
 )
 @needs("train")
 async def events(

@@ -300,10 +300,11 @@ class GenerateBody(Incoming):
     stream: bool = False
 
 
+_EVENTS = events_of(StreamEvent)  # with `stream`
 _ERRORS = refusals(404, 408, 413, 415, 422, 429, 500, 503)
 
 
-@router.post("/generate", responses={200: {"model": Completion}, **_ERRORS})
+@router.post("/generate", responses={200: {"model": Completion, "content": _EVENTS}, **_ERRORS})
 @needs("infer")
 async def generate(
     body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
@@ -316,7 +317,7 @@ async def generate(
 
 @router.post(
     "/generate_stream",
-    responses={200: {"model": StreamEvent, "content": events_of("StreamEvent")}, **_ERRORS},
+    responses={200: {"content": _EVENTS}, **_ERRORS},
 )
 @needs("infer")
 async def generate_stream(
@@ -333,7 +334,7 @@ async def generate_stream(
     return EventReply(events, started.close, started.headers)
 
 
-@router.post("/", responses={200: {"model": list[Completion]}, **_ERRORS})
+@router.post("/", responses={200: {"model": list[Completion], "content": _EVENTS}, **_ERRORS})
 @needs("infer")
 async def compatible(
     body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep

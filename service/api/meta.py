@@ -153,7 +153,10 @@ async def info(desk: DeskDep, serving: ServingDep) -> JSONResponse:
     return JSONResponse(body)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    responses={200: {"content": {"text/plain": {}}}, **refusals(401, 403, 503)},
+)
 @open_to_all
 async def metrics(request: Request, desk: DeskDep) -> Response:
     """Prometheus' text format; for an admin's key where `protect_metrics` is set."""

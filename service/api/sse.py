@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -15,6 +17,8 @@ PING_SECONDS = 15.0  # of silence; proxies cut quieter connections
 STALL_SECONDS = 60.0  # a client that takes nothing for so long is gone
 
 _PING = b": ping\n\n"
+_REF = "#/components/schemas/{model}"
+_events: dict[str, type[BaseModel]] = {}  # by their names in OpenAPI
 
 
 class EventReply(StreamingResponse):
@@ -72,15 +76,23 @@ class EventReply(StreamingResponse):
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-def events_of(model: str) -> dict[str, Any]:
+def events_of(event: type[BaseModel]) -> dict[str, Any]:
     """OpenAPI's entry for a stream of events whose data is this model as JSON."""
+    _events[event.__name__] = event
     data = {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": {"$ref": f"#/components/schemas/{model}"},
+        "contentSchema": {"$ref": _REF.format(model=event.__name__)},
     }
     schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return {"text/event-stream": {"schema": schema}}
+
+
+def schemas() -> dict[str, Any]:
+    """The components that events refer to: FastAPI knows only models that a route returns whole."""
+    wanted = [(event, "serialization") for event in _events.values()]
+    _, found = models_json_schema(wanted, ref_template=_REF)  # type: ignore[arg-type]
+    return dict(found["$defs"])
 
 
 def encoded(event: Mapping[str, Any]) -> bytes:

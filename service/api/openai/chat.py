@@ -51,8 +51,8 @@ class Reading:
     "/completions",
     responses={
         200: {
-            "model": ChatCompletion | ChatChunk,
-            "content": events_of("ChatChunk"),
+            "model": ChatCompletion,
+            "content": events_of(ChatChunk),
         },
         **openai_refusals(404, 408, 413, 415, 422, 429, 500, 503),
     },

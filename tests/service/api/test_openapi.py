@@ -114,6 +114,45 @@ def test_every_refusal_has_the_envelope(api: dict[str, Any]) -> None:
     assert "HTTPValidationError" not in api["components"]["schemas"]
 
 
+def test_a_stream_is_described_as_one(api: dict[str, Any]) -> None:
+    """Its events by the model of their data; and no JSON where nothing else comes."""
+    found = {}
+    for path, method, described in operations(api):
+        content = described["responses"].get("200", {}).get("content", {})
+        if "text/event-stream" in content:
+            data = content["text/event-stream"]["schema"]["properties"]["data"]
+            named = data["contentSchema"]["$ref"].rpartition("/")[2]
+            found[f"{method} {path}"] = (named, "application/json" in content)
+    assert found["post /generate"] == found["post /"] == ("StreamEvent", True)
+    assert found["post /generate_stream"] == ("StreamEvent", False)
+    assert found["post /v1/chat/completions"] == ("ChatChunk", True)
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"a": "\xff"}', b"[" * 99_999, b'{"a": ' + b"1" * 5000 + b"}", b"\xff\xfe\x00"]
+)
+def test_a_body_that_is_no_text_is_refused_as_described(
+    api: dict[str, Any], client: httpx.Client, body: bytes
+) -> None:
+    asked = 0
+    for path, method, described in operations(api):
+        if "application/json" not in described.get("requestBody", {}).get("content", {}):
+            continue
+        filled = re.sub(r"\{\w+\}", "nobody", path)
+        headers = {"content-type": "application/json"}
+        reply = client.request(method, filled, content=body, headers=headers)
+        if reply.status_code in (401, 403):
+            continue  # off without a key: refused before the body is read
+        asked += 1
+        openai = path.startswith("/v1/")
+        assert reply.status_code == (400 if openai else 422), (path, reply.text)
+        assert str(reply.status_code) in described["responses"], path
+        said = reply.json()["error"]
+        assert "the body is not JSON" in (said["message"] if openai else said), (path, said)
+    assert asked > 20
+
+
 def examples(api: dict[str, Any]) -> list[tuple[str, str, Any]]:
     found = []
     for path, method, described in operations(api):

@@ -1,0 +1,45 @@
+"""The OpenAPI document, with what no single route says: keys, what the door refuses, events."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from service.api import sse
+from service.api.access import SCHEME
+from service.api.openai_errors import speaks_openai
+
+JSON = "application/json"
+_ENVELOPE = {JSON: {"schema": {"$ref": "#/components/schemas/ErrorEnvelope"}}}
+_OF_BODIES = {
+    str(status): {"description": HTTPStatus(status).phrase, "content": _ENVELOPE}
+    for status in (408, 413, 415, 422)  # too slow, too large, of another type, not as described
+}
+
+
+def described(api: dict[str, Any]) -> dict[str, Any]:
+    """`api` as FastAPI makes it, completed in place."""
+    for path, methods in api["paths"].items():
+        for operation in methods.values():
+            if "requestBody" in operation and not speaks_openai(path):  # there: every 4XX
+                operation["responses"] = dict(sorted((_OF_BODIES | operation["responses"]).items()))
+            for reply in operation["responses"].values():
+                _drop_assumed(reply.get("content", {}))
+    components = api.setdefault("components", {})
+    components["schemas"] = sse.schemas() | components.get("schemas", {})
+    components["securitySchemes"] = {
+        SCHEME: {
+            "type": "http",
+            "scheme": "bearer",
+            "bearerFormat": "nbl_<id>_<secret>",
+            "description": "An API key, where the server has any; the names are scopes, of which "
+            "it needs one.",
+        }
+    }
+    return api
+
+
+def _drop_assumed(content: dict[str, Any]) -> None:
+    """FastAPI adds JSON of any shape to a reply that a route describes as something else."""
+    if len(content) > 1 and content.get(JSON) == {"schema": {}}:
+        del content[JSON]
