@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 
 from adapters.errors import AdapterError
 from service.engine.observer import StepReport
-from service.engine.request import Finished
+from service.engine.request import AdapterKey, Finished
 from service.jobs.job import Status
 
 # A process-wide switch of the library: without it every counter has a second series that only says
@@ -233,7 +233,7 @@ class Metrics:
         if tier == "slot":
             self._adapter_hits.inc()
 
-    def adapter_loaded(self, name: str, seconds: float, nbytes: int, queued: float) -> None:
+    def adapter_loaded(self, key: AdapterKey, seconds: float, nbytes: int, queued: float) -> None:
         self._loads.inc()
         self._load_seconds.observe(seconds)
         self._load_queue_seconds.observe(queued)

@@ -39,7 +39,7 @@ from service.bench.report import percentile
 from service.engine.config import EngineConfig
 from service.engine.loop import Engine
 from service.engine.observer import Silent
-from service.engine.request import AdapterRef, Request, Sampling, Token
+from service.engine.request import AdapterKey, AdapterRef, Request, Sampling, Token
 from service.errors import Overloaded
 
 UPLOADS = 5  # registered through a child each, to know what that costs
@@ -75,7 +75,7 @@ class Ear(Silent):
     def adapter_sought(self, name: str, tier: str) -> None:
         self.sought[tier] += 1
 
-    def adapter_loaded(self, name: str, seconds: float, nbytes: int, queued: float) -> None:
+    def adapter_loaded(self, key: AdapterKey, seconds: float, nbytes: int, queued: float) -> None:
         self.loads.append(seconds)
 
     def adapter_evicted(self, digest: str, tier: str) -> None:

@@ -256,6 +256,6 @@ class Tiers:
             self._observer.adapter_evicted(evicted.digest, "host")
         self._uses.setdefault(ref.key, _Use()).loaded = True
         seconds, queued = load.ended - load.asked, load.begun - load.asked
-        self._observer.adapter_loaded(ref.name, seconds, load.cached.nbytes, queued)
+        self._observer.adapter_loaded(ref.key, seconds, load.cached.nbytes, queued)
         if ref.key not in self.slots and self.slots.can_allocate(footprint(load.adapter)):
             self._allocate(ref, load.adapter, spare=True)

@@ -26,7 +26,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, format_trace_id
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.engine.request import Event, Finished, Request, Token
+from service.engine.request import AdapterKey, Event, Finished, Request, Token
 from service.engine.stream import EventStream
 from service.metrics import REASONS
 from service.selection import Selection
@@ -60,7 +60,7 @@ class OpenTelemetry:
         self._provider = provider
         self._parents = TraceContextTextMapPropagator()
         self._lock = threading.Lock()
-        self._waiting: defaultdict[str, set[_Generation]] = defaultdict(set)
+        self._waiting: defaultdict[AdapterKey, set[_Generation]] = defaultdict(set)
 
     @contextmanager
     def passage(self, scope: Mapping[str, Any]) -> Iterator[_Passage]:
@@ -87,23 +87,24 @@ class OpenTelemetry:
     def generation(self, request_id: str) -> _Generation:
         return _Generation(self, request_id)
 
-    def adapter_loaded(self, name: str, seconds: float, nbytes: int, queued: float) -> None:
-        """Engine's thread: every prompt that waits for this adapter waited for this load."""
+    def adapter_loaded(self, key: AdapterKey, seconds: float, nbytes: int, queued: float) -> None:
+        """Engine's thread: every prompt that waits for this adapter waited for this load, whatever
+        its tenant calls it."""
         now = time.time_ns()
         with self._lock:
-            waiting = list(self._waiting.get(name, ()))
+            waiting = list(self._waiting.get(key, ()))
         for one in waiting:
             one.loaded(now - round(seconds * SECOND), now, nbytes, queued)
 
-    def wait(self, name: str, one: _Generation) -> None:
+    def wait(self, key: AdapterKey, one: _Generation) -> None:
         with self._lock:
-            self._waiting[name].add(one)
+            self._waiting[key].add(one)
 
-    def wait_no_more(self, name: str, one: _Generation) -> None:
+    def wait_no_more(self, key: AdapterKey, one: _Generation) -> None:
         with self._lock:
-            self._waiting[name].discard(one)
-            if not self._waiting[name]:
-                del self._waiting[name]
+            self._waiting[key].discard(one)
+            if not self._waiting[key]:
+                del self._waiting[key]
 
     def close(self) -> None:
         """A collector that does not answer costs a stopping server CLOSE_SECONDS, no more."""
@@ -141,7 +142,7 @@ class _Generation:
         self._span.set_attributes(
             {"gen_ai.provider.name": "nibble", "gen_ai.response.id": request_id}
         )
-        self._waits_for = ""
+        self._waits_for: AdapterKey | None = None
         self._lock = threading.Lock()
         self._open = True
 
@@ -159,8 +160,8 @@ class _Generation:
             if selection.single:
                 version = selection.parts[0].manifest.version
                 said["gen_ai.response.model"] = f"{selection.parts[0].manifest.name}@{version}"
-            self._waits_for = ref.name
-            self._ours.wait(ref.name, self)
+            self._waits_for = ref.key
+            self._ours.wait(ref.key, self)
         self._span.set_attributes(said)
 
     def followed(self, stream: EventStream, request: Request) -> EventStream:
@@ -191,9 +192,9 @@ class _Generation:
 
     def started(self) -> None:
         """Its first token has come, so its adapter has."""
-        if self._waits_for:
+        if self._waits_for is not None:
             self._ours.wait_no_more(self._waits_for, self)
-            self._waits_for = ""
+            self._waits_for = None
 
     def phases(self, end: Finished, begun: int, several: bool) -> None:
         """The spans of one sequence, one behind the other."""

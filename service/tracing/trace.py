@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 if TYPE_CHECKING:
     from service.engine.observer import Observer
-    from service.engine.request import Request
+    from service.engine.request import AdapterKey, Request
     from service.engine.stream import EventStream
     from service.selection import Selection
 
@@ -44,7 +44,9 @@ class Tracing(Protocol):
 
     def passage(self, scope: Mapping[str, Any]) -> AbstractContextManager[Passage]: ...
     def generation(self, request_id: str) -> Generation: ...
-    def adapter_loaded(self, name: str, seconds: float, nbytes: int, queued: float) -> None: ...
+    def adapter_loaded(
+        self, key: AdapterKey, seconds: float, nbytes: int, queued: float
+    ) -> None: ...
     def close(self) -> None: ...
 
 
@@ -63,7 +65,9 @@ class Untraced:
     def answered(self, status: int) -> None: ...
     def chosen(self, operation: Operation, selection: Selection | None) -> None: ...
     def failed(self, error: BaseException) -> None: ...
-    def adapter_loaded(self, name: str, seconds: float, nbytes: int, queued: float) -> None: ...
+    def adapter_loaded(
+        self, key: AdapterKey, seconds: float, nbytes: int, queued: float
+    ) -> None: ...
     def close(self) -> None: ...
 
     def followed(self, stream: EventStream, request: Request) -> EventStream:
@@ -87,6 +91,6 @@ class _Traced:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._observer, name)
 
-    def adapter_loaded(self, name: str, seconds: float, nbytes: int, queued: float) -> None:
-        self._observer.adapter_loaded(name, seconds, nbytes, queued)
-        self._tracing.adapter_loaded(name, seconds, nbytes, queued)
+    def adapter_loaded(self, key: AdapterKey, seconds: float, nbytes: int, queued: float) -> None:
+        self._observer.adapter_loaded(key, seconds, nbytes, queued)
+        self._tracing.adapter_loaded(key, seconds, nbytes, queued)

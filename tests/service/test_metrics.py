@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.engine.observer import Observer, StepReport
-from service.engine.request import Finished
+from service.engine.request import AdapterKey, Finished
 from service.metrics import LISTED_ADAPTERS, Metrics
 from service.residency.tiers import Resident
 
@@ -171,7 +171,7 @@ def test_a_hundred_thousand_adapters_fit_into_a_scrape() -> None:
     metrics.stepped(replace(STEP, running_adapters=names, waiting_adapters=names))
     for name in names[::100]:
         metrics.adapter_sought(name, "host")
-        metrics.adapter_loaded(name, 0.1, 1, 0.1)
+        metrics.adapter_loaded(AdapterKey(name, "unmerged", ""), 0.1, 1, 0.1)
     assert len(metrics.exposition()) <= 256 * 1024
     assert len(lora(metrics)) == 1
 
@@ -191,7 +191,7 @@ def test_no_series_grows_with_adapters() -> None:
     metrics.describe({"a": "1"}, {"b": "2"}, max_lora=8, residents=list)
     before = len(samples(metrics))
     for number in range(200):
-        metrics.adapter_loaded(f"a{number}", 0.1, 1000, 0.02)
+        metrics.adapter_loaded(AdapterKey(f"{number:064x}", "unmerged", ""), 0.1, 1000, 0.02)
         metrics.adapter_sought(f"a{number}", ("slot", "host")[number % 2])
         metrics.adapter_failed(f"a{number}")
         metrics.adapter_refused(f"a{number}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from adapters.compose import Part
 from service.app import create_app
 from service.config import ConfigError, Settings, configure
+from service.selection import Selection
 from service.tracing import open as opening
 from service.tracing.open import open_tracing
 from service.tracing.otel import OpenTelemetry
 from service.tracing.trace import Untraced
+from tests.adapters.test_manifest import MANIFEST
 from tests.service.api.conftest import PATIENCE, Running, until
 
 CANARY = "canary-7f3a"
@@ -162,6 +166,40 @@ def test_a_warm_adapter_is_not_loaded_again(server: Traced) -> None:
     assert set(server.below(generation)) == {"queue", "prefill", "decode"}
 
 
+def test_a_load_is_told_to_who_waits_for_these_weights_whatever_they_are_called() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    ours = OpenTelemetry(provider, "m")
+    plain = replace(MANIFEST, placement="unmerged")
+
+    def waiting(tenant: str, digest: str) -> Selection:
+        selection = Selection((Part(replace(plain, digest=digest * 64), 1.0),), tenant=tenant)
+        generation = ours.generation(f"{tenant} {digest}")
+        generation.chosen("chat", selection)
+        begun.append(generation)
+        return selection
+
+    begun: list[Any] = []
+    one = waiting("acme", "a")
+    other = waiting("zeta", "a")  # another tenant's name for the same weights
+    newer = waiting("acme", "b")  # another version of the same name
+    assert one.ref.name != other.ref.name
+    assert one.ref.name == newer.ref.name
+    ours.adapter_loaded(one.ref.key, 0.1, 10, 0.0)
+    for generation in begun:
+        generation.failed(ValueError())
+    ours.adapter_loaded(one.ref.key, 0.1, 10, 0.0)  # nobody waits any more
+    spans = exporter.get_finished_spans()
+    told = {
+        span.context.span_id: (span.attributes or {})["gen_ai.response.id"]
+        for span in spans
+        if span.name != "adapter load"
+    }
+    loads = [span.parent for span in spans if span.name == "adapter load"]
+    assert sorted(told[one.span_id] for one in loads if one) == ["acme a", "zeta a"]
+
+
 def test_chats_and_several_answers(server: Traced) -> None:
     body = {
         "model": "tiny",
@@ -201,6 +239,7 @@ def test_refusals_carry_their_type_and_no_words(server: Traced) -> None:
     assert request.status.status_code is StatusCode.UNSET, "the client's fault is no error here"
     wrong = server.http.post("/generate", json={"inputs": CANARY, CANARY: 1})
     assert wrong.status_code == 422
+    until(lambda: len(server.of("POST /generate")) == 2)
     assert CANARY not in server.text()
 
 

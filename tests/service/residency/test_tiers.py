@@ -11,7 +11,7 @@ import torch
 
 from adapters.delta import LoweredAdapter
 from service.engine.observer import Silent
-from service.engine.request import AdapterRef
+from service.engine.request import AdapterKey, AdapterRef
 from service.errors import Overloaded
 from service.residency.tiers import Resident, Tiers
 from tests.service.residency.test_slots import adapter
@@ -51,7 +51,7 @@ class Ear(Silent):
     def adapter_refused(self, name: str) -> None:
         self.refused.append(name)
 
-    def adapter_loaded(self, name: str, seconds: float, nbytes: int, queued: float) -> None:
+    def adapter_loaded(self, key: AdapterKey, seconds: float, nbytes: int, queued: float) -> None:
         self.loads.append((seconds, queued))
 
 
