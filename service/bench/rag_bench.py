@@ -3,13 +3,18 @@
 Ingest is the whole way: cut, embed with the embedding model, commit, index. For queries the
 collections of each size have random vectors of length 1, so that only the store is measured; what
 embedding a question costs is told beside it.
+
+Where the collections are kept, a run that was stopped goes on with them: documents that are there
+are not embedded again, and the seconds of all runs are added up.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -20,8 +25,8 @@ from base.mini.names import pool
 from service.retrieval.chunks import Chunker
 from service.retrieval.collection import Collection, Prepared
 from service.retrieval.embedding import Embedder, open_embedder
-from service.retrieval.ingest import Added, ingest
-from service.retrieval.library import Library
+from service.retrieval.ingest import Added, Embedding, ingest
+from service.retrieval.library import Library, Shelf
 from service.retrieval.passage import Chunk, Document
 from service.retrieval.search import Mode, Question, search
 
@@ -32,19 +37,26 @@ MODES: tuple[Mode, ...] = ("dense", "lexical", "hybrid")
 SENTENCES = 3  # of a chunk: about 75 tokens of the embedded base
 CHUNKS = 10  # of a document
 COMMIT = 2500  # chunks
+CHUNK_TOKENS = 96  # at most
 K = 5
 
 
-def run(sizes: Sequence[int], ingested: int, queries: int, progress: Progress) -> dict[str, Any]:
-    """Everything, in a directory that is gone afterwards."""
+def run(
+    sizes: Sequence[int],
+    ingested: int,
+    queries: int,
+    progress: Progress,
+    keep: Path | None = None,
+) -> dict[str, Any]:
+    """Everything, in the directory `keep`, or in one that is gone afterwards."""
     embedder = open_embedder("minilm")
-    with tempfile.TemporaryDirectory(prefix="nibble-rag-") as place:
-        library = Library(Path(place).as_uri(), embedder, _chunker())
+    with _directory(keep) as place:
+        library = Library(place.as_uri(), embedder, _chunker())
         started = _memory()
         embedder.embed(["The first question loads the model."])
         found: dict[str, Any] = {"rss": {"start": started, "with the model": _memory()}}
         if ingested:
-            found["ingest"] = _ingest(library, ingested, progress)
+            found["ingest"] = _ingest(library, ingested, progress, place / "ingest.json")
         found["queries"] = [_queries(library, size, queries, progress) for size in sizes]
         found["embed_question"] = _spread(_embedding(embedder, queries))
         return found
@@ -74,16 +86,42 @@ def rows(found: dict[str, Any]) -> tuple[Sequence[str], list[Sequence[object]]]:
     return ("what", "chunks", "time or p50", "rate or p99", "RSS"), shown
 
 
-def _ingest(library: Library, chunks: int, progress: Progress) -> dict[str, Any]:
-    collection = library.shelf("bench").create("ingest", chunk_tokens=96)
-    task = progress.add_task("ingest", total=chunks)
-    documents = (_document(number) for number in range(chunks // CHUNKS))
-    started, done = time.perf_counter(), 0
+@contextmanager
+def _directory(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="nibble-rag-") as place:
+        yield Path(place)
+
+
+def _opened(shelf: Shelf, name: str) -> Collection:
+    if name in shelf.names():
+        return shelf.collection(name)
+    return shelf.create(name, chunk_tokens=CHUNK_TOKENS)
+
+
+def _ingest(library: Library, chunks: int, progress: Progress, clock: Path) -> dict[str, Any]:
+    """`clock` keeps the seconds of the runs so far, and of how many chunks they were: a commit
+    that a kill parted from its line there is in the collection and in no figure."""
+    collection = _opened(library.shelf("bench"), f"ingest-{chunks}")
+    known = json.loads(clock.read_text()).get(str(chunks), {}) if clock.exists() else {}
+    seconds, done = known.get("seconds", 0.0), known.get("chunks", 0)
+    task = progress.add_task("ingest", total=chunks, completed=done)
+    there = collection.count()[0]  # commits hold whole documents, in their order
+    documents = (_document(number) for number in range(there, chunks // CHUNKS))
+    started = time.perf_counter()
     for event in ingest(collection, documents, library.chunker, library.embedder):
+        if isinstance(event, Embedding):
+            progress.update(task, completed=done + event.chunks)
         if isinstance(event, Added):
             done += event.chunks
+            passed = seconds + time.perf_counter() - started
+            _note(clock, str(chunks), {"seconds": passed, "chunks": done})
             progress.update(task, completed=done)
-    seconds = time.perf_counter() - started
+    seconds += time.perf_counter() - started  # the index at the end among them
+    _note(clock, str(chunks), {"seconds": seconds, "chunks": done})
     tokens = sum(passage.tokens for passage in collection.passages("d0"))
     return {
         "chunks": done,
@@ -93,8 +131,15 @@ def _ingest(library: Library, chunks: int, progress: Progress) -> dict[str, Any]
     }
 
 
+def _note(clock: Path, name: str, said: dict[str, float]) -> None:
+    found = json.loads(clock.read_text()) if clock.exists() else {}
+    fresh = clock.with_suffix(".new")
+    fresh.write_text(json.dumps(found | {name: said}), encoding="utf-8")
+    fresh.replace(clock)
+
+
 def _queries(library: Library, size: int, queries: int, progress: Progress) -> dict[str, Any]:
-    collection = library.shelf("bench").create(f"of-{size}", chunk_tokens=96)
+    collection = _opened(library.shelf("bench"), f"of-{size}")
     task = progress.add_task(f"{size} chunks", total=size + queries * len(MODES))
     _fill(collection, size, lambda done: progress.update(task, completed=done))
     found: dict[str, Any] = {"chunks": size}
@@ -114,8 +159,10 @@ def _queries(library: Library, size: int, queries: int, progress: Progress) -> d
 def _fill(collection: Collection, size: int, told: Any) -> None:
     import numpy as np
 
-    rng = np.random.default_rng(7)
-    for start in range(0, size, COMMIT):
+    there = collection.count()[0]
+    told(there)
+    for start in range(there, size, COMMIT):
+        rng = np.random.default_rng((7, start))
         prepared = []
         for number in range(start, min(start + COMMIT, size)):
             text = _sentences(number)
@@ -125,7 +172,8 @@ def _fill(collection: Collection, size: int, told: Any) -> None:
             prepared.append(Prepared(Document(f"d{number}", text), [chunk], vector))
         collection.put(prepared)
         told(start + len(prepared))
-    collection.settle()
+    if there < size:
+        collection.settle()
 
 
 class _RandomEmbedder:

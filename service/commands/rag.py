@@ -227,6 +227,7 @@ def evaluate(
 def lessons(
     path: Annotated[Path, typer.Argument(help="Where to write the rows (.jsonl).")],
     count: Annotated[int, typer.Option(min=1, max=100_000, help="Rows.")] = 3000,
+    as_json: Json = False,
 ) -> None:
     """Write rows to train an adapter that reads passages; `evaluate --adapter` measures it."""
     from service.bench.rag_evaluation import lessons as rows
@@ -234,7 +235,10 @@ def lessons(
     with path.open("w", encoding="utf-8") as file:
         for row in rows(count):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    typer.echo(f"{count} rows in {path}")
+    if as_json:
+        print_json({"path": str(path), "rows": count})
+    else:
+        typer.echo(f"{count} rows in {path}")
 
 
 @app.command()
@@ -250,6 +254,10 @@ def bench(
             min=0, max=40, help="On a running server: pairs of questions on the same passages."
         ),
     ] = 0,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="A directory for the collections: a run that was stopped goes on there."),
+    ] = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -267,7 +275,7 @@ def bench(
         if pairs:  # first, so that a server which is not there is told at once
             with connect(url, as_json) as client:
                 asked["pairs"] = measure(client, pairs, progress)
-        found = run(wanted, ingest, queries, progress) | asked
+        found = run(wanted, ingest, queries, progress, keep) | asked
     if as_json:
         print_json(found)
         return
