@@ -39,6 +39,7 @@ CHUNKS = 10  # of a document
 COMMIT = 2500  # chunks
 CHUNK_TOKENS = 96  # at most
 K = 5
+WARM = 5  # questions that are not counted
 
 
 def run(
@@ -140,19 +141,19 @@ def _note(clock: Path, name: str, said: dict[str, float]) -> None:
 
 def _queries(library: Library, size: int, queries: int, progress: Progress) -> dict[str, Any]:
     collection = _opened(library.shelf("bench"), f"of-{size}")
-    task = progress.add_task(f"{size} chunks", total=size + queries * len(MODES))
+    task = progress.add_task(f"{size} chunks", total=size + (queries + WARM) * len(MODES))
     _fill(collection, size, lambda done: progress.update(task, completed=done))
     found: dict[str, Any] = {"chunks": size}
     for mode in MODES:
         seconds = []
-        for number in range(queries + 5):
+        for number in range(queries + WARM):
             question = Question(_question(number, size), K, mode)
             vector = _RandomEmbedder(number)
             started = time.perf_counter()
             search(collection, question, vector)
             seconds.append(time.perf_counter() - started)
             progress.advance(task)
-        found[mode] = _spread(seconds[5:])
+        found[mode] = _spread(seconds[WARM:])
     return found | {"rss": _memory()}
 
 
