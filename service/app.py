@@ -50,7 +50,7 @@ from service.api import (
     tenants,
     vllm_admin,
 )
-from service.api.connection import HEAD_BYTES, connection_class
+from service.api.connection import HEAD_BYTES, connection_class, room
 from service.api.deps import Desk, Serving
 from service.api.door import Bounds, Door
 from service.api.openai import chat, completions, embeddings, models
@@ -76,7 +76,6 @@ NO_FAST = "products in 8 bits need a CPU, the C library, and rows that are multi
 UPLOADS_AT_ONCE = 4
 SLOW_AT_ONCE = 8
 QUICK_AT_ONCE = 16  # look-ups and long prompts; the default would be six threads on two cores
-MAX_CONNECTIONS = 4096
 CANCEL_SECONDS = 2  # for replies that drain_seconds did not suffice for
 
 logger = structlog.get_logger("nibble.app")
@@ -441,7 +440,7 @@ def serve(settings: Settings) -> None:
         app,
         host=settings.host,
         port=settings.port,
-        http=connection_class(MAX_CONNECTIONS),
+        http=connection_class(room()),
         ws="none",
         lifespan="on",
         log_config=None,

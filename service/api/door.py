@@ -33,12 +33,14 @@ logger = structlog.get_logger("nibble.http")
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a body may be. A body of b bytes must be here after `grace + b / rate` seconds."""
+    """What a body may be. A body of b bytes must be here after `grace + b / rate` seconds, without
+    a silence of `silence_seconds`, however fast the rest of it came."""
 
     max_body_bytes: int
     by_route: Mapping[tuple[str, str], int] = field(default_factory=dict)
     by_pattern: Sequence[tuple[str, re.Pattern[str], int]] = ()  # method, whole path, bytes
-    grace_seconds: float = 30.0
+    grace_seconds: float = 10.0
+    silence_seconds: float = 10.0
     bytes_per_second: float = 16384.0
 
     def of(self, scope: Scope) -> int:
@@ -158,13 +160,12 @@ class _Passage:
         allowed = bounds.grace_seconds + self._received / bounds.bytes_per_second
         left = self._since + allowed - time.monotonic()
         try:
-            return await asyncio.wait_for(self._receive(), max(left, 0.001))
-        except TimeoutError:
-            self._refusal = Refused(
-                408,
-                "timeout",
-                f"the body came too slowly: {self._received} bytes in {allowed:.0f} seconds",
+            return await asyncio.wait_for(
+                self._receive(), max(min(left, bounds.silence_seconds), 0.001)
             )
+        except TimeoutError:
+            how = f"{self._received} bytes in {time.monotonic() - self._since:.0f} seconds"
+            self._refusal = Refused(408, "timeout", f"the body came too slowly: {how}")
             raise self._refusal from None
 
     def _refuse_size(self, what: str) -> Refused:

@@ -14,7 +14,6 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 PING_SECONDS = 15.0  # of silence; proxies cut quieter connections
-STALL_SECONDS = 60.0  # a client that takes nothing for so long is gone
 
 _PING = b": ping\n\n"
 _REF = "#/components/schemas/{model}"
@@ -23,7 +22,8 @@ _events: dict[str, type[BaseModel]] = {}  # by their names in OpenAPI
 
 class EventReply(StreamingResponse):
     """Sends `events` as they come. `close()` runs once at the end, whoever ended it, even when
-    the first event was never asked for. `ending` is sent after the last event."""
+    the first event was never asked for. `ending` is sent after the last event. A client that takes
+    nothing is the connection's matter (`service.api.connection`), which says then that it went."""
 
     media_type = "text/event-stream"
 
@@ -72,8 +72,7 @@ class EventReply(StreamingResponse):
 
     async def _send_chunk(self, send: Send, body: bytes) -> None:
         self._sent = time.monotonic()
-        async with asyncio.timeout(STALL_SECONDS):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def events_of(event: type[BaseModel]) -> dict[str, Any]:

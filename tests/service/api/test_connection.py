@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import resource
+import select
 import socket
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from starlette.responses import Response
 
+from service.api import connection as connections
 from service.api.connection import Connection
+from service.api.sse import EventReply
 from tests.service.api.conftest import Running, until
 
 
@@ -31,6 +40,7 @@ def dial(running: Running) -> socket.socket:
     return socket.create_connection(running.address, timeout=60)
 
 
+LARGE = b"a" * (8 << 20)
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -95,3 +105,82 @@ def test_what_is_no_request_gets_the_envelope(running: Running, bad: bytes) -> N
     head, _, body = reply.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert json.loads(body)["error_type"] == "validation"
+
+
+def gone(connection: socket.socket) -> bool:
+    """Whether the other side ended the connection, without reading what it sent."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+    return bool(poll.poll(0))
+
+
+@pytest.mark.parametrize("path", ["/large", "/stream"])
+def test_who_takes_nothing_is_cut_off(
+    running: Running, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(Connection, "stall_seconds", 0.3)
+    app, ended = running.app, threading.Event()
+    assert isinstance(app, FastAPI)
+
+    @app.get("/large")
+    async def large() -> Response:
+        return Response(LARGE)
+
+    @app.get("/stream")
+    async def stream() -> Response:
+        return EventReply(endless(), ended.set, {})
+
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect(running.address)
+        connection.sendall(REQUEST.replace(b"/", path.encode(), 1))
+        until(lambda: gone(connection), within=30)
+    until(lambda: len(running.server.server_state.tasks) == 0)
+    assert path == "/large" or ended.wait(30)
+
+
+def test_who_takes_little_is_not(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Connection, "stall_seconds", 0.2)
+
+    @running.app.get("/large")
+    async def large() -> Response:
+        return Response(LARGE)
+
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect(running.address)
+        connection.sendall(REQUEST.replace(b"/", b"/large", 1))
+        began, taken = time.monotonic(), 0
+        while time.monotonic() - began < 0.8:
+            taken += len(connection.recv(1 << 15))
+            time.sleep(0.01)
+        while taken < len(LARGE):
+            piece = connection.recv(1 << 20)
+            assert piece, "it was cut off"
+            taken += len(piece)
+
+
+async def endless() -> AsyncIterator[Mapping[str, Any]]:
+    while True:
+        yield {"text": "a" * 100_000}
+        await asyncio.sleep(0)
+
+
+def test_room_for_connections_leaves_files_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda what, pair: asked.append(pair))
+    for limits, wanted, found in (
+        ((1024, 20_000), (4608, 20_000), 4096),  # as most systems begin: raised
+        ((1024, 2048), (2048, 2048), 1536),
+        ((1024, 1024), (1024, 1024), 512),
+        ((64, 64), (64, 64), 32),
+        ((9000, 9000), None, 4096),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, 4096),
+        ((1024, resource.RLIM_INFINITY), (4608, resource.RLIM_INFINITY), 4096),
+    ):
+        asked.clear()
+        monkeypatch.setattr(resource, "getrlimit", lambda what, limits=limits: limits)
+        assert connections.room() == found
+        assert asked == ([wanted] if wanted else [])

@@ -79,6 +79,14 @@ def test_a_large_body_may_take_its_time() -> None:
     assert through(bounds, reading, [piece(b""), late])[0]["status"] == 408
 
 
+def test_speed_buys_no_silence() -> None:
+    """What came fast would pay for a deadline in hours."""
+    bounds = Bounds(10_000, silence_seconds=0.05, bytes_per_second=10)
+    late = {**piece(b"b", more=False), "delay": 0.2}
+    assert through(bounds, reading, [piece(b"x" * 9000), late])[0]["status"] == 408
+    assert through(bounds, reading, [piece(b"x" * 9000), piece(b"b", False)])[0]["status"] == 200
+
+
 @pytest.mark.parametrize("swallow", [True, False])
 def test_a_refusal_is_the_answer_whatever_the_route_makes_of_it(swallow: bool) -> None:
     async def stubborn(scope: Any, receive: Any, send: Any) -> None:
