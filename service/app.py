@@ -111,15 +111,7 @@ def create_app(
         slow=ThreadPoolExecutor(SLOW_AT_ONCE, thread_name_prefix="nibble-slow"),
         tracing=tracing or open_tracing(settings.otlp_traces_endpoint, model, meta.own_version()),
     )
-    bounds = Bounds(
-        settings.max_body_bytes,
-        by_pattern=(("POST", collections.DOCUMENTS, settings.max_documents_bytes),),
-        by_route={
-            ("POST", "/adapters"): settings.max_upload_bytes + FORM_BYTES,
-            ("POST", "/v1/files"): settings.max_file_bytes + FORM_BYTES,
-        },
-    )
-    app.add_middleware(Door, bounds=bounds, tracing=app.state.desk.tracing)
+    app.add_middleware(Door, bounds=body_bounds(settings), tracing=app.state.desk.tracing)
     plain = app.openapi
     app.openapi = lambda: openapi.described(plain())  # type: ignore[method-assign]
     errors.register(app)
@@ -142,6 +134,18 @@ def create_app(
     for router in (*(module.router for module in (*routes, *openai)), *training):
         app.include_router(router)
     return app
+
+
+def body_bounds(settings: Settings) -> Bounds:
+    """How large a body may be, by route."""
+    return Bounds(
+        settings.max_body_bytes,
+        by_pattern=(("POST", collections.DOCUMENTS, settings.max_documents_bytes),),
+        by_route={
+            ("POST", "/adapters"): settings.max_upload_bytes + FORM_BYTES,
+            ("POST", "/v1/files"): settings.max_file_bytes + FORM_BYTES,
+        },
+    )
 
 
 def _model_name(base: str) -> str:
@@ -360,7 +364,12 @@ def open_store(settings: Settings) -> AdapterStore:
     """The store under `settings`, swept of what a crash left behind."""
     uploads = settings.home / "uploads"
     uploads.mkdir(parents=True, exist_ok=True, mode=0o700)
-    store = AdapterStore(settings.blobs, settings.catalog, cache=settings.home / "cache")
+    store = AdapterStore(
+        settings.blobs,
+        settings.catalog,
+        cache=settings.home / "cache",
+        max_cache_bytes=settings.blob_cache_bytes,
+    )
     swept = store.sweep()
     logger.info(
         "store",

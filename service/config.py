@@ -190,6 +190,13 @@ class Settings(BaseSettings):
         "Store",
         default_factory=lambda data: (data["home"] / "blobs").as_uri(),
     )
+    blob_cache_bytes: Bytes = _setting(
+        "Copies kept in home of blobs that lie in a bucket; what was not asked for longest goes.",
+        "Store",
+        16 * GIB,
+        ge=MIB,
+        le=1024 * TIB,
+    )
     catalog: str = _setting(
         "URL of the catalog's database; from home when unset.",
         "Store",
