@@ -334,10 +334,16 @@ def _explain(one: Mapping[str, Any]) -> str:
 
 
 def _echo(one: Mapping[str, Any]) -> str:
-    """The bad value, when it is a short scalar of a field that holds no user's text."""
+    """The bad value, when it is a short scalar of a field that holds no user's text. A longer text
+    is no slip of a name: it may be a prompt in the wrong place."""
     value = one.get("input")
-    private = any(part in PRIVATE for part in one["loc"])
+    private = len(one["loc"]) < 2 or any(part in PRIVATE for part in one["loc"])  # < 2: the body
     if private or not isinstance(value, str | int | float | bool | None):
         return ""
     shown = repr(value)
-    return f" (got {shown if len(shown) <= MAX_ECHO else shown[:MAX_ECHO] + '…'})"
+    if len(shown) <= MAX_ECHO:
+        return f" (got {shown})"
+    long = (
+        f"a text of {len(value)} characters" if isinstance(value, str) else shown[:MAX_ECHO] + "…"
+    )
+    return f" (got {long})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
 import time
@@ -360,4 +361,48 @@ def test_no_secret_shows_anywhere(site: Site, capfd: pytest.CaptureFixture[str])
     assert logged.count("request") > len(failing)  # it is what the server logs
     assert CANARY not in logged
     assert CANARY not in metrics
+    assert CANARY not in str(list(lines(site.audit)))
+
+
+def fields(api: dict[str, Any], schema: dict[str, Any]) -> Iterator[str]:
+    """The names of a body's own fields, whichever form it has."""
+    if "$ref" in schema:
+        schema = api["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    yield from schema.get("properties", {})
+    for form in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
+        yield from fields(api, form)
+
+
+def wrong_bodies(api: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Bodies of every route that takes JSON, each with one field wrong that says the canary."""
+    for path, methods in api["paths"].items():
+        where = re.sub(r"\{[^}]*\}", "x", path)
+        for method, operation in methods.items():
+            media = operation.get("requestBody", {}).get("content", {}).get("application/json")
+            if media is None:
+                continue
+            for field in dict.fromkeys(fields(api, media["schema"])):
+                for wrong in ({"a": [CANARY]}, [{"a": CANARY}], f"{CANARY} " * 5000):
+                    yield method, where, {field: wrong}
+            yield method, where, CANARY
+
+
+def test_no_field_repeats_what_is_wrong_with_it(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of every route and field: what a client sends where it does not belong is in no refusal,
+    log, metric or line of the audit log."""
+    asked = 0
+    for method, path, body in wrong_bodies(site.admin.get("/openapi.json").json()):
+        reply = site.acme.request(method, path, json=body)
+        assert reply.status_code != 500, (method, path, str(body)[:60])
+        if reply.status_code >= 400:
+            asked += 1
+            assert CANARY not in reply.text, (method, path, str(body)[:60], reply.text[:300])
+    assert asked > 400
+    logged = "".join(capfd.readouterr())
+    assert logged.count("request") > asked
+    assert CANARY not in logged
+    assert CANARY not in site.acme.get("/metrics").text
+    time.sleep(0.5)
     assert CANARY not in str(list(lines(site.audit)))
