@@ -18,6 +18,7 @@ import torch
 from base.kernels import bench as kernels
 from base.spec import BaseSpec
 from service.bench import llama_peer, peft_peer
+from service.bench.nibble_peer import LOOKUP
 from service.bench.scenario import Scenario
 
 SECONDS = 1.0  # for each limit
@@ -84,7 +85,7 @@ def distance(
     For a scenario that counts its prompt: the whole prompt, by arithmetic. For others a step of
     decoding, between two tokens. `row` is report.row_of's, `facts` its peer's.
     """
-    if "step_bytes" not in facts:
+    if "step_bytes" not in facts or row["way"] == LOOKUP:  # its steps give more than a token
         return None
     layers, head = macs
     speed = 1e9 * limits.operations(facts["arithmetic"])
@@ -98,7 +99,7 @@ def distance(
         used = _used(scenario, row["way"])
         each = facts.get("each_adapter_bytes") or []
         adapters = sum(each[number] for number in set(used) if number is not None and each)
-        keys = facts.get("token_bytes", 0) * (prompt + new_tokens // 2) * len(used)
+        keys = facts.get("token_bytes", 0) * (prompt + scenario.new_of(new_tokens) // 2) * len(used)
         needed = {
             "bandwidth": (facts["step_bytes"] + adapters + keys) / (1e9 * limits.read_gbytes),
             "arithmetic": 2 * len(used) * (layers + head) / speed,

@@ -14,6 +14,7 @@ from adapters.validation_child import validate_here
 from base.kernels import native_status
 from base.load import load_base
 from base.spec import BaseSpec
+from service.bench.dictation import Dictation
 from service.bench.memory import embedding_bytes, head_bytes, quantised_bytes, resident
 from service.bench.peer import Setup
 from service.bench.scenario import Job, Round, round_of
@@ -24,6 +25,8 @@ from service.engine.stream import Stream
 from service.fetch import Fetch
 
 ENGINE = "engine"
+LOOKUP = "engine, prompt lookup"
+DRAFT = 8  # tokens that one step may guess
 
 
 class NibblePeer:
@@ -47,16 +50,14 @@ class NibblePeer:
         self._engine = Engine(self._base, Fetch(self._store, self._base), EngineConfig())
         self._engine.start()
         self._loaded = [self._engine.load(ref) for ref in self._refs]
-        self._requests = 0
+        self._asked = 0
 
     def run(self, job: Job, way: str) -> Round:
-        assert way == ENGINE, way
+        assert way in (ENGINE, LOOKUP), way
         times: list[list[float]] = [[] for _ in job.prompts]
+        requests = self._requests(job, way)
         arrival = time.perf_counter()
-        streams = [
-            self._engine.submit(self._request(prompt, adapter, job.new_tokens))
-            for prompt, adapter in zip(job.prompts, job.scenario.adapters, strict=True)
-        ]
+        streams = [self._engine.submit(request) for request in requests]
         readers = [
             threading.Thread(target=_read, args=pair) for pair in zip(streams, times, strict=True)
         ]
@@ -106,14 +107,25 @@ class NibblePeer:
         )
         return AdapterRef.of(manifest)
 
-    def _request(self, prompt: tuple[int, ...], adapter: int | None, new: int) -> Request:
-        self._requests += 1
-        return Request(
-            id=str(self._requests),
-            prompt=prompt,
-            sampling=Sampling(max_new_tokens=new, min_new_tokens=new, ignore_eos=True),
-            adapter=None if adapter is None else self._refs[adapter],
-        )
+    def _requests(self, job: Job, way: str) -> list[Request]:
+        self._asked += 1
+        new, adapters = job.new_tokens, job.scenario.adapters
+        return [
+            Request(
+                id=f"{self._asked}.{at}",
+                prompt=prompt,
+                sampling=Sampling(
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    ignore_eos=True,
+                    guide=Dictation(job.answers[at]).guide() if job.answers else None,
+                ),
+                adapter=None if adapter is None else self._refs[adapter],
+                prompt_lookup_num_tokens=DRAFT if way == LOOKUP else 0,
+                tenant=way,  # which may not find in the prefix cache what another way computed
+            )
+            for at, (prompt, adapter) in enumerate(zip(job.prompts, adapters, strict=True))
+        ]
 
 
 def _read(stream: Stream, times: list[float]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from service.bench import llama_peer, peft_peer, server_peers, transformers_peer
-from service.bench.nibble_peer import ENGINE
+from service.bench.nibble_peer import ENGINE, LOOKUP
 from service.bench.peer import PeerFailed, PeerProcess
 from service.bench.scenario import (
     BASE,
@@ -91,7 +91,9 @@ def ways_of(peer: str, scenario: Scenario) -> tuple[str, ...]:
     """The ways in which this peer serves the scenario; none: it takes no part."""
     if peer in WAYS:
         return WAYS[peer].get(scenario, ())
-    return () if peer.endswith(BARE) and scenario != NONE else (ENGINE,)
+    if peer.endswith(BARE) and scenario != NONE:
+        return ()
+    return (ENGINE, LOOKUP) if scenario.quoted else (ENGINE,)
 
 
 def contestants(scenarios: Sequence[Scenario], peers: Sequence[str]) -> list[Contestant]:
@@ -127,8 +129,9 @@ def measure(
             break
         if row.peer in failed:
             continue
-        tokens = new_tokens if number > 0 else min(new_tokens, WARM_UP_TOKENS)
-        asked = job(row.scenario, number, vocabulary, prompt_tokens, tokens)
+        asked = job(row.scenario, number, vocabulary, prompt_tokens, new_tokens)
+        if number == 0:
+            asked = asked.shortened(WARM_UP_TOKENS)
         try:
             result = peers[row.peer].run(asked, row.way)
         except PeerFailed as error:

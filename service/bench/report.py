@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
+from service.bench.nibble_peer import LOOKUP
 from service.bench.plan import BARE, NIBBLE, Contestant
-from service.bench.scenario import DISTINCT, DORA, MANY, NONE, SAME, Round
+from service.bench.scenario import COPIES, COPYING, DISTINCT, DORA, MANY, NONE, SAME, Round
 
 MIB = 1 << 20
 
@@ -69,11 +70,12 @@ def ratios_of(found: Mapping[Contestant, Sequence[Round]]) -> list[dict[str, Any
 
 
 def own_ratios(found: Mapping[Contestant, Sequence[Round]]) -> list[dict[str, Any]]:
-    """What adapters cost: Nibble's rate in one scenario over its rate in another.
+    """What adapters cost, and prompt lookup brings: Nibble's rate in one row over another's.
 
     "No adapter" is the peer that was never given one, where that was measured.
     """
-    rates = {(row.scenario, row.peer): rounds for row, rounds in found.items()}
+    rates = {(r.scenario, r.peer): rounds for r, rounds in found.items() if r.way != LOOKUP}
+    guessed = {(r.scenario, r.peer): rounds for r, rounds in found.items() if r.way == LOOKUP}
     ratios = []
     for peer in dict.fromkeys(row.peer for row in found if row.ours):
         bare = f"{peer}{BARE}" if (NONE, f"{peer}{BARE}") in rates else peer
@@ -88,6 +90,11 @@ def own_ratios(found: Mapping[Contestant, Sequence[Round]]) -> list[dict[str, An
             {"what": what, "peer": peer, **_ratio(rates[over], rates[under])}
             for what, (over, under) in pairs.items()
             if over != under and over in rates and under in rates
+        ]
+        ratios += [
+            {"what": f"prompt lookup / without, {it.name}", "peer": peer, **_ratio(own, plain)}
+            for it in (COPYING, COPIES)
+            if (own := guessed.get((it, peer))) and (plain := rates.get((it, peer)))
         ]
     return ratios
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -21,10 +22,15 @@ class Scenario:
     new_tokens: int | None = None  # in place of the run's
     shared_tokens: int = 0  # that all prompts of a round begin with
     counts: Literal["output", "prompt"] = "output"  # the tokens that its rate is of
+    quoted: int = 0  # tokens that an answer quotes at a time; 0: it says what the model says
 
     def prompt_of(self, run: int) -> int:
         """Prompt tokens of each request, where the run's other scenarios have `run`."""
         return self.prompt_tokens or run
+
+    def new_of(self, run: int) -> int:
+        """Output tokens of each request, likewise."""
+        return self.new_tokens or run
 
 
 BASE = Scenario("1 base", (None,))
@@ -36,8 +42,10 @@ DORA = Scenario("8, distinct DoRA", tuple(range(8, 16)))
 MANY = Scenario("32, mixed kinds and ranks", tuple(range(32)))
 PREFILL = Scenario("prefill 512", (None,), prompt_tokens=512, new_tokens=1, counts="prompt")
 CHAT = Scenario("8 chats, shared prefix", (0,) * 8, prompt_tokens=512, shared_tokens=448)
+COPYING = Scenario("copying", (None,), prompt_tokens=256, new_tokens=128, quoted=16)
+COPIES = Scenario("8, copying", (None,) * 8, prompt_tokens=256, new_tokens=128, quoted=16)
 QUICK = (BASE, ONE, SAME, DISTINCT, NONE)
-FULL = (*QUICK, DORA, MANY, PREFILL, CHAT)
+FULL = (*QUICK, DORA, MANY, PREFILL, CHAT, COPYING, COPIES)
 SUITES = {"quick": QUICK, "full": FULL}
 
 
@@ -48,6 +56,11 @@ class Job:
     scenario: Scenario
     prompts: tuple[tuple[int, ...], ...]  # token ids
     new_tokens: int  # exactly so many for each request
+    answers: tuple[tuple[int, ...], ...] = ()  # what each must say; none: whatever it says
+
+    def shortened(self, new_tokens: int) -> Job:
+        """The same, with no more than so many new tokens."""
+        return replace(self, new_tokens=min(self.new_tokens, new_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,4 +104,22 @@ def job(
     shared = tokens(scenario.shared_tokens)
     own = scenario.prompt_of(prompt_tokens) - len(shared)
     prompts = tuple(shared + tokens(own) for _ in scenario.adapters)
-    return Job(scenario, prompts, min(new_tokens, scenario.new_tokens or new_tokens))
+    new = scenario.new_of(new_tokens)
+    if not scenario.quoted:
+        return Job(scenario, prompts, new)
+    answers = tuple(_quoting(prompt, scenario.quoted, chance, tokens)[:new] for prompt in prompts)
+    return Job(scenario, prompts, new, answers)
+
+
+def _quoting(
+    prompt: tuple[int, ...],
+    length: int,
+    chance: random.Random,
+    tokens: Callable[[int], tuple[int, ...]],
+) -> tuple[int, ...]:
+    """Passages of the prompt, `length` tokens each, with a quarter as many new ones between."""
+    answer: tuple[int, ...] = ()
+    while len(answer) < len(prompt):
+        start = chance.randrange(len(prompt) - length)
+        answer += tokens(length // 4) + prompt[start : start + length]
+    return answer

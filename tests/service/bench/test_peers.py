@@ -8,11 +8,12 @@ import torch
 from base.kernels import NF4Weight
 from base.load import load_base
 from base.nf4 import NF4Linear
-from service.bench.nibble_peer import ENGINE, NibblePeer
+from service.bench.nibble_peer import ENGINE, LOOKUP, NibblePeer
 from service.bench.peer import Setup
 from service.bench.peft_peer import MIXED, ONE_BATCH, ONE_BY_ONE, PeftPeer, to_bitsandbytes
 from service.bench.scenario import BASE, DISTINCT, NONE, ONE, SAME, Round, Scenario, job
 from service.bench.transformers_peer import CONTINUOUS, TransformersPeer
+from service.engine.request import Finished, Token
 
 NEW = 5
 
@@ -93,6 +94,29 @@ def test_nibble_times_every_token_of_every_request(
         assert cache % (facts["token_bytes"] * peer._engine.config.block_size) == 0
     finally:
         peer.close()
+
+
+def test_nibble_says_what_it_is_told_and_guesses_where_it_may(
+    base_directory: Path, adapters: tuple[Path, ...]
+) -> None:
+    asked = job(Scenario("two", (None, 0), 40, 24, quoted=8), 0, 512, 40, 24)
+    peer = NibblePeer(Setup(base_directory, adapters, 1, {}))
+    said: list[tuple[int, ...]] = []
+    guessed = []
+    try:
+        for way in (ENGINE, LOOKUP):
+            assert peer.run(asked, way).tokens == 2 * 24
+            streams = [peer._engine.submit(each) for each in peer._requests(asked, way)]
+            for stream in streams:
+                *tokens, last = stream.iterate()
+                said.append(tuple(each.id for each in tokens if isinstance(each, Token)))
+                assert isinstance(last, Finished)
+                guessed.append(last.accepted_tokens)
+    finally:
+        peer.close()
+    assert tuple(said) == 2 * tuple(answer[:24] for answer in asked.answers)
+    assert guessed[:2] == [0, 0]
+    assert min(guessed[2:]) > 4
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 
+from service.bench.nibble_peer import ENGINE, LOOKUP
 from service.bench.peer import PeerFailed
 from service.bench.plan import BARE, Contestant, contestants, measure, order
 from service.bench.scenario import (
+    COPYING,
     DISTINCT,
     DORA,
     FULL,
@@ -59,6 +61,11 @@ def test_transformers_serves_no_adapters_and_servers_are_asked_over_http() -> No
     assert over_http == {"nibble serve", "llama-server"}
     scenarios = [{row.scenario for row in rows if row.peer == peer} for peer in over_http]
     assert scenarios[0] == scenarios[1] == {ONE, SAME, DISTINCT}
+
+
+def test_only_ours_is_told_what_to_say_with_prompt_lookup_and_without() -> None:
+    rows = contestants([COPYING], [FAST, FAST + BARE, "peft", "llama.cpp", "transformers"])
+    assert [(row.peer, row.way) for row in rows] == [(FAST, ENGINE), (FAST, LOOKUP)]
 
 
 def test_a_slow_peer_takes_fewer_rounds_and_is_warmed_up_once() -> None:

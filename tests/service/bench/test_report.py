@@ -4,6 +4,7 @@ import io
 
 from rich.console import Console
 
+from service.bench.nibble_peer import ENGINE, LOOKUP
 from service.bench.plan import BARE, Contestant
 from service.bench.report import (
     memory_table,
@@ -14,7 +15,7 @@ from service.bench.report import (
     ratios_of,
     row_of,
 )
-from service.bench.scenario import DISTINCT, DORA, NONE, PREFILL, Round, Scenario
+from service.bench.scenario import COPYING, DISTINCT, DORA, NONE, PREFILL, Round, Scenario
 
 OURS = Contestant(DISTINCT, "nibble", "engine")
 THEIRS = Contestant(DISTINCT, "peft", "adapter_names, mixed batch")
@@ -108,6 +109,12 @@ def test_what_adapters_cost_is_told_by_the_peer_that_never_had_one() -> None:
     assert ratios["8 distinct adapters / 8 without"] == 0.62
     assert "registered but unused / none" not in ratios
     assert "0.62" in _text(own_table(own_ratios(without)))
+
+
+def test_prompt_lookup_is_compared_with_the_same_peer_without_it() -> None:
+    rows = [Contestant(COPYING, "nibble fast", way) for way in (ENGINE, LOOKUP)]
+    (found,) = own_ratios({rows[0]: _rounds(3.0), rows[1]: _rounds(1.5)})
+    assert (found["what"], found["ratio"]) == ("prompt lookup / without, copying", 2.0)
 
 
 def test_the_tables_say_it() -> None:

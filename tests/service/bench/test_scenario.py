@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from service.bench.scenario import (
     BASE,
     CHAT,
+    COPIES,
     DISTINCT,
     FULL,
     MANY,
@@ -48,6 +51,18 @@ def test_chats_share_their_beginning_within_a_round_only() -> None:
     assert {prompt[:448] for prompt in first} == {first[0][:448]}
     assert len(set(first)) == len(first) == 8
     assert first[0][:448] != second[0][:448]
+
+
+def test_an_answer_quotes_its_own_prompt_and_says_new_words_between() -> None:
+    made = job(COPIES, 1, 50_000, prompt_tokens=64, new_tokens=32)
+    assert made.new_tokens == 128
+    assert {len(answer) for answer in made.answers} == {128}
+    for prompt, answer in zip(made.prompts, made.answers, strict=True):
+        for start in range(0, 120, 20):  # four new ones, sixteen of the prompt
+            quote = answer[start + 4 : start + 20]
+            assert any(prompt[at : at + 16] == quote for at in range(256 - 16))
+    assert made.shortened(4) == replace(made, new_tokens=4)
+    assert made.shortened(500) == made
 
 
 def test_names_are_unique_and_the_many_are_distinct() -> None:
