@@ -261,14 +261,18 @@ def write_data(
 def samples(
     out: Annotated[Path, typer.Option(help="Each adapter in its own folder.")] = SAMPLES,
     base: BaseOption = None,
+    as_json: Json = False,
 ) -> None:
     """Train, measure and describe the sample adapters that ship with the embedded base."""
     from training import session, showcase
 
-    with refusals():
+    with refusals(as_json), quiet(as_json):
         model = session.load(base or "mini")
-        for sample in showcase.SHIPPED:
-            _sample(model, sample, out / sample.name)
+        made = {
+            sample.name: _sample(model, sample, out / sample.name) for sample in showcase.SHIPPED
+        }
+    if as_json:
+        print_json({"out": str(out), "exact_match": made})
 
 
 @app.command()
@@ -319,7 +323,8 @@ def bench(
         out.write_text(json.dumps(rounds.as_json(done, shape), indent=1) + "\n", encoding="utf-8")
 
 
-def _sample(base: Base, sample: showcase.Sample, out: Path) -> None:
+def _sample(base: Base, sample: showcase.Sample, out: Path) -> dict[str, float]:
+    """Exact match of each arm, by its name."""
     from training import showcase
 
     with progress() as shown:
@@ -336,6 +341,7 @@ def _sample(base: Base, sample: showcase.Sample, out: Path) -> None:
     for arm in arms:
         table.add_row(arm.name, f"{arm.score.rate:.1%}")
     console.print(table)
+    return {arm.name: arm.score.rate for arm in arms}
 
 
 def _tokenizer(source: str) -> Any:

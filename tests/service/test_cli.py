@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer import Typer
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from service import cli
@@ -46,6 +50,34 @@ def test_every_entry_point_is_a_typer_app() -> None:
     for target in groups.values():
         module, _, attribute = target.partition(":")
         assert type(getattr(import_module(module), attribute)).__name__ == "Typer"
+
+
+def leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """Every command below `name` that does something itself, by its whole name."""
+    below = getattr(command, "commands", {})
+    for key, one in below.items():
+        yield from leaves(f"{name} {key}", one)
+    stands_in = command.context_settings.get("ignore_unknown_options")  # for another wing's app
+    if (not below or getattr(command, "invoke_without_command", False)) and not stands_in:
+        yield name, command
+
+
+def test_every_command_takes_json_but_the_one_that_never_ends() -> None:
+    found = dict(
+        one
+        for name in [*cli.OWN, *cli.KNOWN]
+        if cli.has(name)
+        for one in leaves(name, get_command(cli.load(name)))
+    )
+    assert len(found) > 50
+    for point in entry_points(group="nibble.base_builds"):
+        found |= leaves(f"base build {point.name}", get_command(point.load()))
+    without = {
+        name
+        for name, command in found.items()
+        if not any("--json" in one.opts for one in command.params)
+    }
+    assert without == {"serve"}
 
 
 def test_groups_need_the_installed_package_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from base.errors import UnservableBase
-from training.errors import TrainingError
 from training.study.arm import Arm
 from training.study.best import keep_best
 from training.study.config import StudyConfig, read_study
@@ -27,9 +23,9 @@ from training.study.page import page
 from training.study.place import Place
 from training.study.retrieved import search
 from training.study.runner import prepare, results, run, write_json
+from training.terminal import console, print_json, quiet, refusals
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console()
 VERSIONS = ("torch", "transformers", "peft")
 
 
@@ -45,6 +41,7 @@ def compare(
         bool,
         typer.Option("--serving-only", help="Run no arm: time the adapters that are kept, again."),
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Compare methods with one budget: learning rates by validation, seeds, references, controls.
 
@@ -54,23 +51,29 @@ def compare(
     """
     if serving_only and (arms is not None or not serve):
         raise typer.BadParameter("--serving-only runs no arms and serves: leave out the other")
-    try:
+    with refusals(as_json), quiet(as_json):
         found, place = read_study(study), Place(out)
         prepare(found, place)
-        if not serving_only:
-            _run(found, place, arms)
-        if serving_only or (serve and found.serving and arms is None):
-            from training.study.serving import measure
+        try:
+            if not serving_only:
+                _run(found, place, arms)
+            if serving_only or (serve and found.serving and arms is None):
+                from training.study.serving import measure
 
-            write_json(place.root / "serving.json", measure(found, place))
-        console.print(report(found, place, study))
-    except (TrainingError, UnservableBase) as error:
-        Console(stderr=True).print(f"[bold red]refused:[/] {escape(str(error))}", highlight=False)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        report(found, place, study)
-        console.print(f"stopped; {out} keeps what has run, and the same command goes on")
-        raise typer.Exit(130) from None
+                write_json(place.root / "serving.json", measure(found, place))
+        except KeyboardInterrupt:
+            report(found, place, study)
+            console.print(f"stopped; {out} keeps what has run, and the same command goes on")
+            raise typer.Exit(130) from None
+        findings = report(found, place, study)
+    counted = {"arms": len(findings.rows), "missing": len(findings.missing)}
+    if as_json:
+        print_json({"out": str(out), **counted})
+        return
+    missing = f"; {len(findings.missing)} arms have not run" if findings.missing else ""
+    console.print(
+        f"{out}/report.html, report.md and report.json: {len(findings.rows)} arms{missing}"
+    )
 
 
 def _run(study: StudyConfig, place: Place, limit: int | None) -> None:
@@ -85,8 +88,8 @@ def _run(study: StudyConfig, place: Place, limit: int | None) -> None:
     run(study, place, began, limit)
 
 
-def report(study: StudyConfig, place: Place, source: Path) -> str:
-    """Write report.json, report.md and report.html; what to say about it."""
+def report(study: StudyConfig, place: Place, source: Path) -> Findings:
+    """Write report.json, report.md and report.html."""
     served = place.root / "serving.json"
     serving = json.loads(served.read_text(encoding="utf-8")) if served.is_file() else None
     ran = results(place)
@@ -97,10 +100,7 @@ def report(study: StudyConfig, place: Place, source: Path) -> str:
     (place.root / "report.md").write_text(markdown(findings, made), encoding="utf-8")
     (place.root / "report.html").write_text(page(findings, made), encoding="utf-8")
     write_json(place.root / "report.json", as_json(findings, made))
-    missing = f"; {len(findings.missing)} arms have not run" if findings.missing else ""
-    return (
-        f"{place.root}/report.html, report.md and report.json: {len(findings.rows)} arms{missing}"
-    )
+    return findings
 
 
 def as_json(findings: Findings, made: str) -> dict[str, Any]:
