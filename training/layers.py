@@ -13,22 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from base.kernels import Weight, nf4_backward, nf4_training_product
+from base.kernels import NF4Weight, Weight, nf4_backward, nf4_training_product
 from base.nf4 import NF4Linear
 from training.errors import MethodError
 from training.rematerialise import Made, made_of
 
 Init = Literal["zero", "pissa", "olora"]
-_CACHED = 1 << 16  # numbers of each tensor that are read at a time: 256 KiB
+_CACHED = 1 << 17  # numbers that are added to at a time: 512 KiB
 
 
 class _Product(torch.autograd.Function):
-    """u = W x + s B (A x), then y = u, or y = g ⊙ u with g = m / n and a constant n.
+    """y = g ⊙ (W x + s B (A x)) with g = m / n and a constant n; g = 1 where there is no m.
 
     One node instead of a dozen: beside the factors only x is kept, or the parts that it is `made`
-    of (training/rematerialise.py), and y where there is a g: ∂L/∂m = Σ (∂L/∂y ⊙ u) / n, and u is
-    y / g. A x is computed again, which costs r columns. x [T, in], A [r, in], B [out, r], m and
-    n [out].
+    of (training/rematerialise.py), and y where there is an m: ∂L/∂m = Σ (∂L/∂y ⊙ y) / m. A x is
+    computed again, which costs r columns. g goes into the scales of W's codes and the rows of B,
+    so that nothing of y's size is multiplied by it, forward or backward. Where it cannot (`gained`)
+    or y does not tell u = y / g, since an m is 0, u is multiplied, and kept instead.
+    x [T, in], A [r, in], B [out, r], m and n [out].
     """
 
     @staticmethod
@@ -43,36 +45,37 @@ class _Product(torch.autograd.Function):
         scale: float,
         made: Made | None,
     ) -> Tensor:
+        g = None if m is None or n is None else m / n
+        within = None if g is None or bool((g == 0).any()) else gained(weight, g)
+        if within is not None and g is not None:
+            weight, B = within, B * g[:, None]
         u = nf4_training_product(x, weight)
         if u.dtype is B.dtype:
             u.addmm_(x @ A.t(), B.t(), alpha=scale)
         else:
             u = u + ((x.to(A.dtype) @ A.t()) @ B.t()) * scale
         ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
-        ctx.make = None if made is None else made.make
-        ctx.divides = m is not None and bool((m == 0).any())  # then y does not tell u
-        read = (x,) if made is None else made.parts
-        if m is None or n is None:
-            ctx.save_for_backward(A, B, None, None, None, *read)
-            return u.to(x.dtype)
-        kept = u.to(x.dtype) if ctx.divides else None
-        y = (u * (m / n) if ctx.divides else u.mul_(m / n)).to(x.dtype)
-        ctx.save_for_backward(A, B, m, n, y if kept is None else kept, *read)
+        ctx.within, ctx.make = within is not None, None if made is None else made.make
+        y = (u if g is None or ctx.within else u * g).to(x.dtype)
+        kept = None if g is None else y if ctx.within else u.to(x.dtype)
+        ctx.save_for_backward(A, B, m, n, kept, *((x,) if made is None else made.parts))
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         A, B, m, n, kept, *read = ctx.saved_tensors
         x = read[0] if ctx.make is None else ctx.make(*read).view(ctx.shape)
-        grad, grad_m = grads[0], None
-        if kept is not None:
-            grad, total = _gained(grad, kept, m / n)
-            grad_m = total / (n if ctx.divides else m)
+        grad, grad_m, g = grads[0], None, None if m is None else m / n
+        if g is not None:
+            grad_m = _column_products(grad, kept) / (m if ctx.within else n)
+            grad = grad if ctx.within else (grad * g).to(grad.dtype)
         wide = grad.to(B.dtype)
         inner = (wide @ B).mul_(ctx.scale)  # [T, r]
         x32 = x.to(A.dtype)
         grad_A = inner.t() @ x32
         grad_B = (wide.t() @ (x32 @ A.t())).mul_(ctx.scale)
+        if g is not None and ctx.within:
+            grad_B.mul_(g[:, None])
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = nf4_backward(grad, ctx.weight)
@@ -83,16 +86,22 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_A, grad_B, grad_m, None, None, None, None
 
 
-def _gained(grad: Tensor, kept: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """g ⊙ grad and the sum of grad ⊙ kept over the rows, [T, out] and [out], some rows at a time
-    so that they are read from the cache."""
-    scaled, total = torch.empty_like(grad), torch.zeros_like(g)
-    rows = max(1, _CACHED // grad.shape[-1])
-    pieces = zip(*(torch.split(t, rows) for t in (grad, kept, scaled)), strict=True)
-    for piece, other, out in pieces:
-        total += (piece * other).sum(dim=0, dtype=g.dtype)
-        torch.mul(piece, g, out=out)
-    return scaled, total
+def gained(weight: Weight, g: Tensor) -> NF4Weight | None:
+    """diag(g) W, of the same codes; None where a block of codes is of two rows, or in panels."""
+    if not isinstance(weight, NF4Weight) or weight.shape[1] % weight.blocksize:
+        return None
+    scales = weight.scales().view(len(g), -1) * g[:, None]
+    return NF4Weight(weight.packed, scales.view(-1), weight.shape, weight.blocksize)
+
+
+def _column_products(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of a ⊙ b over the rows, fp32: [T, out] -> [out]. On a CPU some rows at a time, so
+    that their sum stays in the cache."""
+    rows = len(a) if a.is_cuda else max(1, _CACHED // a.shape[-1])
+    total = torch.zeros(min(rows, len(a)), a.shape[-1], device=a.device)
+    for piece, other in zip(torch.split(a, rows), torch.split(b, rows), strict=True):
+        total[: len(piece)].addcmul_(piece.float(), other.float())
+    return total.sum(dim=0)
 
 
 class LoraLinear(nn.Module):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from base.kernels import NF4Weight
+from base.kernels import NF4Weight, PanelWeight, Weight
 from base.nf4 import NF4Linear
-from training.layers import DoraLinear, LoraLinear
+from training.layers import DoraLinear, LoraLinear, gained
 
 
 @pytest.fixture
@@ -71,15 +71,35 @@ def test_parameters_stay_fp32_over_a_bf16_base(linear: NF4Linear) -> None:
     assert {p.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}
 
 
+def _weights() -> dict[str, Weight]:
+    """Layouts that a gain goes into, and such that it does not: see `gained`."""
+    torch.manual_seed(1)
+    W = torch.randn(96, 64)
+    return {
+        "double-quantised": NF4Weight.quantize(W),
+        "plain": NF4Weight.quantize(W, double_quant=False),
+        "panels": PanelWeight.pack(NF4Weight.quantize(W)),
+        "blocks across rows": NF4Weight.quantize(torch.randn(64, 24), double_quant=False),
+    }
+
+
 @pytest.mark.parametrize("kind", [LoraLinear, DoraLinear])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", _weights())
+@pytest.mark.parametrize("dead", [False, True], ids=["", "a row with m = 0"])
 def test_the_product_is_that_of_the_plain_way(
-    linear: NF4Linear, kind: type[LoraLinear], dtype: torch.dtype
+    kind: type[LoraLinear], dtype: torch.dtype, layout: str, dead: bool
 ) -> None:
     """The way that dropout takes, with nothing dropped, is the oracle."""
-    layer = _random(kind(linear.to(dtype), rank=4, scale=1.7, dropout=1e-12))
-    x = torch.randn(3, 5, 64).to(dtype).requires_grad_()
-    pull = torch.randn(3, 5, 96).to(dtype)
+    weight = _weights()[layout]
+    linear = NF4Linear(weight, torch.randn(weight.shape[0])).to(dtype)
+    layer = _random(kind(linear, rank=4, scale=1.7, dropout=1e-12))
+    if isinstance(layer, DoraLinear):
+        assert (gained(weight, layer.m) is None) == (layout in ("panels", "blocks across rows"))
+        with torch.no_grad():
+            layer.m[5] *= 1 - dead
+    x = torch.randn(3, 5, weight.shape[1]).to(dtype).requires_grad_()
+    pull = torch.randn(3, 5, weight.shape[0]).to(dtype)
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
     found = []
     for plain in (False, True):
@@ -89,6 +109,16 @@ def test_the_product_is_that_of_the_plain_way(
     tight = {"rtol": 1e-4, "atol": 1e-3} if dtype is torch.float32 else {"rtol": 5e-2, "atol": 0.5}
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, **tight)
+
+
+def test_a_gain_goes_into_the_scales_alone() -> None:
+    weight, g = _weights()["double-quantised"], torch.rand(96) + 0.5
+    assert isinstance(weight, NF4Weight)
+    scaled = gained(weight, g)
+    assert scaled is not None
+    assert scaled.packed is weight.packed
+    wanted = g[:, None] * weight.dequantize()
+    torch.testing.assert_close(scaled.dequantize(), wanted, rtol=3e-7, atol=0)
 
 
 def test_the_first_layer_asks_for_no_gradient_of_its_input(linear: NF4Linear) -> None:
