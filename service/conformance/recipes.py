@@ -190,29 +190,17 @@ def make_adapter(
     Writes adapter_config.json and adapter_model.safetensors; returns the directory.
     """
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
     ready_peft()
     directory, recipe = Path(directory), RECIPES[kind]
-    targets = targets or recipe.targets or ()
-    if over_nf4:
-        model = copy.deepcopy(dequantised_model(str(base), False))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
+    model = _float_model(base, over_nf4)
+    more = recipe.new_tokens if new_tokens is None else new_tokens
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
-        more = recipe.new_tokens if new_tokens is None else new_tokens
         torch.manual_seed(seed + 1)
         if more:
             _resize(model, more)
-        settings = _config_class(recipe.peft_type or kind.upper())(
-            **{
-                "task_type": "CAUSAL_LM",
-                **({} if recipe.targets is None else {"target_modules": _listed(targets)}),
-                **recipe.fields(rank, 2 * rank if alpha is None else alpha, targets),
-                **config,
-            }
-        )
+        settings = _settings(kind, rank, 2 * rank if alpha is None else alpha, targets, config)
         _count_from_the_end(settings, model.config.vocab_size)
         torch.manual_seed(seed)
         adapted = get_peft_model(model, settings)
@@ -222,6 +210,30 @@ def make_adapter(
     if more > 0:
         _save_tokenizer(directory, base, model.config.vocab_size)
     return directory
+
+
+def _float_model(base: str | Path, over_nf4: bool) -> Any:
+    """A model of its own, in fp32."""
+    if over_nf4:
+        return copy.deepcopy(dequantised_model(str(base), False))
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
+
+
+def _settings(
+    kind: str, rank: int, alpha: float, targets: Targets | None, more: Mapping[str, Any]
+) -> Any:
+    """PEFT's config of the recipe; `more` wins over what it says."""
+    recipe = RECIPES[kind]
+    places = targets or recipe.targets or ()
+    fields = {
+        "task_type": "CAUSAL_LM",
+        **({} if recipe.targets is None else {"target_modules": _listed(places)}),
+        **recipe.fields(rank, alpha, places),
+        **more,
+    }
+    return _config_class(recipe.peft_type or kind.upper())(**fields)
 
 
 def _resize(model: Any, more: int) -> None:

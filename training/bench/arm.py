@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from training.bench.stream import Shape, batches, unpacked
-from training.config import TrainConfig
+from training.config import OptimConfig, TrainConfig
 
 WARMUP = 1  # steps that are not counted
 
@@ -93,8 +93,6 @@ def _trainer(order: ArmOrder, packed: bool) -> None:
     import peft
     import transformers
 
-    from training.recipe import rate
-
     model = transformers.AutoModelForCausalLM.from_pretrained(order.base, dtype=torch.float32)
     given = batches(order.shape, order.steps, model.config.vocab_size)
     model = peft.PeftModel.from_pretrained(model, order.start, is_trainable=True)
@@ -104,6 +102,37 @@ def _trainer(order: ArmOrder, packed: bool) -> None:
         for batch in rows
     ]
     optim = config_of(order).optim
+    arguments = transformers.TrainingArguments(
+        output_dir=f"{order.start}-trainer",
+        max_steps=order.steps,
+        max_grad_norm=optim.max_grad_norm,
+        bf16=False,
+        activation_checkpointing=False,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    _paced(inputs, model=model, args=arguments, optimizers=_optimizers(model, optim)).train()
+
+
+def _optimizers(model: torch.nn.Module, optim: OptimConfig) -> tuple[Any, Any]:
+    """AdamW and the rate's schedule, as ours are."""
+    from training.recipe import rate
+
+    adamw = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=optim.learning_rate,
+        weight_decay=optim.weight_decay,
+    )
+    return adamw, torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: rate(step, optim))
+
+
+def _paced(inputs: list[dict[str, Any]], **given: Any) -> Any:
+    """A Trainer over `inputs` that waits for its turn before each step."""
+    import transformers
 
     class Paced(transformers.Trainer):  # type: ignore[misc]
         def get_train_dataloader(self) -> Any:
@@ -129,30 +158,7 @@ def _trainer(order: ArmOrder, packed: bool) -> None:
             self.clock.send(self.loss)
 
     pace = Pace()
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=optim.learning_rate,
-        weight_decay=optim.weight_decay,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, optim))
-    Paced(
-        model=model,
-        args=transformers.TrainingArguments(
-            output_dir=f"{order.start}-trainer",
-            max_steps=order.steps,
-            max_grad_norm=optim.max_grad_norm,
-            bf16=False,
-            activation_checkpointing=False,
-            use_cpu=True,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        ),
-        optimizers=(optimizer, schedule),
-        callbacks=[pace],
-    ).train()
+    return Paced(callbacks=[pace], **given)
 
 
 def _fields(batch: Any) -> dict[str, Any]:
