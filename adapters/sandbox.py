@@ -35,7 +35,9 @@ FAILURES = (
     AttributeError,
     LookupError,
     MemoryError,
+    NameError,  # of jinja's own program: a constant like 1e999 becomes the name inf in it
     RecursionError,
+    SyntaxError,  # of that program too: more blocks in each other than Python takes
     TypeError,
     ValueError,
 )

@@ -286,6 +286,22 @@ def test_templates_work_within_a_budget(tokenizer: Any, name: str) -> None:
 @pytest.mark.parametrize(
     "template",
     [
+        "{{ 'a' * 1e999 }}",
+        "{% for m in messages %}" * 25 + "{% endfor %}" * 25,
+        "{% if 1 %}" * 150 + "{% endif %}" * 150,
+        "{{ " + "[" * 250 + "]" * 250 + " }}",
+    ],
+    ids=["infinity", "loops", "levels", "brackets"],
+)
+def test_what_jinja_makes_no_program_of(tokenizer: Any, template: str) -> None:
+    """It writes Python, and Python may not take it."""
+    with pytest.raises(InvalidChat, match="failed"):
+        render_chat(tokenizer, chat("x"), template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.__class__ }}",
         "{{ cycler.__init__.__globals__ }}",
