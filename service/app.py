@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from adapters.errors import AdapterError
 from adapters.limits import Limits
@@ -115,7 +115,14 @@ def create_app(
     plain = app.openapi
     app.openapi = lambda: openapi.described(plain())  # type: ignore[method-assign]
     errors.register(app)
-    routes = (
+    for router in routers(settings):
+        app.include_router(router)
+    return app
+
+
+def routers(settings: Settings) -> list[APIRouter]:
+    """Every route, of every skin."""
+    own = (
         generate,
         adapters,
         compose,
@@ -131,9 +138,7 @@ def create_app(
     )
     openai = (models, chat, completions, embeddings)
     training = (files.router, fine_tuning.router) if settings.fine_tuning else (fine_tuning.off,)
-    for router in (*(module.router for module in (*routes, *openai)), *training):
-        app.include_router(router)
-    return app
+    return [*(module.router for module in (*own, *openai)), *training]
 
 
 def body_bounds(settings: Settings) -> Bounds:
@@ -350,6 +355,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         block_size=settings.block_size,
         kv_cache_bytes=settings.kv_cache_bytes,
         kv_dtype=settings.kv_dtype,
+        cuda_graphs=settings.cuda_graphs,
         max_model_len=settings.max_model_len,
         max_sequences=settings.max_num_seqs,
         max_step_tokens=settings.max_step_tokens,

@@ -300,6 +300,11 @@ class Settings(BaseSettings):
         "Engine",
         "auto",
     )
+    cuda_graphs: Literal["auto", "off"] = _setting(
+        "On a GPU: auto captures steps of few tokens as CUDA graphs when the server starts.",
+        "Engine",
+        "auto",
+    )
     max_num_seqs: int = _setting("Sequences in one step.", "Engine", 64, ge=1, le=4096)
     max_step_tokens: int = _setting(
         "Tokens in one step: longer prompts are prefilled in chunks.",

@@ -110,6 +110,13 @@ class Metrics:
         self._blocks_used = self._gauge(
             "nibble:kv_cache_blocks_used", "Of these, blocks that running sequences hold."
         )
+        steps = Counter(
+            "nibble:steps",
+            "Steps on a GPU: replayed as a CUDA graph, or launched kernel by kernel.",
+            ("model_name", "mode"),
+            registry=self.registry,
+        )
+        self._steps = {mode: steps.labels(self._model, mode) for mode in ("replayed", "eager")}
         self._step_tokens = self._histogram(
             "vllm:iteration_tokens_total", "Tokens of one step of the engine.", _TOKENS
         )
@@ -210,6 +217,8 @@ class Metrics:
         tokens = report.prompt_tokens + report.generated_tokens
         if tokens:
             self._step_tokens.observe(tokens)
+        if report.replayed is not None:
+            self._steps["replayed" if report.replayed else "eager"].inc()
         self._show_adapters(report.running_adapters, report.waiting_adapters)
 
     def first_token(self, seconds: float) -> None:

@@ -22,6 +22,7 @@ from .layer import AdaptedLayer, OperatorContext
 from .linear import AdaptedLinear
 from .norm import AdaptedNorm
 from .segments import Segment, Segments
+from .slotted import SlottedOperator
 
 __all__ = [
     "AdaptedEmbedding",
@@ -31,6 +32,7 @@ __all__ = [
     "OperatorContext",
     "Segment",
     "Segments",
+    "SlottedOperator",
     "install",
 ]
 

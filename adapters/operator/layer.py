@@ -124,6 +124,10 @@ class OperatorContext:
                 setattr(self, name, Segments())
                 self.plans, self.adapters = {}, Adapters(Spans())
 
+    def parts_of(self, adapter: LoweredAdapter) -> Mapping[str, Any]:
+        """Module path -> what its layer's `prepare` made of one adapter, once."""
+        return self._prepared(adapter).parts
+
     def _select(self) -> None:
         tokens, logits = self._planned(self._segments), self._planned(self._logit_segments)
         self.adapters = Adapters(Spans()) if tokens is None else tokens.adapters

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adapters.delta import Bottleneck, Delta, LinearDelta, PrivateLinear, PrivateRows, Resized
 from adapters.maps import Scale, Shift
 from base import kernels
-from base.kernels import AdapterTable, LowRankPlan
+from base.kernels import AdapterTable, LowRankPlan, SlotPlan
 
 from .bottleneck import add_bottleneck
 from .layer import AdaptedLayer
@@ -44,7 +44,7 @@ class LinearPlan:
     """One step at one linear layer."""
 
     rows: int
-    low_rank: LowRankPlan | None
+    low_rank: LowRankPlan | SlotPlan | None
     before: Mapped  # x goes through these on its way to W alone
     beside: Mapped  # x goes through these, and y gets the sum
     after: Mapped  # y goes through these at last
@@ -153,6 +153,13 @@ class AdaptedLinear(AdaptedLayer):
             terms.append(kernels.LowRank(last.a, last.b, last.d, _float(delta.g), bias))
         scale = () if delta.p is None else (Scale(delta.p),)
         return _Terms(tuple(terms), (*scale, *delta.blocks), tuple(beside), after)
+
+    def only_term(self, part: Any) -> kernels.LowRank | None:
+        """The one term that a part comes to; None where it is more than that."""
+        if not isinstance(part, _Terms) or part.before or part.beside or part.after:
+            return None
+        term = part.low_rank[0] if part.low_rank else kernels.LowRank()
+        return term if len(part.low_rank) <= 1 and self._fits(term) else None
 
     def put(self, part: Any, table: AdapterTable, place: int) -> bool:
         if not isinstance(part, _Terms) or part.before or part.beside or part.after:

@@ -31,15 +31,19 @@ from .decoder import (
 )
 from .decoder import Linear as LinearPlace
 from .decoder import Norm as NormPlace
+from .graphs import Recorder, Staged, recorder_for
 from .kv_rows import pack, stored_bytes, stored_width, unpack
 from .lowrank import LowRank, LowRankPlan, Segment
 from .panels import BLOCK, PanelWeight, can_pack
 from .rounded import RoundedFactor
+from .slots import MOST_ROWS, SlotPlan, SlotTable
+from .slots import serves as slot_serves
 from .steps import Steps
 from .weight import NF4Weight
 
 __all__ = [
     "BLOCK",
+    "MOST_ROWS",
     "PLACES",
     "AdapterTable",
     "CachePages",
@@ -52,10 +56,14 @@ __all__ = [
     "NormPlace",
     "PanelWeight",
     "Precision",
+    "Recorder",
     "Room",
     "RoundedFactor",
     "Segment",
+    "SlotPlan",
+    "SlotTable",
     "Spans",
+    "Staged",
     "StepPages",
     "StepRecord",
     "Steps",
@@ -75,6 +83,8 @@ __all__ = [
     "pack",
     "paged_attention",
     "panels_serve",
+    "recorder_for",
+    "slot_serves",
     "steps",
     "stored_bytes",
     "stored_width",
@@ -264,12 +274,17 @@ class _DenseProduct(torch.autograd.Function):
         return reference.dense_backward(grads[0], ctx.weight), None
 
 
-def lowrank_add(y: Tensor, x: Tensor, terms: LowRankPlan | Sequence[Segment]) -> Tensor:
+def lowrank_add(y: Tensor, x: Tensor, terms: LowRankPlan | SlotPlan | Sequence[Segment]) -> Tensor:
     """In place for each segment of rows: y = gain * (y + B (d * (A x))) + bias. Returns y.
 
     y [T, out], x [T, in]. Build a `LowRankPlan` once for a batch and a layer and pass it in:
-    a bare sequence is checked and laid out again on each call. Not differentiable.
+    a bare sequence is checked and laid out again on each call. Not differentiable. A `SlotPlan`
+    says at run time whose rows they are: for steps that are captured (slots.py).
     """
+    if isinstance(terms, SlotPlan):
+        if y.is_cuda:
+            return cuda.slots_add(y, x, terms)
+        terms = terms.resolved(y.shape[1], x.shape[1])
     plan = terms if isinstance(terms, LowRankPlan) else LowRankPlan(terms)
     plan.check(y, x)
     if (

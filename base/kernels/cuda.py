@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import triton_check
 from .lowrank import LowRankPlan
+from .slots import SlotPlan
 from .weight import NF4Weight
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,6 +62,14 @@ def lowrank_add(y: Tensor, x: Tensor, plan: LowRankPlan) -> Tensor:
 
     with _on(y.device):
         return triton_lowrank.lowrank_add(y, x, plan)
+
+
+def slots_add(y: Tensor, x: Tensor, plan: SlotPlan) -> Tensor:
+    """In place, for rows told by tiles: y = gain * (y + B (d * (A x))) + bias."""
+    from . import triton_lowrank
+
+    with _on(y.device):
+        return triton_lowrank.slots_add(y, x, plan)
 
 
 def takes_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:

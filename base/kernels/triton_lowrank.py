@@ -22,15 +22,96 @@ import triton.language as tl
 from torch import Tensor
 
 from .lowrank import LowRankPlan, Segment
+from .slots import MOST_RANK, MOST_ROWS, SlotPlan
 from .triton_arithmetic import add_product, rounded
 
-ROWS = 16  # of a tile: the least that the matrix units take
+ROWS = MOST_ROWS  # of a tile: the least that the matrix units take
 RANKS = 16  # of A and B at a time
 COLUMNS = 64  # of A at a time
 SPLIT = 1024  # columns whose partial sums one program makes
 OUTPUTS = 64  # columns of y of one program
+APART = 4  # programs that share the ranks of a tile, where its rank is not known before
 
 _FIELDS = 11  # start, stop, a, b, d, gain, bias, rank, a is bfloat16, b is bfloat16, place in h
+
+
+@triton.jit
+def _inner(
+    x,
+    x_stride,
+    rows,
+    stop,
+    ranks,
+    rank,
+    address,
+    a_is_half,
+    split,
+    width,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """A[ranks, split] x[rows, split]: [ROWS, RANKS]."""
+    total = tl.zeros((ROWS, RANKS), tl.float32)
+    for first in range(split * SPLIT, min(split * SPLIT + SPLIT, width), COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        inside = (rows < stop)[:, None] & (columns < width)[None, :]
+        part = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0)
+        places = ranks[None, :] * width + columns[:, None]
+        inside = (ranks < rank)[None, :] & (columns < width)[:, None]
+        if a_is_half:
+            half = tl.load(
+                address.to(tl.pointer_type(tl.bfloat16)) + places, mask=inside, other=0.0
+            )
+            total = add_product(total, part, half)
+        else:
+            full = tl.load(address.to(tl.pointer_type(tl.float32)) + places, mask=inside, other=0.0)
+            total = add_product(total, part, full)
+    return total
+
+
+@triton.jit
+def _outer(
+    added,
+    inner,
+    ranks,
+    rank,
+    columns,
+    outputs,
+    b,
+    d,
+    b_is_half,
+):
+    """added + B[columns, ranks] (d * inner)."""
+    if d != 0:
+        scale = tl.load(d.to(tl.pointer_type(tl.float32)) + ranks, mask=ranks < rank, other=0.0)
+        inner *= scale[None, :]
+    places = ranks[:, None] * outputs + columns[None, :]
+    inside = (ranks < rank)[:, None] & (columns < outputs)[None, :]
+    if b_is_half:
+        half = tl.load(b.to(tl.pointer_type(tl.bfloat16)) + places, mask=inside, other=0.0)
+        added = add_product(added, inner, half)
+    else:
+        full = tl.load(b.to(tl.pointer_type(tl.float32)) + places, mask=inside, other=0.0)
+        added = add_product(added, inner, full)
+    return added
+
+
+@triton.jit
+def _finish(y, y_stride, rows, stop, columns, outputs, added, gain, bias):
+    """y = gain * (y + added) + bias, rounded once."""
+    inside = (rows < stop)[:, None] & (columns < outputs)[None, :]
+    where = y + rows[:, None] * y_stride + columns[None, :]
+    result = tl.load(where, mask=inside, other=0.0).to(tl.float32) + added
+    within = columns < outputs
+    if gain != 0:
+        factor = tl.load(gain.to(tl.pointer_type(tl.float32)) + columns, mask=within, other=0.0)
+        result *= factor[None, :]
+    if bias != 0:
+        shift = tl.load(bias.to(tl.pointer_type(tl.float32)) + columns, mask=within, other=0.0)
+        result += shift[None, :]
+    tl.store(where, rounded(result, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -54,21 +135,10 @@ def _shrink(
     address, a_is_half, place = tl.load(record + 2), tl.load(record + 8), tl.load(record + 10)
     rows = tl.load(tile + 1) + tl.arange(0, ROWS)
     ranks = tl.load(tile + 2) + tl.arange(0, RANKS)
-    total = tl.zeros((ROWS, RANKS), tl.float32)
-    for first in range(split * SPLIT, min(split * SPLIT + SPLIT, width), COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
-        inside = (rows < stop)[:, None] & (columns < width)[None, :]
-        part = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0)
-        places = ranks[None, :] * width + columns[:, None]
-        inside = (ranks < rank)[None, :] & (columns < width)[:, None]
-        if a_is_half:
-            half = tl.load(
-                address.to(tl.pointer_type(tl.bfloat16)) + places, mask=inside, other=0.0
-            )
-            total = add_product(total, part, half)
-        else:
-            full = tl.load(address.to(tl.pointer_type(tl.float32)) + places, mask=inside, other=0.0)
-            total = add_product(total, part, full)
+    total = _inner(
+        *(x, x_stride, rows, stop, ranks, rank, address, a_is_half, split, width),
+        *(ROWS, RANKS, COLUMNS, SPLIT),
+    )
     where = place + (split * (stop - start) + rows - start)[:, None] * rank + ranks[None, :]
     tl.store(h + where, total, mask=(rows < stop)[:, None] & (ranks < rank)[None, :])
 
@@ -102,28 +172,83 @@ def _expand(
         for split in range(splits):
             part = (split * (stop - start) + rows - start)[:, None] * rank + ranks[None, :]
             inner += tl.load(h + place + part, mask=inside, other=0.0)
-        if d != 0:
-            scale = tl.load(d.to(tl.pointer_type(tl.float32)) + ranks, mask=ranks < rank, other=0.0)
-            inner *= scale[None, :]
-        places = ranks[:, None] * outputs + columns[None, :]
-        inside = (ranks < rank)[:, None] & (columns < outputs)[None, :]
-        if b_is_half:
-            half = tl.load(b.to(tl.pointer_type(tl.bfloat16)) + places, mask=inside, other=0.0)
-            added = add_product(added, inner, half)
-        else:
-            full = tl.load(b.to(tl.pointer_type(tl.float32)) + places, mask=inside, other=0.0)
-            added = add_product(added, inner, full)
-    inside = (rows < stop)[:, None] & (columns < outputs)[None, :]
-    where = y + rows[:, None] * y_stride + columns[None, :]
-    result = tl.load(where, mask=inside, other=0.0).to(tl.float32) + added
-    within = columns < outputs
-    if gain != 0:
-        factor = tl.load(gain.to(tl.pointer_type(tl.float32)) + columns, mask=within, other=0.0)
-        result *= factor[None, :]
-    if bias != 0:
-        shift = tl.load(bias.to(tl.pointer_type(tl.float32)) + columns, mask=within, other=0.0)
-        result += shift[None, :]
-    tl.store(where, rounded(result, y.dtype.element_ty), mask=inside)
+        added = _outer(added, inner, ranks, rank, columns, outputs, b, d, b_is_half)
+    _finish(y, y_stride, rows, stop, columns, outputs, added, gain, bias)
+
+
+@triton.jit
+def _shrink_slots(
+    x,
+    x_stride,
+    h,
+    records,
+    slot_stride,
+    tiles,
+    width,
+    splits,
+    MOST: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    APART: tl.constexpr,
+):
+    """As `_shrink`, for rows told by tiles: h [rows, splits, MOST]."""
+    tile = tiles + 3 * tl.program_id(0)
+    split = tl.program_id(1)
+    first, stop = tl.load(tile), tl.load(tile + 1)
+    if first >= stop:
+        return
+    record = records + tl.load(tile + 2) * slot_stride
+    address, rank, a_is_half = tl.load(record), tl.load(record + 5), tl.load(record + 6)
+    rows = first + tl.arange(0, ROWS)
+    for start in range(tl.program_id(2) * RANKS, rank, APART * RANKS):
+        ranks = start + tl.arange(0, RANKS)
+        total = _inner(
+            *(x, x_stride, rows, stop, ranks, rank, address, a_is_half, split, width),
+            *(ROWS, RANKS, COLUMNS, SPLIT),
+        )
+        where = (rows * splits + split)[:, None] * MOST + ranks[None, :]
+        tl.store(h + where, total, mask=(rows < stop)[:, None] & (ranks < rank)[None, :])
+
+
+@triton.jit
+def _expand_slots(
+    y,
+    y_stride,
+    h,
+    records,
+    slot_stride,
+    tiles,
+    outputs,
+    splits,
+    MOST: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """As `_expand`, for rows told by tiles."""
+    tile = tiles + 3 * tl.program_id(0)
+    first, stop = tl.load(tile), tl.load(tile + 1)
+    if first >= stop:
+        return
+    record = records + tl.load(tile + 2) * slot_stride
+    b, d, gain = tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
+    bias, rank, b_is_half = tl.load(record + 4), tl.load(record + 5), tl.load(record + 7)
+    if (rank == 0) & (gain == 0) & (bias == 0):
+        return
+    rows = first + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    added = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for start in range(0, rank, RANKS):
+        ranks = start + tl.arange(0, RANKS)
+        inside = (rows < stop)[:, None] & (ranks < rank)[None, :]
+        inner = tl.zeros((ROWS, RANKS), tl.float32)
+        for split in range(splits):
+            part = (rows * splits + split)[:, None] * MOST + ranks[None, :]
+            inner += tl.load(h + part, mask=inside, other=0.0)
+        added = _outer(added, inner, ranks, rank, columns, outputs, b, d, b_is_half)
+    _finish(y, y_stride, rows, stop, columns, outputs, added, gain, bias)
 
 
 class _Layout:
@@ -222,4 +347,34 @@ def lowrank_add(y: Tensor, x: Tensor, plan: LowRankPlan) -> Tensor:
             RANKS=RANKS,
             OUTPUTS=OUTPUTS,
         )
+    return y
+
+
+def slots_add(y: Tensor, x: Tensor, plan: SlotPlan) -> Tensor:
+    """In place, as `lowrank_add` and to its bits, for rows told by tiles; returns y.
+
+    Launches depend on the shapes of y, x and the tiles alone, and nothing waits for the device.
+    """
+    width, outputs = x.shape[1], y.shape[1]
+    splits = triton.cdiv(width, SPLIT)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    h = torch.empty(x.shape[0] * splits * MOST_RANK, dtype=torch.float32, device=y.device)
+    records, tiles = plan.records, plan.tiles
+    shared = (h, records, records.stride(0), tiles)
+    _shrink_slots[(len(tiles), splits, APART)](
+        *(x, x.stride(0), *shared, width, splits),
+        MOST=MOST_RANK,
+        ROWS=ROWS,
+        RANKS=RANKS,
+        COLUMNS=COLUMNS,
+        SPLIT=SPLIT,
+        APART=APART,
+    )
+    _expand_slots[(len(tiles), triton.cdiv(outputs, OUTPUTS))](
+        *(y, y.stride(0), *shared, outputs, splits),
+        MOST=MOST_RANK,
+        ROWS=ROWS,
+        RANKS=RANKS,
+        OUTPUTS=OUTPUTS,
+    )
     return y

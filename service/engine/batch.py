@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,9 +28,27 @@ class Batch:
     def tokens(self) -> int:
         return int(self.input_ids.shape[1])
 
+    def to(self, device: torch.device) -> Batch:
+        """The same with its tensors on `device`; itself where they are there already."""
+        if self.input_ids.device == device:
+            return self
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            slot_mapping=self.slot_mapping.to(device),
+            block_tables=self.block_tables.to(device),
+            query_start=self.query_start.to(device),
+            context_length=self.context_length.to(device),
+            logit_rows=self.logit_rows.to(device),
+        )
 
-def build_batch(chunks: Seq[Chunk], block_size: int, device: torch.device) -> Batch:
-    """Lay the chunks end to end, those of one adapter side by side so that segments are long."""
+
+def build_batch(chunks: Seq[Chunk], block_size: int) -> Batch:
+    """Lay the chunks end to end, those of one adapter side by side so that segments are long.
+
+    On the host, where the engine reads some of it again; the runner takes it to its device.
+    """
     ordered = tuple(sorted(chunks, key=_by_adapter))
     ids: list[int] = []
     positions: list[int] = []
@@ -56,13 +74,13 @@ def build_batch(chunks: Seq[Chunk], block_size: int, device: torch.device) -> Ba
     ]
     return Batch(
         chunks=ordered,
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        slot_mapping=torch.tensor(slots, device=device),
-        block_tables=torch.tensor(table, dtype=torch.int32, device=device),
-        query_start=torch.tensor(starts, dtype=torch.int32, device=device),
-        context_length=torch.tensor(lengths, dtype=torch.int32, device=device),
-        logit_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        slot_mapping=torch.tensor(slots),
+        block_tables=torch.tensor(table, dtype=torch.int32),
+        query_start=torch.tensor(starts, dtype=torch.int32),
+        context_length=torch.tensor(lengths, dtype=torch.int32),
+        logit_rows=torch.tensor(rows, dtype=torch.int64),
         logit_chunks=tuple(owners),
     )
 

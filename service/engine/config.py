@@ -11,6 +11,7 @@ from base.kernels import stored_bytes
 from base.load import Base
 
 GIB = 1 << 30
+CudaGraphs = Literal["auto", "off"]
 KVDtype = Literal["auto", "float32", "bfloat16", "int8"]
 
 
@@ -21,6 +22,7 @@ class EngineConfig:
     block_size: int = 16  # tokens
     kv_cache_bytes: int = GIB // 2
     kv_dtype: KVDtype = "auto"  # of keys and values in the cache; auto is the base's own
+    cuda_graphs: CudaGraphs = "auto"  # on a GPU, replay captured steps where one fits
     max_model_len: int | None = None  # tokens of prompt and output; None: the base's positions
     max_sequences: int = 64  # that run at once
     max_step_tokens: int = 512  # of all chunks in one step

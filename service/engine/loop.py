@@ -17,8 +17,11 @@ from dataclasses import replace
 import torch
 
 from adapters.delta import LoweredAdapter
+from base.kernels import recorder_for
 from base.load import Base
 from service.engine.batch import Batch, build_batch
+from service.engine.capture_check import find_fault
+from service.engine.captured import sizes_for
 from service.engine.config import EngineConfig
 from service.engine.detokenizer import Detokenizer
 from service.engine.door import Door
@@ -72,7 +75,12 @@ class Engine:
         self._thread = threading.Thread(target=self._main, name="nibble-engine", daemon=True)
         self._door = Door(config.max_waiting)
         self._mailbox = Mailbox(self._thread, lambda: self._door.failure)
-        self._runner = ModelRunner(base, blocks, config.block_size, config.kept_dtype(base))
+        recorder = recorder_for(base.device) if config.cuda_graphs == "auto" else None
+        sizes = sizes_for(config.max_sequences) if recorder else ()
+        kept = config.kept_dtype(base)
+        self._runner = ModelRunner(base, blocks, config.block_size, kept, sizes)
+        if recorder is not None:
+            self._runner.capture(recorder, self.max_model_len, find_fault)
         self._tiers = Tiers(
             fetch,
             self._mailbox.post,
@@ -272,7 +280,7 @@ class Engine:
         return generated
 
     def _compute(self, step: Schedule, chunks: Iterable[Chunk]) -> int:
-        batch = build_batch(list(chunks), self.config.block_size, self.base.device)
+        batch = build_batch(list(chunks), self.config.block_size)
         adapters = {
             ref.key: self._tiers.adapter(ref.key)
             for chunk in batch.chunks
@@ -494,6 +502,7 @@ class Engine:
             drafts=sum(bool(chunk.draft) for chunk in step.chunks),
             draft_tokens=sum(len(chunk.draft) for chunk in step.chunks),
             accepted_tokens=self._accepted,
+            replayed=self._runner.replayed if step.chunks else None,
             running_adapters=_names(scheduler.running),
             waiting_adapters=_names(scheduler.waiting),
         )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from functools import partial
+from typing import Any
 
 import torch
 
 from adapters.delta import LoweredAdapter
-from adapters.operator import Segments, install
+from adapters.operator import Segments, SlottedOperator, install
 from base import attention_functions
 from base.fused import fuse
+from base.kernels import Recorder
 from base.load import Base
 from service.engine import attention
 from service.engine.attention import KVCache
 from service.engine.batch import Batch
+from service.engine.captured import CapturedSteps, StaticBatch, slots_for
 from service.engine.prefix import Fill
 from service.engine.request import AdapterKey
 from service.engine.scheduler import Chunk
@@ -27,12 +31,21 @@ class ModelRunner:
     """Owns the model, swapped for our attention and operator, and the tensors of the KV cache."""
 
     def __init__(
-        self, base: Base, blocks: int, block_size: int, kv_dtype: torch.dtype | None = None
+        self,
+        base: Base,
+        blocks: int,
+        block_size: int,
+        kv_dtype: torch.dtype | None = None,
+        sizes: Seq[int] = (),
     ) -> None:
-        """`kv_dtype`: what keys and values are kept in; None is the base's own dtype."""
+        """`kv_dtype`: what keys and values are kept in; None is the base's own dtype. `sizes`: of
+        the steps that `capture` is to record, for whose padding there are blocks beyond these."""
         self.base = base
+        self.blocks = blocks
+        self._sizes = sizes
         kept = kv_dtype or base.dtype
-        self.cache = KVCache(base.spec, blocks, block_size, kept, base.device)
+        scratch = -(-max(sizes, default=0) // block_size)
+        self.cache = KVCache(base.spec, blocks + scratch, block_size, kept, base.device)
         attention_functions.choose(base.model, attention.NAME)
         self._decoder = fuse(base.model)
         self._operator = install(base.model, base.spec)
@@ -40,6 +53,25 @@ class ModelRunner:
             self._operator.places = self._decoder.places
         self._before_head = torch.empty(0)  # [1, L, H] of the last step
         base.model.get_output_embeddings().register_forward_pre_hook(self._keep)
+        self.captured: CapturedSteps | None = None
+        self.replayed: bool | None = None  # the last step's graph; None: none was captured
+
+    def capture(
+        self,
+        recorder: Recorder,
+        context: int,
+        find_fault: Callable[[ModelRunner, int, bool], str],
+    ) -> None:
+        """Capture steps of sequences of at most `context` tokens; those in which `find_fault`
+        finds something are run as they come. Before the first step of the engine."""
+        size, rows, device = self.cache.block_size, max(self._sizes), self.base.device
+        self.captured = CapturedSteps(
+            recorder,
+            self._forward_under,
+            SlottedOperator(self._operator, slots_for(rows), device),
+            StaticBatch(rows, -(-context // size), self.blocks * size, device),
+        )
+        self.captured.capture(self._sizes, partial(find_fault, self))
 
     @torch.inference_mode()
     def fill(self, fills: Iterable[Fill], adapters: Resident, cache: KVCache | None = None) -> None:
@@ -57,25 +89,44 @@ class ModelRunner:
 
         The vocabulary is the largest of the batch's sequences; a row has nothing beyond its own.
 
-        `cache` in place of the engine's own is for a trial run. Raises KeyError when a sequence's
-        adapter is not in `adapters`: never the base instead.
+        `cache` in place of the engine's own is for a trial run; a step with it is run as it comes,
+        never replayed. Raises KeyError when a sequence's adapter is not in `adapters`: never the
+        base instead.
         """
         owners = [_owner(chunk.sequence, adapters) for chunk in batch.chunks]
-        self._operator.segments = Segments.of(
+        segments = Segments.of(
             part
             for chunk, owner in zip(batch.chunks, owners, strict=True)
             for part in _parts(chunk, owner)
         )
+        if self.captured is not None and cache is None:
+            made = self.captured.run(batch, segments)
+            self.replayed = made is not None
+            if made is not None:
+                self._before_head, logits = made
+                return logits
+        self._operator.segments = segments
         self._operator.logit_segments = Segments.of(
             (1, owner) for owner in _logit_owners(batch, owners)
         )
-        with attention.step(batch, cache or self.cache) as step:
+        return self._attended(batch.to(self.base.device), cache or self.cache).float()
+
+    def _forward_under(
+        self, batch: Batch, plans: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden [1, L, H], logits [L, vocabulary]) where the operator has these plans."""
+        self._operator.plans = plans
+        logits = self._attended(batch, self.cache)
+        return self._before_head, logits
+
+    def _attended(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        with attention.step(batch, cache) as step:
             logits = self._forward(batch, step)
         if len(step.layers) != self.base.spec.num_layers:
             raise RuntimeError(
                 f"{len(step.layers)} of {self.base.spec.num_layers} layers used the paged attention"
             )
-        return logits.float()
+        return logits
 
     def hidden(self, row: int) -> tuple[float, ...]:
         """The hidden state [H] that gave a row of the last step's logits."""
@@ -101,6 +152,8 @@ class ModelRunner:
     def forget(self, digest: str) -> None:
         """Nothing of this adapter is needed any more: drop the plans that hold its tensors."""
         self._operator.forget(digest)
+        if self.captured is not None:
+            self.captured.forget(digest)
 
 
 def _parts(

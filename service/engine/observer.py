@@ -28,6 +28,7 @@ class StepReport:
     drafts: int = 0  # sequences that were given a draft in this step
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    replayed: bool | None = None  # a captured step was replayed; None: there are none
     running_adapters: tuple[str, ...] = ()  # names, of running sequences
     waiting_adapters: tuple[str, ...] = ()
 

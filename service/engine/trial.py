@@ -34,7 +34,7 @@ def try_out(runner: ModelRunner, adapter: LoweredAdapter, context: int) -> None:
     sequence.blocks = list(range(blocks))
     cache = KVCache(base.spec, blocks, size, runner.cache.dtype, base.device)
     try:
-        batch = build_batch([Chunk(sequence, 0, len(tokens))], size, base.device)
+        batch = build_batch([Chunk(sequence, 0, len(tokens))], size)
         runner.fill(fills(sequence, 0, size), {ref.key: adapter}, cache)
         logits = runner.run(batch, {ref.key: adapter}, cache)
         finite = bool(logits[:, :known].isfinite().all())

@@ -37,10 +37,13 @@ def test_kernels_compile(architecture: int, dtype: str) -> None:
 def _kernels(dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Each kernel with the types of its arguments, and its constants as the launches have them."""
     from base.kernels import triton_attention, triton_lowrank, triton_nf4
+    from base.kernels.slots import MOST_RANK
 
     x, floats, numbers = f"*{dtype}", "*fp32", "*i64"
     plan = {"h": floats, "segments": numbers, "tiles": numbers}
     tile = {"FIELDS": triton_lowrank._FIELDS, "ROWS": 16, "RANKS": 16}
+    slots = {"h": floats, "records": numbers, "slot_stride": "i32", "tiles": "*i32"}
+    shared = {"MOST": MOST_RANK, "ROWS": 16, "RANKS": 16}
     found: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
         (
             triton_lowrank._shrink,
@@ -51,6 +54,17 @@ def _kernels(dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
             triton_lowrank._expand,
             {"y": x, "y_stride": "i32", "outputs": "i32", "splits": "i32", **plan},
             {**tile, "OUTPUTS": triton_lowrank.OUTPUTS},
+        ),
+        (
+            triton_lowrank._shrink_slots,
+            {"x": x, **slots, "width": "i32"} | {"x_stride": "i32", "splits": "i32"},
+            {**shared, "COLUMNS": triton_lowrank.COLUMNS, "SPLIT": triton_lowrank.SPLIT}
+            | {"APART": triton_lowrank.APART},
+        ),
+        (
+            triton_lowrank._expand_slots,
+            {"y": x, **slots, "outputs": "i32"} | {"y_stride": "i32", "splits": "i32"},
+            {**shared, "OUTPUTS": triton_lowrank.OUTPUTS},
         ),
         (
             triton_nf4._fold,

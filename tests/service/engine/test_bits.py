@@ -87,9 +87,7 @@ class Stage:
         sequence = Sequence(0, request, 0, 0, list(request.prompt), len(request.prompt), b"")
         sequence.blocks = list(range(-(-LONGEST // BLOCK)))
         chunk = Chunk(sequence, 0, len(request.prompt))
-        return self.runner.run(
-            build_batch([chunk], BLOCK, torch.device("cpu")), self.adapters
-        ).clone()
+        return self.runner.run(build_batch([chunk], BLOCK), self.adapters).clone()
 
     def play(self, requests: list[Request], rng: random.Random, most: int) -> dict[str, Any]:
         """Logits [T, vocabulary] of each request, in steps of random chunks of at most `most`."""
@@ -107,7 +105,7 @@ class Stage:
                 min(s.uncomputed, most if most > 32 else rng.randint(1, most)) for s in taking
             ]
             chunks = [Chunk(s, s.computed, n) for s, n in zip(taking, counts, strict=True)]
-            batch = build_batch(chunks, BLOCK, torch.device("cpu"))
+            batch = build_batch(chunks, BLOCK)
             logits = self.runner.run(batch, self.adapters)
             for row, owner in zip(logits, batch.logit_chunks, strict=True):
                 rows[batch.chunks[owner].sequence.request.id].append(row)

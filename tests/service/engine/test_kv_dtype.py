@@ -71,7 +71,7 @@ def test_what_it_does_to_the_logits(directory: Path) -> None:
         request = Request("0", prompt, prompt_logprobs=True)
         sequence = Sequence(0, request, 0, 0, list(prompt), len(prompt), b"")
         sequence.blocks = [3, 1, 0, 2, 6, 5, 4]
-        batch = build_batch([Chunk(sequence, 0, len(prompt))], 16, CPU)
+        batch = build_batch([Chunk(sequence, 0, len(prompt))], 16)
         found[dtype] = runner.run(batch, {})
     right = found[torch.float32]
     for dtype, allowed in ((torch.bfloat16, 0.01), (torch.int8, 0.02)):

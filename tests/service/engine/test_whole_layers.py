@@ -55,7 +55,7 @@ def play(runner: ModelRunner) -> torch.Tensor:
             for s in sequences
             if len(s.tokens) > first
         ]
-        rows.append(runner.run(build_batch(chunks, BLOCK, torch.device("cpu")), {}).clone())
+        rows.append(runner.run(build_batch(chunks, BLOCK), {}).clone())
     return torch.cat(rows)
 
 
