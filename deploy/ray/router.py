@@ -1,0 +1,43 @@
+"""Which replica a request goes to.
+
+Every adapter has a replica of its own while that one is healthy: rendezvous hashing (Thaler and
+Ravishankar, 1998) orders the replicas for an adapter, without anything that ingresses would have to
+agree on, and a replica that comes or goes moves only its own share. Who is full is passed over: the
+next in that order is the same one for every request, so an adapter that one replica cannot bear is
+borne by two. What names no adapter goes to the less busy of two at random.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+
+class AdapterRouter(RequestRouter):
+    """Runs in the ingress. The multiplexed model id of a request is its adapter's."""
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """Groups to try, one after the other; of a group the least busy one that has room."""
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # once all of them are full
+        model = pending_request.metadata.multiplexed_model_id
+        if not model:
+            return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
+        return [[replica] for replica in ranked(model, candidate_replicas)]
+
+
+def ranked(model: str, replicas: list[RunningReplica]) -> list[RunningReplica]:
+    """The same order wherever it is asked for."""
+
+    def weight(replica: RunningReplica) -> bytes:
+        name = replica.replica_id.unique_id
+        return hashlib.blake2b(f"{model}\0{name}".encode(), digest_size=8).digest()
+
+    return sorted(replicas, key=weight, reverse=True)
