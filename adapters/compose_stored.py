@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def compose_stored(
         for layer in layers:
             whole = how.method in FULL
             factors = [_factors(files[n], parts[n][0], layer, whole) for n in layer.parts]
-            for tensor in _combined(layer, factors, how, recipe):
+            for tensor in _finite(layer, factors, how, recipe):
                 file.write(tensor.contiguous().numpy().tobytes())
     return json.dumps(_config(layers)).encode(), weights
 
@@ -222,6 +222,25 @@ def _factors(
     A, B = file.take(name_A, rank, layer.inner), file.take(name_B, layer.out, rank)
     scale = _scale(config, layer.path, rank)
     return (A, B * scale, part.weight) if whole else (A, B, part.weight * scale)
+
+
+def _finite(
+    layer: Layer,
+    factors: Sequence[tuple[Tensor, Tensor, float]],
+    how: Composition,
+    recipe: Recipe,
+) -> tuple[Tensor, Tensor]:
+    """`_combined`, or InvalidAdapter where its numbers are no longer any: a density of nearly
+    nothing divides by it."""
+    with suppress(torch.linalg.LinAlgError):  # the svd of what is not finite
+        A, B = _combined(layer, factors, how, recipe)
+        if bool(A.isfinite().all()) and bool(B.isfinite().all()):
+            return A, B
+    raise InvalidAdapter(
+        f"{layer.path}: {how.method} makes numbers that are not finite of these parts; take a "
+        "density nearer to 1, or smaller weights",
+        "parts",
+    )
 
 
 def _combined(

@@ -26,6 +26,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Scope
 
 from adapters.errors import (
@@ -231,7 +232,7 @@ async def _reply(request: Request, error: Exception) -> JSONResponse:
     if answer.status >= 500:
         log_failure(error)
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
-        answer = _no_route(request, error)
+        answer = _no_route(request, error.status_code)
     if isinstance(error, RequestValidationError) and not _is_json(request):
         wanted = "send a body with Content-Type: application/json"
         answer = Failure(415, "unsupported_media", wanted)
@@ -274,13 +275,23 @@ def _headers(error: Exception, status: int) -> dict[str, str]:
     return {"retry-after": "5"} if status in (429, 503) else {}
 
 
-def _no_route(request: Request, error: HTTPException) -> Failure:
+def _no_route(request: Request, status: int) -> Failure:
     path = request.url.path[:MAX_ECHO]
-    if error.status_code == 404:
+    if status == 404:
         return Failure(404, "not_found", f"{path!r} does not exist here; /docs lists what does")
-    allowed = (error.headers or {}).get("Allow", "another method")
+    allowed = ", ".join(_methods(request))
     message = f"{path!r} does not take {request.method[:16]}; it takes {allowed}"
-    return Failure(405, "method_not_allowed", message, None, error.headers or {})
+    return Failure(405, "method_not_allowed", message, None, {"allow": allowed})
+
+
+def _methods(request: Request) -> list[str]:
+    """All that this path takes; Starlette names those of the first route that has it."""
+    return [
+        method
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+        for scope in [{**request.scope, "method": method}]
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    ]
 
 
 def _is_json(request: Request) -> bool:

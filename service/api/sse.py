@@ -75,14 +75,17 @@ class EventReply(StreamingResponse):
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-def events_of(event: type[BaseModel]) -> dict[str, Any]:
-    """OpenAPI's entry for a stream of events whose data is this model as JSON."""
+def events_of(event: type[BaseModel], last: str = "") -> dict[str, Any]:
+    """OpenAPI's entry for a stream of events whose data is this model as JSON; or `last`, of the
+    last one."""
     _events[event.__name__] = event
-    data = {
+    data: dict[str, Any] = {
         "type": "string",
         "contentMediaType": "application/json",
         "contentSchema": {"$ref": _REF.format(model=event.__name__)},
     }
+    if last:
+        data = {"anyOf": [data, {"type": "string", "const": last}]}
     schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return {"text/event-stream": {"schema": schema}}
 

@@ -230,3 +230,12 @@ def test_peft_loads_what_was_written(
     tokens = random_tokens(12)
     (row,) = server.run([(tokens, server.lower(tmp_path))])
     assert relative_error(row, PeftOracle(server.base, tmp_path).logits(tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_linear_svd", "dare_ties_svd"])
+def test_numbers_that_are_no_longer_finite_are_refused(
+    equal_ranks: list[tuple[Part, Path]], spec: BaseSpec, tmp_path: Path, method: str
+) -> None:
+    how = Composition(method, density=5e-324, rank=2 if method.endswith("svd") else None, seed=1)
+    with pytest.raises(InvalidAdapter, match=r"not finite.*density nearer to 1"):
+        compose_stored(equal_ranks, how, spec, Limits(), tmp_path)

@@ -52,7 +52,7 @@ class Reading:
     responses={
         200: {
             "model": ChatCompletion,
-            "content": events_of(ChatChunk),
+            "content": events_of(ChatChunk, "[DONE]"),
         },
         **openai_refusals(404, 408, 413, 415, 422, 429, 500, 503),
     },

@@ -117,7 +117,7 @@ class CompletionBody(Generating):
     responses={
         200: {
             "model": TextCompletion,
-            "content": events_of(TextCompletion),
+            "content": events_of(TextCompletion, "[DONE]"),
         },
         **openai_refusals(404, 408, 413, 415, 422, 429, 500, 503),
     },

@@ -202,6 +202,24 @@ def test_refusal(
     assert len(reply.text) < 700
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/adapters", "GET, POST"),
+        ("/adapters/lora", "GET, DELETE"),
+        ("/adapters/lora/aliases/prod", "PUT, DELETE"),
+        ("/v1/models/lora", "GET, DELETE"),
+        ("/", "GET, POST"),
+    ],
+)
+def test_another_method_is_told_all_that_there_are(
+    client: httpx.Client, path: str, allowed: str
+) -> None:
+    reply = client.request("PATCH", path)
+    assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+    assert f"it takes {allowed}" in reply.text
+
+
 def test_all_faults_of_a_body_are_listed(client: httpx.Client) -> None:
     parameters = {"temperature": 0, "top_p": 2, "n": 0}
     error = client.post("/generate", json={"inputs": "a", "parameters": parameters}).json()["error"]
