@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from deploy.ray.fleet import Fleet, given
+from adapters.errors import AdapterError
+from deploy.ray.fleet import Fleet, check_closed, given
 from deploy.ray.loopback import set_variables
 from service.commands.flags import with_settings
 from service.commands.output import fail
-from service.commands.serve import check_closed
-from service.config import Configuration
+from service.config import ConfigError, Configuration
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -47,7 +47,10 @@ def run(
     except ValueError as error:
         fail(str(error), status=2)
     settings = configuration.settings
-    check_closed(settings)
+    try:
+        check_closed(settings)
+    except (ConfigError, AdapterError) as error:
+        fail(str(error))
     if fleet.several and settings.quota_store.startswith("async+memory"):
         typer.echo("warning: each replica counts quotas by itself; see --quota-store", err=True)
     _connect(fleet)

@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from deploy.ray.fleet import Flags, Fleet, ingress_settings
+from deploy.ray.fleet import Flags, Fleet, check_closed, ingress_settings
 from deploy.ray.ingress import Ingress
 from deploy.ray.replica import Replica
 from deploy.ray.router import AdapterRouter
@@ -29,11 +29,14 @@ def build(args: dict[str, Any]) -> Application:
     """`args`: the fields of Fleet, and `settings`, a dict of those of the server. Secrets and what
     else differs by node come from every node's variables."""
     args = dict(args)
-    return application(args.pop("settings", {}), Fleet.model_validate(args))
+    # Where Ray's proxies listen is not said here; so this is taken to be reached from outside.
+    flags = {"host": "0.0.0.0", **args.pop("settings", {})}
+    check_closed(ingress_settings(flags))
+    return application(flags, Fleet.model_validate(args))
 
 
 def application(flags: Flags, fleet: Fleet) -> Application:
-    """Raises ConfigError, ValidationError."""
+    """Raises ConfigError."""
     settings = ingress_settings(flags)
     drain = settings.drain_seconds
     replica = serve.deployment(Replica).options(

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from service.config import SECRETS, Configuration, Settings, configure
+from service.access.keys import opened
+from service.config import SECRETS, ConfigError, Configuration, Settings, configure
 
 Flags = Mapping[str, Any]  # settings that were given by name; the rest comes from variables
 
@@ -58,6 +59,21 @@ def given(configuration: Configuration) -> dict[str, Any]:
         for name, source in configuration.sources.items()
         if source in told and name not in SECRETS
     }
+
+
+def check_closed(settings: Settings) -> None:
+    """Callers are not let in without keys, unless only this machine reaches the fleet, or `open`
+    says so. Raises ConfigError, StoreUnavailable."""
+    if settings.local or settings.open or settings.admin_key is not None:
+        return
+    with opened(settings) as keys:
+        if keys.any():
+            return
+    raise ConfigError(
+        "the fleet can be reached from outside and there are no keys yet: make one with `nibble "
+        "keys create first --scopes admin`, set NIBBLE_ADMIN_KEY on every node, or, behind a "
+        "gateway that checks, set open"
+    )
 
 
 def ingress_settings(flags: Flags) -> Settings:

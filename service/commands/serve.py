@@ -23,7 +23,7 @@ def run(configuration: Configuration) -> None:
     """
     for variable in configuration.unknown:
         typer.echo(f"warning: {variable} is set, but there is no such setting", err=True)
-    check_closed(configuration.settings)
+    _check_closed(configuration.settings)
     if problem := shadowed():
         fail(problem, "Run `pip uninstall adapters`, then install nibble-serve again.")
     preload_torch()
@@ -44,7 +44,7 @@ def _explain(status: object, settings: Settings) -> None:
         fail(f"cannot listen on {address}", "Take another port: --port 0 finds a free one.")
 
 
-def check_closed(settings: Settings) -> None:
+def _check_closed(settings: Settings) -> None:
     """An address that others reach wants keys, or a word that it shall be open."""
     if settings.local:
         return
