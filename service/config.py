@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -388,6 +389,13 @@ class Settings(BaseSettings):
         if endpoint is not None and not can_trace():
             raise ValueError("needs OpenTelemetry: pip install 'nibble-serve[otel]'")
         return endpoint
+
+    @field_validator("quota_store")
+    @classmethod
+    def _countable(cls, store: str) -> str:
+        if store.startswith("async+redis:") and find_spec("redis") is None:
+            raise ValueError("needs a client of Redis: pip install 'nibble-serve[redis]'")
+        return store
 
     @field_validator("block_size")
     @classmethod

@@ -146,6 +146,13 @@ def test_a_directory_of_adapters_must_be_there(tmp_path: Path) -> None:
         configure({"adapters": tmp_path / "absent"})
 
 
+def test_a_redis_wants_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--quota-store: needs .*nibble-serve\[redis\]"):
+        configure({"quota_store": "async+redis://127.0.0.1:6379"})
+    assert configure({}).settings.quota_store == "async+memory://"
+
+
 def test_settings_are_frozen_and_read_nothing_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIBBLE_PORT", "9")
     settings = Settings()
