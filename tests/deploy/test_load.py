@@ -6,11 +6,13 @@ import asyncio
 import itertools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,9 +22,10 @@ import pytest
 import yaml
 
 from deploy.load import configurations, report
-from deploy.load.adapters import names
+from deploy.load.adapters import names, upload
 from deploy.load.client import Reply, ask
 from deploy.load.measure import Phase
+from deploy.load.server import served
 from deploy.load.workloads import BASE, CLOSED, OPEN, Workload, prompt
 from tests.deploy.manifests import ROOT
 
@@ -145,13 +148,15 @@ def test_a_reply_is_what_came() -> None:
 
 
 def test_the_tools_files_are_what_makes_them() -> None:
-    made = configurations.configurations()
+    made = configurations.configurations(configurations.Target())
     lying = {str(path.relative_to(LOAD)) for path in LOAD.glob("*/*.yaml")}
     assert lying == set(made)
     for path, content in made.items():
         assert yaml.safe_load((LOAD / path).read_text()) == content
         parts = content.get("load", {}).get("lora_traffic_split")
         assert parts is None or sum(part["split"] for part in parts) == 1.0
+    tokenizer = ROOT / configurations.Target().tokenizer
+    assert (tokenizer / "tokenizer.json").is_file(), "a directory, or the tools would ask a hub"
 
 
 READ = """
@@ -178,6 +183,78 @@ def test_the_tools_take_their_files() -> None:
     assert done.returncode == 0, done.stderr
     assert "zipf-1.0 poisson" in done.stdout
     assert "identical-poisson load-0000 poisson" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def measured() -> Iterator[str]:
+    """The address of a server with four adapters for others' tools."""
+    if not TOOLS.exists():
+        pytest.skip("`make load-tools` installs inference-perf, GuideLLM and locust")
+    with served(1 << 30, []) as url:
+        with httpx.Client(base_url=url, timeout=120) as http:
+            upload(http, ROOT / "training" / "samples" / "cipher", 4, print)
+        yield url
+
+
+def tool(*words: str) -> str:
+    """What one of them says, who may ask no hub."""
+    offline = {"HF_HUB_OFFLINE": "1", "GUIDELLM__MAX_WORKER_PROCESSES": "1"}
+    done = subprocess.run(
+        [str(TOOLS.with_name(words[0])), *words[1:]],
+        cwd=ROOT,
+        env={**os.environ, **offline},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def short(url: str, out: Path) -> configurations.Target:
+    target = configurations.Target(url=url, adapters=4, seconds=3, results=str(out / "results"))
+    configurations.write(out, target)
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_inference_perf_measures_adapters(measured: str, tmp_path: Path) -> None:
+    short(measured, tmp_path)
+    tool("inference-perf", "--config_file", str(tmp_path / "inference-perf" / "zipf-1.0.yaml"))
+    (found,) = tmp_path.glob("results/inference-perf/*")
+    summary = json.loads((found / "summary_lifecycle_metrics.json").read_text())
+    asked = 3 * sum(rate for rate, _ in configurations.STEADY)
+    assert (summary["successes"]["count"], summary["failures"]["count"]) == (asked, 0)
+    each = [json.loads(path.read_text()) for path in found.glob("adapter_load-*.json")]
+    assert 2 <= len(each) <= 4
+    assert sum(one["successes"]["count"] for one in each) == asked
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_guidellm_measures_an_adapter(measured: str, tmp_path: Path) -> None:
+    short(measured, tmp_path)
+    tool("guidellm", "run", "--scenario", str(tmp_path / "guidellm" / "identical.yaml"))
+    found = json.loads((tmp_path / "results" / "guidellm" / "identical.json").read_text())
+    for one in found["benchmarks"]:
+        totals = one["metrics"]["request_totals"]
+        assert totals["successful"] > 0
+        assert totals["errored"] == 0
+    assert len(found["benchmarks"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_locust_finds_no_fault(measured: str) -> None:
+    plan = [
+        *("--headless", "-u", "4", "-r", "4", "-t", "20s", "--only-summary"),
+        "--host",
+        measured,
+    ]
+    said = tool("locust", "-f", str(LOAD / "locustfile.py"), *plan)
+    assert "first token" in said
+    assert "/adapters/NAME" in said
 
 
 @pytest.mark.slow
