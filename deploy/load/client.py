@@ -31,7 +31,12 @@ class Reply:
 
 
 async def ask(
-    http: httpx.AsyncClient, model: str, adapter: str | None, text: str, tokens: int, due: float
+    http: httpx.AsyncClient,
+    model: str,
+    adapter: str | None,
+    text: str | list[int],
+    tokens: int,
+    due: float,
 ) -> Reply:
     """Ask for exactly `tokens` tokens. `due` is when, by time.perf_counter."""
     reply = Reply(adapter)

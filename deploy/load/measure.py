@@ -88,7 +88,7 @@ async def _phase(
     adapters = workload.adapters(plan.adapters, plan.requests, number)
     arrivals = workload.arrivals(plan.requests, max(rate, 0.01), 2 * plan.clients, number)
     seed = zlib.crc32(f"{workload.name} {number}".encode())
-    before = await _scrape(http)
+    before = await scrape(http)
     begun = time.perf_counter()
 
     async def one(index: int, due: float) -> Reply:
@@ -100,7 +100,7 @@ async def _phase(
     else:
         replies = await _opened(one, [begun + arrival for arrival in arrivals])
     seconds = time.perf_counter() - begun
-    after = await _scrape(http)
+    after = await scrape(http)
     found, loads = _difference(before, after)
     return Phase(workload, number, seconds, replies, found, loads, len(set(adapters) - {None}))
 
@@ -134,7 +134,7 @@ async def _opened(
 Series = Mapping[tuple[str, str], float]
 
 
-async def _scrape(http: httpx.AsyncClient) -> Series:
+async def scrape(http: httpx.AsyncClient) -> Series:
     """What /metrics says of adapters: by name, and by tier or bucket. Nothing where it is shut."""
     response = await http.get("/metrics")
     if response.is_error:

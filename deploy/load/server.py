@@ -19,8 +19,11 @@ PATIENCE = 300.0  # seconds until it is ready
 
 
 @contextmanager
-def served(room: int, flags: Sequence[str]) -> Iterator[str]:
-    """Its address. Both tiers in memory have `room` bytes for adapters."""
+def served(
+    room: int, flags: Sequence[str], core: int | None = None, threads: int | None = None
+) -> Iterator[str]:
+    """Its address. Both tiers in memory have `room` bytes for adapters. With `core` it has that
+    one alone."""
     with tempfile.TemporaryDirectory(prefix="nibble-load-") as home:
         log = Path(home) / "log"
         given = {
@@ -31,9 +34,12 @@ def served(room: int, flags: Sequence[str]) -> Iterator[str]:
             "NIBBLE_SLOT_BYTES": str(room),
             "NIBBLE_HOST_CACHE_BYTES": str(room),
         }
+        if threads is not None:
+            given["OMP_NUM_THREADS"] = str(threads)
+        pinned = [] if core is None else ["taskset", "-c", str(core)]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "service.cli", "serve", *flags],
+                [*pinned, sys.executable, "-m", "service.cli", "serve", *flags],
                 env={**os.environ, **given},
                 stderr=output,
             )

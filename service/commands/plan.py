@@ -51,8 +51,11 @@ def fleet(
         float, typer.Option(min=0, help="Of a cold adapter: `cold_load_ms` of `nibble bench zipf`.")
     ] = 0.2,
     routing: Annotated[
-        Literal["adapter", "least-busy"],
-        typer.Option(help="Whether the gateway knows which replica has which adapter."),
+        Literal["adapter", "least-busy", "rendezvous"],
+        typer.Option(
+            help="How the gateway chooses: by which replica has the adapter, by how busy each is, "
+            "or by the adapter's hash (deploy/ray)."
+        ),
     ] = "adapter",
     replicas: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Say what these do, and look for no other.")

@@ -8,6 +8,7 @@ are taken as one event, so that thousands of replicas take seconds.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import math
 import random
@@ -20,7 +21,9 @@ import numpy as np
 
 from service.plan.calibration import MAX_STEP_TOKENS, StepCost
 
-Routing = Literal["adapter", "least-busy"]
+# adapter: to the least busy one of those that have it; least-busy: whoever has it; rendezvous: to
+# the one that its hash says, as deploy/ray does.
+Routing = Literal["adapter", "least-busy", "rendezvous"]
 SLACK = 1.25  # how much busier than the least busy one a replica with the adapter may be
 
 
@@ -66,6 +69,7 @@ class Measured:
 
     first: list[float] = field(default_factory=list)
     gaps: list[tuple[float, int]] = field(default_factory=list)  # and how often
+    whole: list[float] = field(default_factory=list)  # from a request's arrival to its end
     finished: int = 0
     tokens: int = 0
     cold: int = 0  # requests whose adapter was not in a slot when they came
@@ -127,7 +131,9 @@ class Replica:
             measured.end = max(measured.end, now)
             self._running = [each for each in self._running if each.left]
             self._free += sum(each.tokens for each in over)
-            measured.finished += sum(1 for each in over if each.counted)
+            whole = [now - each.arrived for each in over if each.counted]
+            measured.whole += whole
+            measured.finished += len(whole)
         self._steps = 0
         return len(over)
 
@@ -200,12 +206,11 @@ def simulate(
     traffic: Traffic, server: Server, replicas: int, routing: Routing, requests: int, seed: int = 0
 ) -> Measured:
     """So many requests, to their ends; the first tenth warms up and is not counted."""
-    arrivals = _arrivals(traffic, requests, seed)
-    return replay(arrivals, server, replicas, routing)
+    return replay(arrivals(traffic, requests, seed), server, replicas, routing)
 
 
 def replay(
-    arrivals: Sequence[Request], server: Server, replicas: int, routing: Routing
+    requests: Sequence[Request], server: Server, replicas: int, routing: Routing
 ) -> Measured:
     """These requests, in the order of their arrival."""
     measured = Measured()
@@ -229,9 +234,9 @@ def replay(
             busy[number] -= done
             note(number, following)
 
-    for each in arrivals:
+    for each in requests:
         run_until(each.arrived)
-        number = _route(each.adapter, fleet, busy, homes, routing)
+        number = _route(each.adapter, fleet, busy, homes, routing, server.max_sequences)
         busy[number] += 1
         if busy[number] > server.max_sequences + server.max_waiting:
             measured.refused = True
@@ -250,10 +255,15 @@ def _route(
     busy: np.ndarray[tuple[int], np.dtype[np.int64]],
     homes: dict[int, list[int]],
     routing: Routing,
+    full: int,
 ) -> int:
     least = int(busy.argmin())
     if routing == "least-busy" or adapter < 0:
         return least
+    if routing == "rendezvous":
+        if adapter not in homes:
+            homes[adapter] = rendezvous(adapter, len(fleet))
+        return next((number for number in homes[adapter] if busy[number] < full), least)
     known = [number for number in homes.get(adapter, ()) if adapter in fleet[number].resident]
     best = min(known, key=lambda number: int(busy[number]), default=None)
     if best is not None and busy[best] <= SLACK * busy[least]:
@@ -263,7 +273,17 @@ def _route(
     return least
 
 
-def _arrivals(traffic: Traffic, requests: int, seed: int) -> list[Request]:
+def rendezvous(adapter: int, replicas: int) -> list[int]:
+    """All replicas, in an order that is the adapter's own."""
+
+    def weight(number: int) -> bytes:
+        return hashlib.blake2b(f"{adapter} {number}".encode(), digest_size=8).digest()
+
+    return sorted(range(replicas), key=weight, reverse=True)
+
+
+def arrivals(traffic: Traffic, requests: int, seed: int) -> list[Request]:
+    """So many; the first tenth does not count."""
     chance = random.Random(seed)
     weights = [1 / (place + 1) ** traffic.zipf for place in range(traffic.adapters)]
     picked = (

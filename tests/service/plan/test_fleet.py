@@ -14,7 +14,15 @@ from service.commands.plan import app
 from service.plan.calibration import StepCost, UnusableBench, calibrate
 from service.plan.fleet import NoFleet, Targets, fewest, outcome, percentile
 from service.plan.replay import rate_errors
-from service.plan.simulation import Request, Server, Traffic, replay, simulate
+from service.plan.simulation import (
+    Request,
+    Routing,
+    Server,
+    Traffic,
+    rendezvous,
+    replay,
+    simulate,
+)
 
 COST = StepCost(fixed=0.020, row=0.002, adapter_row=0.001, adapter=0.003, prompt_token=0.0005)
 SERVER = Server(COST, kv_tokens=20_000, slots=8, load_seconds=0.1)
@@ -119,8 +127,24 @@ def test_a_queue_of_one_server_is_that_of_theory() -> None:
 
 def test_affinity_keeps_adapters_where_they_are() -> None:
     traffic = Traffic(rate=10.0, adapters=32, zipf=0.0, prompt_tokens=16, new_tokens=16)
-    near, blind = (outcome(traffic, SERVER, 8, each) for each in ("adapter", "least-busy"))
+    routings: tuple[Routing, ...] = ("adapter", "least-busy", "rendezvous")
+    near, blind, hashed = (outcome(traffic, SERVER, 8, each) for each in routings)
     assert near.cold_rate < 0.7 * blind.cold_rate
+    assert hashed.cold_rate < 0.1 * blind.cold_rate, "each has one home, and keeps it"
+
+
+def test_a_hash_gives_each_replica_its_share_and_moves_no_more_than_it_must() -> None:
+    before = [rendezvous(adapter, 4)[0] for adapter in range(1000)]
+    after = [rendezvous(adapter, 5)[0] for adapter in range(1000)]
+    assert all(200 < before.count(number) < 300 for number in range(4))
+    assert {new for old, new in zip(before, after, strict=True) if old != new} == {4}
+
+
+def test_a_full_home_is_passed_over() -> None:
+    server = Server(COST, kv_tokens=1000, slots=2, load_seconds=0.0, max_sequences=1)
+    requests = [Request(0.0, 0, 1, 100, 101, True) for _ in range(2)]
+    one, other = replay(requests, server, 2, "rendezvous").whole
+    assert one == pytest.approx(other), "they ran side by side"
 
 
 def test_the_fewest_meets_the_targets_and_one_less_does_not() -> None:
