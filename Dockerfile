@@ -3,7 +3,7 @@
 # docker run --read-only --tmpfs /tmp -v nibble:/data -p 127.0.0.1:8080:8080 -e NIBBLE_ADMIN_KEY nibble
 #
 # BASE is any Debian or Ubuntu; where it has no Python, the distribution's is installed (3.11 or newer).
-# EXTRAS=otel,postgres,rag adds what those need. Nothing but the embedded base is inside: no other weights.
+# EXTRAS=otel,postgres,rag,redis adds what those need. Nothing but the embedded base is inside: no other weights.
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS build
