@@ -18,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEAD_BYTES = 16384  # of one request line and its headers
 MAX_CONNECTIONS = 4096
 OWN_FILES = 512  # descriptors that are for files, threads' pipes and other servers
+LOOKS = 10  # at who takes little, in the time that is given to who takes nothing
 
 _TOO_MANY = "too many connections are open"
 
@@ -65,19 +66,23 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._expect_taker()
+        self._look_at_taker(self._waits(), self.loop.time())
 
     def resume_writing(self) -> None:
         self._taken()
         super().resume_writing()
 
-    def _expect_taker(self) -> None:
-        self._stall = self.loop.call_later(self.stall_seconds, self._check_taker, self._waits())
+    def _look_at_taker(self, left: int, taken: float) -> None:
+        self._stall = self.loop.call_later(
+            self.stall_seconds / LOOKS, self._check_taker, left, taken
+        )
 
-    def _check_taker(self, before: int) -> None:
+    def _check_taker(self, before: int, taken: float) -> None:
         """To close would wait for the client, for ever, and so would the reply's sender."""
-        if self._waits() < before:
-            self._expect_taker()
+        now, left = self.loop.time(), self._waits()
+        taken = now if left < before else taken
+        if now - taken < self.stall_seconds:
+            self._look_at_taker(left, taken)
             return
         # Reset, or the system would keep what it has for that client, and try for many minutes.
         at_once = struct.pack("ii", 1, 0)

@@ -39,8 +39,8 @@ class Bounds:
     max_body_bytes: int
     by_route: Mapping[tuple[str, str], int] = field(default_factory=dict)
     by_pattern: Sequence[tuple[str, re.Pattern[str], int]] = ()  # method, whole path, bytes
-    grace_seconds: float = 10.0
-    silence_seconds: float = 10.0
+    grace_seconds: float = 8.0
+    silence_seconds: float = 8.0
     bytes_per_second: float = 16384.0
 
     def of(self, scope: Scope) -> int:
