@@ -43,7 +43,7 @@ def run(
     console.quiet = console.quiet or not here.leads
     directory = RunDirectory(config.out, writes=here.leads)
     asked_for(config)
-    resume = resume or (go_on and directory.checkpoint.exists())
+    resume = resume or (go_on and has_begun(here, directory))
     state = directory.resume(config) if resume else None
     if here.sharded:
         check_sharding(config)
@@ -70,6 +70,18 @@ def run(
         console.print(f"published as {where}")
     console.print(outcome(config, done))
     return done
+
+
+def has_begun(here: World, directory: RunDirectory) -> bool:
+    """Is there a checkpoint? Raises ConfigError where only some processes see one."""
+    see = here.sums(float(directory.checkpoint.exists()))[0]
+    if see not in (0, here.size):
+        raise ConfigError(
+            f"{directory.checkpoint}: {see:.0f} of {here.size} processes see it; `out` must be "
+            "on a volume that all machines of a run mount",
+            "out",
+        )
+    return see > 0
 
 
 def _trained(

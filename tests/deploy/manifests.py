@@ -66,6 +66,14 @@ def only(manifests: list[Manifest], kind: str) -> Manifest:
     return found
 
 
+def front(manifests: list[Manifest]) -> Manifest:
+    """The Service that clients ask; one without an address only names the pods of a run."""
+    (found,) = (
+        one for one in of_kind(manifests, "Service") if one["spec"].get("clusterIP") != "None"
+    )
+    return found
+
+
 def pod_specs(manifests: list[Manifest]) -> Iterator[Manifest]:
     for one in manifests:
         if one["kind"] in ("Deployment", "Job"):
@@ -120,9 +128,12 @@ def _closed(schema: Any) -> Any:
 
 def check_references(manifests: list[Manifest]) -> None:
     """What names another part names one that is there."""
-    servers = [
+    pods = [
         one["spec"]["template"]["metadata"]["labels"] for one in of_kind(manifests, "Deployment")
     ]
+    for job in of_kind(manifests, "Job"):  # what the cluster adds to the labels of its pods
+        labels = job["spec"]["template"]["metadata"]["labels"]
+        pods.append({**labels, "batch.kubernetes.io/job-name": job["metadata"]["name"]})
     for one in manifests:
         spec = one.get("spec", {})
         selector = {
@@ -133,7 +144,7 @@ def check_references(manifests: list[Manifest]) -> None:
         if one["kind"] == "Deployment":
             selector = spec["selector"]["matchLabels"]
         if selector is not None:
-            found = any(selector.items() <= labels.items() for labels in servers)
+            found = any(selector.items() <= labels.items() for labels in pods)
             assert found, f"{one['kind']} selects no pod: {selector}"
     services = {one["metadata"]["name"] for one in of_kind(manifests, "Service")}
     for ingress in of_kind(manifests, "Ingress"):
@@ -145,6 +156,7 @@ def check_references(manifests: list[Manifest]) -> None:
         for scaler in of_kind(manifests, kind):
             assert scaler["spec"]["scaleTargetRef"]["name"] in deployments
     for pod in pod_specs(manifests):
+        assert pod.get("subdomain") in {None, *services}
         volumes = {one["name"] for one in pod["volumes"]}
         for container in pod["containers"]:
             ports = {one["name"] for one in container.get("ports", [])}

@@ -14,6 +14,7 @@ from tests.deploy.manifests import (
     check_references,
     check_restricted,
     check_schema,
+    front,
     helm,
     of_kind,
     only,
@@ -99,7 +100,10 @@ def test_grace_is_longer_than_the_longest_generation(manifests: list[dict[str, A
 
 
 def test_it_stays_inside(manifests: list[dict[str, Any]]) -> None:
-    assert only(manifests, "Service")["spec"]["type"] == "ClusterIP"
+    assert front(manifests)["spec"]["type"] == "ClusterIP"
+    assert {one["spec"].get("type", "ClusterIP") for one in of_kind(manifests, "Service")} == {
+        "ClusterIP"
+    }
     for policy in of_kind(manifests, "NetworkPolicy"):
         assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
         assert all(rule.get("from") for rule in policy["spec"]["ingress"])
@@ -134,7 +138,7 @@ def test_runs_are_ones_that_the_trainer_takes(manifests: list[dict[str, Any]]) -
     for one in configs:
         run = TrainConfig.model_validate(yaml.safe_load(one["data"]["run.yaml"]))
         if run.publish is not None:
-            service = only(manifests, "Service")
+            service = front(manifests)
             port = service["spec"]["ports"][0]["port"]
             assert run.publish.url == f"http://{service['metadata']['name']}:{port}"
 

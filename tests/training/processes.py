@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 
 from training.distributed import World
@@ -23,6 +24,13 @@ def in_two(work: Callable[[World], None], directory: Path, sharded: bool = False
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     said = [path.read_text() for path in sorted(directory.glob("error.*"))]
     assert statuses == [0, 0], "\n".join(said)
+
+
+def lose(launcher: int) -> None:
+    """Kill `accelerate launch` and its processes, whose sessions are their own: a lost machine."""
+    root = psutil.Process(launcher)
+    for process in (root, *root.children(recursive=True)):
+        process.kill()
 
 
 def _start(rank: int, work: Callable[[World], None], directory: Path, sharded: bool) -> int:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from base.load import Base, load_float
-from tests.training.processes import in_two
+from tests.training.processes import in_two, lose
 from tests.training.runs import run_of
 from training.config import TrainConfig
 from training.data import Example
@@ -26,7 +26,8 @@ from training.errors import ConfigError
 from training.interrupts import interrupts
 from training.methods import attach
 from training.recipe import Run, Step, train
-from training.session import check_sharding
+from training.run_directory import RunDirectory
+from training.session import check_sharding, has_begun
 from training.tree import read_tree, write_tree
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +163,20 @@ def test_a_checkpoint_of_two_processes_is_not_for_one(base: Base) -> None:
         Run(base, attach(base, config), DATA, config).restore(state)
 
 
+def test_a_checkpoint_that_only_one_machine_sees_is_told(tmp_path: Path) -> None:
+    (tmp_path / "0" / "run").mkdir(parents=True)
+    (tmp_path / "0" / "run" / "checkpoint.safetensors").touch()
+    assert [has_begun(ALONE, RunDirectory(tmp_path / name)) for name in "01"] == [True, False]
+
+    def work(here: World) -> None:
+        assert has_begun(here, RunDirectory(tmp_path / "0"))
+        assert not has_begun(here, RunDirectory(tmp_path / "1"))
+        with pytest.raises(ConfigError, match="1 of 2 processes see it"):
+            has_begun(here, RunDirectory(tmp_path / str(here.rank)))
+
+    in_two(work, tmp_path / "two")
+
+
 @pytest.mark.parametrize("pack", [None, 40])
 def test_the_shares_are_the_batch(pack: int | None) -> None:
     whole = Batches(DATA, 3, 0, 1, pack)
@@ -216,7 +231,7 @@ def test_accelerate_launches_it_and_a_killed_run_goes_on(
 
     def start(out: str, *more: str) -> subprocess.Popen[bytes]:
         command = _launch(config, *flags, "--out", str(tmp_path / out), *more)
-        return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
+        return subprocess.Popen(command, cwd=ROOT, env=env)
 
     assert start("whole").wait() == 0
     victim = start("cut")
@@ -224,7 +239,7 @@ def test_accelerate_launches_it_and_a_killed_run_goes_on(
     while not (log.exists() and log.read_text().count("\n") > 7):
         assert victim.poll() is None
         time.sleep(0.01)
-    os.killpg(victim.pid, signal.SIGKILL)
+    lose(victim.pid)
     victim.wait()
     assert not (tmp_path / "cut" / file).exists()
     assert start("cut", "--resume").wait() == 0

@@ -52,6 +52,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 {{- end }}
 
+{{/* A run of `training:`, its name in the cluster, and whether several processes share it. */}}
+{{- define "nibble.training.check" -}}
+{{- if gt (len .name) 60 }}
+{{- fail (printf "training %s: the pods would be called %s-0, and a host name has 63 characters: a shorter name, or a shorter release" .run.name .name) }}
+{{- end }}
+{{- if and .run.sharded (or (not .many) (ne (dig "method" "kind" "lora" .run.config) "full")) }}
+{{- fail (printf "training %s: sharded cuts the weights among nodes and processes, for method.kind full" .run.name) }}
+{{- end }}
+{{- end }}
+
 {{- define "nibble.keys.env" -}}
 {{- if .Values.keys.open -}}
 - name: NIBBLE_OPEN
@@ -129,7 +139,7 @@ affinity: {{- toYaml . | nindent 2 }}
 
 {{- define "nibble.resources" -}}
 {{- $limits := .resources.limits | default dict | deepCopy }}
-{{- if .gpu }}{{- $_ := set $limits .gpuResource 1 }}{{- end }}
+{{- if .gpu }}{{- $_ := set $limits .gpuResource (.gpus | default 1) }}{{- end }}
 {{- with .resources.requests }}
 requests: {{- toYaml . | nindent 2 }}
 {{- end }}
