@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from enum import StrEnum
 from importlib.metadata import EntryPoint, entry_points
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from base.mini import MINI
@@ -41,6 +43,7 @@ class Precision(StrEnum):
     fast = "fast"
 
 
+BUILD = "build mini --out DIR"
 KNOWN = {
     "full": "A new base from one in floating point, by training every weight.",
     "dapt": "The same from raw text of a domain: .txt, .md, .jsonl, or a folder of them.",
@@ -67,26 +70,38 @@ def build_mini(
     from base.mini.build import STEPS, Budget
     from base.mini.build import build as train
 
-    console = Console()
     aside = redirect_stdout(sys.stderr) if as_json else nullcontext()  # its progress
-    try:
-        with aside:
-            train(out, seed=seed, budget=Budget(steps or STEPS, minutes), resume=resume)
-    except ValueError as error:
-        if as_json:
-            _print_json({"refused": {"message": str(error)}})
-        else:
-            console.print(f"[red]{error}")
-        raise typer.Exit(2) from error
+    with _refusals(as_json), aside:
+        train(out, seed=seed, budget=Budget(steps or STEPS, minutes), resume=resume)
     if as_json:
         _print_json({"out": str(out)})
     else:
-        console.print(f"mini is in {out}")
+        Console().print(f"mini is in {out}")
 
 
 def _print_json(value: object) -> None:
     """One line for programs."""
     typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+@contextmanager
+def _refusals(as_json: bool) -> Iterator[None]:
+    """What the user can put right ends in one line and with 2."""
+    try:
+        yield
+    except ValueError as error:
+        if as_json:
+            _print_json({"error": {"message": str(error), "next": "", "field": None}})
+        else:
+            Console(stderr=True).print(f"[bold red]refused:[/] {escape(str(error))}")
+        raise typer.Exit(2) from None
+
+
+def _needs(directory: Path, **files: str) -> None:
+    """Raises ValueError where `directory` lacks one of `files`, {stem: what makes it}."""
+    for stem, maker in files.items():
+        if not (directory / f"{stem}.json").is_file():
+            raise ValueError(f"{directory} has no {stem}.json: `nibble base {maker}` makes it")
 
 
 def _register(point: EntryPoint) -> None:
@@ -128,6 +143,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure the base on held-out data, fp32 and NF4 side by side."""
+    with _refusals(as_json):
+        _needs(directory, config=BUILD, tokenizer=BUILD)
     if precision is Precision.fast or kv_dtype:
         _compare(directory, items, kv_dtype, as_json)
         return
@@ -192,7 +209,9 @@ def card(name: Which, directory: Where = MINI, as_json: Json = False) -> None:
     """Write the model card from what was measured."""
     from base.mini import card as model_card
 
-    written = model_card.write(directory)
+    with _refusals(as_json):
+        _needs(directory, config=BUILD, training=BUILD, evaluation="evaluate mini --directory DIR")
+        written = model_card.write(directory)
     if as_json:
         _print_json({"card": str(written)})
     else:
