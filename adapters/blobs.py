@@ -17,7 +17,7 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +75,9 @@ class BlobStore(Protocol):
     def addresses(self, older_than: float) -> list[str]:
         """Blobs last written before `older_than` (seconds since the epoch)."""
 
-    def sweep(self, older_than: float) -> list[str]:
-        """Remove temporary files that no process holds; their names."""
+    def sweep(self, older_than: float, needed: Set[str]) -> list[str]:
+        """Remove temporary files that no process holds, and copies of blobs that are not needed;
+        the names of the former."""
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Held while blobs and rows change together."""
@@ -196,7 +197,8 @@ class LocalBlobs:
                         files.append((path, path.stat()))
         return files
 
-    def sweep(self, older_than: float) -> list[str]:
+    def sweep(self, older_than: float, needed: Set[str] = frozenset()) -> list[str]:
+        """There are no copies here."""
         with disk_errors("cannot sweep the temporary files"):
             orphans = [path for path in self._staging.iterdir() if self._orphan(path, older_than)]
             for path in orphans:

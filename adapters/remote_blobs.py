@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -93,10 +93,9 @@ class RemoteBlobs:
         old = (row["path"] for row in rows if row["last_modified"].timestamp() < older_than)
         return sorted(path.rpartition("/")[2] for path in old)
 
-    def sweep(self, older_than: float) -> list[str]:
-        there = set(self.addresses(float("inf")))
+    def sweep(self, older_than: float, needed: Set[str]) -> list[str]:
         for path, found in self._cache.files():
-            if path.name not in there and found.st_mtime < older_than:
+            if path.name not in needed and found.st_mtime < older_than:
                 self._cache.delete(path.name)
         return self._cache.sweep(older_than)
 

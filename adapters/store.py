@@ -354,18 +354,16 @@ class AdapterStore:
         Rows whose blob is missing are reported, never removed.
         """
         before = time() if older_than is None else older_than
+        rows = self._catalog.everything()
+        listed = self._blobs.addresses(before)  # of a bucket: seconds, in which others may write
         with self._exclusive():
-            temporary = self._blobs.sweep(before)
             needed = self._catalog.blobs_in_use()
-            orphans = [a for a in self._blobs.addresses(before) if a not in needed]
+            temporary = self._blobs.sweep(before, needed)
+            orphans = [address for address in listed if address not in needed]
             for sha256 in orphans:
                 self._blobs.delete(sha256)
-            present = set(self._blobs.addresses(float("inf")))
-        missing = [
-            f"{m.name}@{m.version}"
-            for m in self._catalog.everything()
-            if not present.issuperset(_addresses(m))
-        ]
+        present = set(self._blobs.addresses(float("inf")))
+        missing = [f"{m.name}@{m.version}" for m in rows if not present.issuperset(_addresses(m))]
         return SweepReport(tuple(temporary), tuple(orphans), tuple(missing))
 
     def load_directory(

@@ -77,7 +77,7 @@ def test_the_size_is_bounded_while_copying(blobs: BlobStore, tmp_path: Path) -> 
     (tmp_path / "w").write_bytes(TEXT)
     with (tmp_path / "w").open("rb") as file, pytest.raises(TooLarge):
         blobs.stage(file.fileno(), len(TEXT) - 1)
-    assert blobs.sweep(LATER) == []
+    assert blobs.sweep(LATER, frozenset()) == []
 
 
 @pytest.mark.parametrize("address", ["../../etc/passwd", "A" * 64, "a" * 63, "a" * 64 + "\n", ""])
@@ -213,7 +213,7 @@ def test_copies_of_what_another_replica_deleted_go_with_a_sweep(tmp_path: Path) 
     kept = put(one, tmp_path / "w", b"others")
     paths = [two.local_path(SHA), two.local_path(kept)]
     one.delete(SHA)
-    two.sweep(LATER)
+    two.sweep(LATER, {kept})
     assert [path.exists() for path in paths] == [False, True]
 
 
