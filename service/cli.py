@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import Distribution, PackageNotFoundError
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -132,9 +132,40 @@ def _forward(name: str, target: str) -> Callable[[typer.Context], None]:
     """A command that hands its arguments, `--help` too, to the Typer app at `target`."""
 
     def run(ctx: typer.Context) -> None:
-        _load(target)(args=ctx.args, prog_name=f"nibble {name}")
+        told: dict[str, Any] = {"args": ctx.args, "prog_name": f"nibble {name}"}
+        if "--json" not in ctx.args:
+            _load(target)(**told)
+            return
+        try:
+            status = _load(target)(**told, standalone_mode=False)
+        except typer.TyperException as error:
+            _refuse(error)
+        raise typer.Exit(status if isinstance(status, int) else 0)
 
     return run
+
+
+def _refuse(error: typer.TyperException) -> NoReturn:
+    """Wrong usage of a command that was asked for JSON. Where `--json` takes a path, or is none of
+    the command's, nothing was asked for."""
+    context = getattr(error, "ctx", None)
+    if context is None or not any(
+        "--json" in one.opts and one.is_flag for one in context.command.params
+    ):
+        from typer import rich_utils
+
+        rich_utils.rich_format_error(error)  # type: ignore[arg-type]
+        raise typer.Exit(error.exit_code)
+    from service.commands.output import fail
+
+    param = getattr(error, "param", None)
+    fail(
+        error.format_message(),
+        f"`{context.command_path} --help` says what it takes",
+        as_json=True,
+        status=error.exit_code,
+        field=param.name if param is not None else None,
+    )
 
 
 def _not_installed(name: str) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,6 +79,32 @@ def test_every_command_takes_json_but_the_one_that_never_ends() -> None:
         if not any("--json" in one.opts for one in command.params)
     }
     assert without == {"serve"}
+
+
+@pytest.mark.parametrize(
+    ("args", "field", "says"),
+    [
+        (["adapters", "push", "/nowhere", "--json"], "directory", "'/nowhere' does not exist"),
+        (["adapters", "alias", "a", "prod", "--json"], None, "VERSION to point to"),
+        (["generate", "--json", "--colour", "red", "hi"], None, "No such option: --colour"),
+        (["train", "check", "--json", "--set", "x"], "data", "Missing argument 'data'"),
+    ],
+)
+def test_wrong_usage_is_json_too_where_that_was_asked_for(
+    args: list[str], field: str | None, says: str
+) -> None:
+    done = CliRunner().invoke(cli.app, args)
+    assert done.exit_code == 2, done.output
+    error = json.loads(done.stdout)["error"]
+    assert set(error) == {"message", "next", "field"}
+    assert says in error["message"]
+    assert (error["field"], "--help" in error["next"]) == (field, True)
+
+
+def test_wrong_usage_is_text_where_json_is_a_file() -> None:
+    done = CliRunner().invoke(cli.app, ["bench", "--json", "/tmp/figures.json", "--rounds", "0"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "--rounds" in done.stderr
 
 
 def test_groups_need_the_installed_package_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
