@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 SECONDS = 0.5  # how long a tenant's quotas are remembered
 REMEMBERED = 4096  # tenants
 BUSY_SECONDS = 1.0  # after which to try again where too much runs at once
-HERE = "async+memory://"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +93,8 @@ class Tenants:
 class Meter:
     """Counts what tenants use. One event loop only."""
 
-    def __init__(self, tenants: Tenants, store: str = HERE) -> None:
-        """`store`: where minutes are counted, `async+memory://` or `async+redis://host:port`."""
+    def __init__(self, tenants: Tenants, store: str | None = None) -> None:
+        """`store`: where minutes are counted, `async+redis://host:port`; None: here."""
         self.tenants = tenants
         self._store = store
         self._made: Windows | None = None

@@ -16,10 +16,9 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from limits.errors import StorageError
 from limits.storage import storage_from_string
 
-from service.access.quotas import HERE
-
 log = logging.getLogger(__name__)
 
+HERE = "async+memory://"
 ANSWER_SECONDS = 0.25  # for the store
 AWAY_SECONDS = 5.0  # until one that gave no answer is asked again
 
@@ -31,9 +30,9 @@ class Windows:
     itself.
     """
 
-    def __init__(self, store: str) -> None:
+    def __init__(self, store: str | None) -> None:
         self._own = _Window(HERE)
-        self._shared = None if store == HERE else _Window(store)
+        self._shared = None if store in (None, HERE) else _Window(store)
         self._away_until = -math.inf
 
     async def take(
