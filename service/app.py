@@ -294,7 +294,7 @@ def assemble(settings: Settings, metrics: Metrics, tracing: Tracing) -> Serving:
         },
         build={"version": meta.own_version(), "kernels": native_status(), "base": base.spec.id},
         max_lora=config.max_sequences,
-        residents=engine.residents,
+        tally=engine.tally,
         capacity={"slot": config.slot_bytes, "host": config.host_cache_bytes},
     )
     audit = AuditLog(settings.home / "audit", settings.max_audit_bytes)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -52,6 +51,8 @@ _WAIT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, *_LATENCY)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _LOAD = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
+Tally = Callable[[], Mapping[str, tuple[int, int]]]  # by tier: adapters, and their bytes
+
 # The engine's reasons in vLLM's words.
 REASONS = {
     "eos_token": "stop",
@@ -60,15 +61,6 @@ REASONS = {
     "cancelled": "abort",
     "error": "error",
 }
-
-
-class Held(Protocol):
-    """One adapter that is held somewhere: what `Engine.residents` lists."""
-
-    @property
-    def tier(self) -> str: ...
-    @property
-    def nbytes(self) -> int: ...
 
 
 class Metrics:
@@ -265,7 +257,7 @@ class Metrics:
         cache: Mapping[str, str],
         build: Mapping[str, str],
         max_lora: int,
-        residents: Callable[[], Sequence[Held]],
+        tally: Tally,
         capacity: Mapping[str, int] | None = None,
     ) -> None:
         """Say once what does not change, and where to ask for what is resident. `capacity`: the
@@ -284,7 +276,7 @@ class Metrics:
             ("nibble:build_info", "What runs here.", build),
         ):
             Gauge(name, text, list(labels), registry=self.registry).labels(**labels).set(1)
-        self.registry.register(_Residents(self._model, residents))
+        self.registry.register(_Residents(self._model, tally))
         self._show_adapters((), ())  # a gateway looks for it before anybody has asked
 
     def watch_jobs(self, counts: Callable[[], Mapping[Status, int]]) -> None:
@@ -322,9 +314,9 @@ class Metrics:
 class _Residents(Collector):
     """Asks the engine at scrape time, so that nothing has to be kept in step."""
 
-    def __init__(self, model_name: str, residents: Callable[[], Sequence[Held]]) -> None:
+    def __init__(self, model_name: str, tally: Tally) -> None:
         self._model = model_name
-        self._residents = residents
+        self._tally = tally
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -333,15 +325,15 @@ class _Residents(Collector):
         labels = ("model_name", "tier")
         count = GaugeMetricFamily("nibble:adapters_resident", "Adapters held.", labels=labels)
         size = GaugeMetricFamily("nibble:adapter_bytes", "Bytes they take.", labels=labels)
-        held = list(self._residents())
+        held = self._tally()
         for tier in ("slot", "host"):
-            here = [one.nbytes for one in held if one.tier == tier]
-            count.add_metric((self._model, tier), len(here))
-            size.add_metric((self._model, tier), sum(here))
+            adapters, nbytes = held.get(tier, (0, 0))
+            count.add_metric((self._model, tier), adapters)
+            size.add_metric((self._model, tier), nbytes)
         queue = GaugeMetricFamily(
             "nibble:adapter_loads_pending", "Loads under way.", labels=("model_name",)
         )
-        queue.add_metric((self._model,), sum(one.tier == "loading" for one in held))
+        queue.add_metric((self._model,), held.get("loading", (0, 0))[0])
         return [count, size, queue]
 
 

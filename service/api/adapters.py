@@ -257,7 +257,7 @@ async def show(name: PathName, serving: ServingDep) -> JSONResponse:
     """One adapter by `name`, `name@version`, `name@alias` or `sha256:<digest>`."""
     manifest = await asyncio.to_thread(serving.store.resolve, name)
     described = await asyncio.to_thread(serving.store.describe, manifest.name)
-    residents = await asyncio.to_thread(serving.engine.residents)
+    residents = await asyncio.to_thread(serving.engine.residents, manifest.digest)
     body = _view(manifest, residents) | {
         "versions": [_version(one) for one in described.versions],
         "aliases": _aliases(described),

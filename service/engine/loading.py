@@ -78,8 +78,11 @@ class Loading:
         self._mailbox.wake()
         self._mailbox.wait(done)
 
-    def residents(self) -> list[Resident]:
-        return self._mailbox.ask(self._tiers.residents)
+    def residents(self, digest: str | None = None) -> list[Resident]:
+        return self._mailbox.ask(lambda: self._tiers.residents(digest))
+
+    def tally(self) -> dict[str, tuple[int, int]]:
+        return self._mailbox.ask(self._tiers.tally)
 
     # The engine's thread.
 

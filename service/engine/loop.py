@@ -187,8 +187,12 @@ class Engine:
         adapter = adapter.to(self.base.device)
         self._mailbox.ask(lambda: try_out(self._runner, adapter, self.max_model_len))
 
-    def residents(self) -> list[Resident]:
-        return self._loading.residents()
+    def residents(self, digest: str | None = None) -> list[Resident]:
+        return self._loading.residents(digest)
+
+    def tally(self) -> dict[str, tuple[int, int]]:
+        """Adapters and their bytes by tier."""
+        return self._loading.tally()
 
     def stats(self) -> StepReport:
         """The last step, as the observer saw it."""

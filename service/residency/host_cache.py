@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adapters.delta import LoweredAdapter
 from service.engine.request import AdapterKey
 from service.residency.ledger import Footprint, Ledger, footprint
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Entry:
     adapter: LoweredAdapter
     prints: Footprint
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nbytes = sum(self.prints.values())
 
 
 class HostCache:
@@ -42,6 +46,9 @@ class HostCache:
     def prints(self, key: AdapterKey) -> Footprint:
         return self._entries[key].prints
 
+    def nbytes(self, key: AdapterKey) -> int:
+        return self._entries[key].nbytes
+
     def put(
         self, key: AdapterKey, adapter: LoweredAdapter, claimed: Container[AdapterKey] = ()
     ) -> list[AdapterKey]:
@@ -66,8 +73,9 @@ class HostCache:
         if entry is not None:
             self._ledger.remove(entry.prints)
 
-    def items(self) -> list[tuple[AdapterKey, LoweredAdapter]]:
-        return [(key, entry.adapter) for key, entry in self._entries.items()]
+    def items(self) -> list[tuple[AdapterKey, int]]:
+        """With their bytes."""
+        return [(key, entry.nbytes) for key, entry in self._entries.items()]
 
     def check_integrity(self) -> None:
         """Raise AssertionError when bytes are lost or counted twice."""

@@ -8,10 +8,11 @@ begins when a request is accepted (`prefetch`), before its prompt is read.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from itertools import chain
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -31,8 +32,7 @@ Tier = Literal["slot", "host", "loading", "store"]
 Post = Callable[[Callable[[], None]], None]  # run this in the engine's thread, soon
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
+class Resident(NamedTuple):
     """Where one adapter is now, and how often it was used since the server started."""
 
     digest: str
@@ -178,24 +178,37 @@ class Tiers:
         for key in [key for key in self._uses if key.digest == digest]:
             del self._uses[key]
 
-    def residents(self) -> list[Resident]:
-        """All adapters by tier: those in slots, in the host cache alone, under way, and those that
-        were used and are only in the store again."""
-        placed: dict[AdapterKey, Resident] = {}
-        for key, slot in self.slots.items():
-            found = Resident(*key, "slot", slot.nbytes, slot.pinned, slot.references)
-            placed[key] = found
-        for key, adapter in self.host.items():
-            if key not in placed:
-                placed[key] = Resident(*key, "host", adapter.nbytes)
-        for key, _ in self.loads.items():
-            placed.setdefault(key, Resident(*key, "loading", 0))
-        for key in self._uses:
-            placed.setdefault(key, Resident(*key, "store", 0))
-        return [
-            replace(one, hits=use.hits, last_used=use.last) if (use := self._uses.get(key)) else one
-            for key, one in placed.items()
-        ]
+    def residents(self, digest: str | None = None) -> list[Resident]:
+        """All adapters by tier, or those of one digest: those in slots, in the host cache alone,
+        under way, and those that were used and are only in the store again."""
+        loading = [key for key, _ in self.loads.items()]
+        held = (key for key, _ in chain(self.slots.items(), self.host.items()))
+        known = chain(held, loading, self._uses)
+        keys = dict.fromkeys(key for key in known if digest in (None, key.digest))
+        on_way = frozenset(loading)
+        return [self._resident(key, on_way) for key in keys]
+
+    def tally(self) -> dict[str, tuple[int, int]]:
+        """Adapters in memory or on their way there, and their bytes: what costs nothing to ask
+        often, however many were ever used."""
+        slots = [slot.nbytes for _, slot in self.slots.items()]
+        host = [nbytes for key, nbytes in self.host.items() if key not in self.slots]
+        loading = sum(k not in self.slots and k not in self.host for k, _ in self.loads.items())
+        return {
+            "slot": (len(slots), sum(slots)),
+            "host": (len(host), sum(host)),
+            "loading": (loading, 0),
+        }
+
+    def _resident(self, key: AdapterKey, loading: Container[AdapterKey]) -> Resident:
+        use = self._uses.get(key)
+        used = (use.hits, use.last) if use else (0, 0.0)
+        if key in self.slots:
+            slot = self.slots[key]
+            return Resident(*key, "slot", slot.nbytes, slot.pinned, slot.references, *used)
+        if key in self.host:
+            return Resident(*key, "host", self.host.nbytes(key), False, 0, *used)
+        return Resident(*key, "loading" if key in loading else "store", 0, False, 0, *used)
 
     def close(self) -> None:
         self.loads.close()

@@ -25,7 +25,7 @@ TARGET = {"namespace", "service", "instance", "pod", "job"}  # labels that Prome
 def told() -> dict[str, set[str]]:
     """Every series of /metrics by name, with its labels."""
     metrics = Metrics("m")
-    metrics.describe({"block_size": "16"}, {"version": "1"}, max_lora=1, residents=list)
+    metrics.describe({"block_size": "16"}, {"version": "1"}, max_lora=1, tally=dict)
     metrics.watch_jobs(lambda: {"queued": 1})
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(metrics.exposition().decode()):

@@ -10,7 +10,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.engine.observer import Observer, StepReport
 from service.engine.request import AdapterKey, Finished
 from service.metrics import LISTED_ADAPTERS, Metrics
-from service.residency.tiers import Resident
 
 STEP = StepReport(2, 3, 5, 20, 7, 2, 1, 16, 8, 0.01, 1, 6, 4)
 
@@ -120,7 +119,7 @@ def test_a_short_wait_has_buckets_of_its_own() -> None:
 
 def test_capacity_stands_beside_use() -> None:
     metrics = Metrics("m")
-    metrics.describe({"a": "1"}, {"b": "2"}, 8, list, {"slot": 100, "host": 300})
+    metrics.describe({"a": "1"}, {"b": "2"}, 8, dict, {"slot": 100, "host": 300})
     assert value(metrics, "nibble:adapter_capacity_bytes", tier="slot") == 100
     assert value(metrics, "nibble:adapter_capacity_bytes", tier="host") == 300
     assert value(metrics, "nibble:adapter_bytes", tier="slot") == 0
@@ -132,7 +131,7 @@ def lora(metrics: Metrics) -> list[dict[str, str]]:
 
 def test_adapter_sets_replace_each_other() -> None:
     metrics = Metrics("m")
-    metrics.describe({"a": "1"}, {"b": "2"}, max_lora=8, residents=list)
+    metrics.describe({"a": "1"}, {"b": "2"}, max_lora=8, tally=dict)
     for running in (("a",), ("b", "a"), ("b", "a"), ()):
         metrics.stepped(replace(STEP, running_adapters=running, waiting_adapters=("w",)))
         assert lora(metrics) == [
@@ -147,7 +146,7 @@ def test_adapter_sets_replace_each_other() -> None:
 def test_a_gateway_finds_its_metrics_before_any_request() -> None:
     metrics = Metrics("m")
     metrics.describe(
-        {"block_size": "16", "num_gpu_blocks": "9"}, {"b": "2"}, max_lora=8, residents=list
+        {"block_size": "16", "num_gpu_blocks": "9"}, {"b": "2"}, max_lora=8, tally=dict
     )
     (labels,) = lora(metrics)
     assert labels == {"max_lora": "8", "running_lora_adapters": "", "waiting_lora_adapters": ""}
@@ -164,9 +163,9 @@ def test_a_gateway_finds_its_metrics_before_any_request() -> None:
 
 
 def test_a_hundred_thousand_adapters_fit_into_a_scrape() -> None:
-    held = [Resident(f"{n:064x}", "unmerged", "", "host", 10) for n in range(100_000)]
     metrics = Metrics("m")
-    metrics.describe({"a": "1"}, {"b": "2"}, max_lora=8, residents=lambda: held)
+    held = {"slot": (100, 1 << 30), "host": (99_900, 1 << 40)}
+    metrics.describe({"a": "1"}, {"b": "2"}, max_lora=8, tally=lambda: held)
     names = tuple(f"{n:064}" for n in range(100_000))
     metrics.stepped(replace(STEP, running_adapters=names, waiting_adapters=names))
     for name in names[::100]:
@@ -188,7 +187,7 @@ def test_many_adapters_are_cut_to_some_and_other() -> None:
 
 def test_no_series_grows_with_adapters() -> None:
     metrics = Metrics("m")
-    metrics.describe({"a": "1"}, {"b": "2"}, max_lora=8, residents=list)
+    metrics.describe({"a": "1"}, {"b": "2"}, max_lora=8, tally=dict)
     before = len(samples(metrics))
     for number in range(200):
         metrics.adapter_loaded(AdapterKey(f"{number:064x}", "unmerged", ""), 0.1, 1000, 0.02)
@@ -210,17 +209,15 @@ def test_no_series_grows_with_adapters() -> None:
     assert value(metrics, "nibble:adapter_evictions_total", tier="host") == 0
 
 
-def test_residents_are_asked_at_every_scrape() -> None:
-    held = [Resident("d", "unmerged", "", "slot", 10), Resident("e", "merged", "nf4", "slot", 5)]
+def test_the_engine_is_asked_at_every_scrape() -> None:
+    held = {"slot": (2, 15), "host": (0, 0), "loading": (0, 0)}
     metrics = Metrics("m")
-    metrics.describe({"block_size": "16"}, {"version": "1"}, max_lora=1, residents=lambda: held)
+    metrics.describe({"block_size": "16"}, {"version": "1"}, max_lora=1, tally=lambda: held)
     assert value(metrics, "nibble:adapters_resident", tier="slot") == 2
     assert value(metrics, "nibble:adapter_bytes", tier="slot") == 15
-    held.append(Resident("d", "unmerged", "", "host", 7))
+    held |= {"host": (1, 7), "loading": (1, 0)}
     assert value(metrics, "nibble:adapters_resident", tier="host") == 1
     assert value(metrics, "nibble:adapter_bytes", tier="host") == 7
-    assert value(metrics, "nibble:adapter_loads_pending") == 0
-    held.append(Resident("f", "unmerged", "", "loading", 0))
     assert value(metrics, "nibble:adapter_loads_pending") == 1
     assert samples(metrics)["vllm:cache_config_info", frozenset({("block_size", "16")})] == 1
     assert samples(metrics)["nibble:build_info", frozenset({("version", "1")})] == 1

@@ -178,7 +178,7 @@ class Whole(RuleBasedStateMachine):
         assert held == sum(slot.references for _, slot in self.tiers.slots.items())
         assert self.pool.references() == sum(len(s.blocks) for s in self.living)
         host = self.tiers.host
-        assert host.allocated == sum(a.nbytes for _, a in host.items()) <= host.budget
+        assert host.allocated == sum(nbytes for _, nbytes in host.items()) <= host.budget
 
 
 Whole.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -183,6 +184,26 @@ def test_uses_are_remembered_when_all_tiers_are_left(bench: Bench) -> None:
     assert gone == Resident("a", "unmerged", "", "store", 0, hits=1, last_used=gone.last_used)
     bench.tiers.forget("a")
     assert "a" not in bench.where()
+
+
+def test_a_tally_is_of_what_is_in_memory_and_costs_nothing_for_the_rest(bench: Bench) -> None:
+    for digest in "abcd":
+        (ref,) = bench.claimed(digest)
+        bench.settle()
+        assert bench.tiers.acquire(ref)
+        bench.tiers.release(ref)
+        bench.tiers.claims.drop(ref)
+    bench.claimed("e")
+    assert bench.where() == {"c": "slot", "d": "slot", "b": "host", "e": "loading", "a": "store"}
+    told = {"slot": (2, 2 * SIZE), "host": (1, SIZE), "loading": (1, 0)}
+    assert bench.tiers.tally() == told
+    assert [one.tier for one in bench.tiers.residents("b")] == ["host"]
+    for number in range(20_000):  # that were used once: a scrape asks between two steps
+        bench.tiers.seek(AdapterRef(f"{number:064x}", "x"))
+    begun = time.thread_time()
+    assert bench.tiers.tally() == told
+    assert time.thread_time() - begun < 0.002
+    bench.settle()
 
 
 def test_who_is_claimed_stays_when_another_arrives(bench: Bench) -> None:
