@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import structlog
@@ -25,6 +26,7 @@ from adapters.errors import AdapterError
 from adapters.store import AdapterStore
 from deploy.ray.fleet import Flags, ingress_settings
 from deploy.ray.loopback import listen_on_loopback
+from service.access.audit import AuditLog
 from service.access.caller import Caller
 from service.access.gate import Gate
 from service.access.keys import Keys
@@ -34,11 +36,12 @@ from service.api.errors import Refused, failure
 from service.api.openai_errors import openai_envelope, speaks_openai
 from service.api.sse import encoded
 from service.app import body_bounds, routers
-from service.errors import Overloaded, ServiceError
+from service.errors import Forbidden, Overloaded, ServiceError
 from service.log import configure_logging
 from service.tracing.trace import Untraced
 
 ASKED = 3  # replicas, for one request
+LARGE_AT_ONCE = 4  # bodies of more than `max_body_bytes`: they pass through this memory
 ID = 32  # hex digits of a digest that name an adapter to the router
 ONCE = frozenset({"/feedback"})  # asks for inference, yet asking twice would count twice
 PASSED = frozenset(
@@ -67,7 +70,9 @@ class Ingress:
         )
         key = settings.admin_key.get_secret_value() if settings.admin_key else None
         self._gate = Gate(Keys(self._store.catalog), key, local=settings.local)
+        self._audit = AuditLog(settings.home / "ingress" / "audit", settings.max_audit_bytes)
         self._bounds = body_bounds(settings)
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._base_names = frozenset(settings.base_names)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -76,15 +81,19 @@ class Ingress:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await _live(receive, send)
+            self._audit.close()
+            self._store.close()
             return
         if scope["path"] == "/metrics":
             reason = "each replica has figures of its own: see metrics_port in docs/howto/fleet.md"
             raise Refused(404, "not_found", reason)
         route = self._route(scope)
         caller = await self._admit(scope, route)
-        body = await _whole(receive)
-        model = await self._home(scope, caller, body)
-        await self._forward(scope, body, model, _repeatable(scope, route), send)
+        large = self._bounds.of(scope) > self._bounds.max_body_bytes
+        async with self._large if large else nullcontext():
+            body = await _whole(receive)
+            model = await asyncio.to_thread(self._home, scope, caller, body)
+            await self._forward(scope, body, model, _repeatable(scope, route), send)
 
     def _route(self, scope: Scope) -> Guarded | None:
         for route in self._routes:
@@ -97,20 +106,29 @@ class Ingress:
         if route is None or not route.scopes:
             return Caller(scopes=frozenset())
         caller = await self._gate.caller(Headers(scope=scope).get("authorization"))
-        route.check(caller)
+        try:
+            route.check(caller)
+        except Forbidden:  # no replica hears of it
+            self._audit.note(
+                f"{scope['method']} {route.path}",
+                request=scope["request_id"],
+                tenant=caller.tenant,
+                key=caller.key,
+                status=403,
+            )
+            raise
         return caller
 
-    async def _home(self, scope: Scope, caller: Caller, body: bytes) -> str:
+    def _home(self, scope: Scope, caller: Caller, body: bytes) -> str:
         """The router's name for the adapter that is asked for; empty for the base, and for
         whatever the replica will refuse."""
         wanted = _named(scope, body)
         if wanted is None or wanted in self._base_names:
             return ""
         try:
-            found = await asyncio.to_thread(self._store.of(caller.tenant).resolve, wanted)
+            return self._store.of(caller.tenant).resolve(wanted).digest[:ID]
         except AdapterError:
             return ""
-        return found.digest[:ID]
 
     async def _forward(
         self, scope: Scope, body: bytes, model: str, repeatable: bool, send: Send
@@ -152,6 +170,7 @@ class _Reply:
     def __init__(self, scope: Scope, send: Send) -> None:
         self._scope, self._send = scope, send
         self._head: Message | None = None
+        self._events = False
         self.begun = False
 
     async def send(self, message: Message) -> None:
@@ -163,15 +182,15 @@ class _Reply:
             known = Headers(raw=self._head["headers"]).get("x-request-id")
             self._scope["request_id"] = known or self._scope["request_id"]
             self.begun = True
+            self._events = _is_stream(self._head)
             await self._send(self._head)
-            self._sse = _is_stream(self._head)
             self._head = None
         await self._send(message)
 
     async def break_off(self, error: ReplicaLost) -> None:
         """Say so in a stream of events; of anything else cut the connection: half an answer must
         not look like a whole one."""
-        if not self._sse:
+        if not self._events:
             raise error
         event = encoded(_as_event(error, self._scope))
         await self._send({"type": "http.response.body", "body": event, "more_body": False})

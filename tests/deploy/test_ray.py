@@ -8,10 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,13 @@ class Cluster:
         """So many replicas that answer."""
 
         def there() -> bool:
+            found = self.replicas()
             try:
-                for number in self.replicas():
+                for number in found:
                     httpx.get(f"http://127.0.0.1:{self.metrics + number}/ready").raise_for_status()
             except httpx.HTTPError:
                 return False
-            return len(self.replicas()) == count
+            return len(found) == count
 
         until(there, STARTING)
 
@@ -109,37 +111,36 @@ def _is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    home = tmp_path_factory.mktemp("fleet")
+@contextmanager
+def started(home: Path, *flags: str) -> Iterator[Cluster]:
+    """Until it serves; SIGTERM ends it, with status 0."""
     port, metrics = _free(), _free(8)
     command = [
-        *(sys.executable, "-m", "deploy.ray", "--replicas", "2", "--home", str(home)),
+        *(sys.executable, "-m", "deploy.ray", "--home", str(home)),
         *("--port", str(port), "--metrics-port", str(metrics), "--kv-cache-bytes", "32MiB"),
-        *("--log-format", "json", "--drain-seconds", "5"),
+        *("--log-format", "json", "--drain-seconds", "5", *flags),
     ]
     log = home / "log"
+    environment = {**os.environ, "NIBBLE_ADMIN_KEY": OPERATOR}
     with log.open("wb") as sink:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "NIBBLE_ADMIN_KEY": OPERATOR},
-            stdout=sink,
-            stderr=sink,
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sink, stderr=sink)
         try:
-            started = "serving on"
-            until(lambda: started in log.read_text() or process.poll() is not None, STARTING)
+            until(lambda: "serving on" in log.read_text() or process.poll() is not None, STARTING)
             assert process.poll() is None, log.read_text()[-4000:]
-            found = Cluster(home, process, port, metrics)
-            found.ready()
-            yield found
+            yield Cluster(home, process, port, metrics)
         finally:
             process.send_signal(signal.SIGTERM)
             try:
                 assert process.wait(120) == 0
             finally:
                 process.kill()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with started(tmp_path_factory.mktemp("fleet"), "--replicas", "2") as found:
+        found.ready()
+        yield found
 
 
 @pytest.fixture
@@ -202,6 +203,9 @@ def test_keys_are_asked_for_before_any_replica(cluster: Cluster, both: httpx.Cli
         until(lambda name=name: name in log.read_text(), 10)  # type: ignore[misc]
         (line,) = (line for line in log.read_text().splitlines() if name in line)
         assert "nibble:Ingress" in line, "no replica heard of it"
+    noted = cluster.home / "ingress/audit"
+    name = refused.headers["x-request-id"]
+    until(lambda: any(name in path.read_text() for path in noted.glob("*[!k]")), 10)
     made = both.post(
         "/keys", json={"name": "infers", "tenant": "other", "scopes": ["infer"]}
     ).json()
@@ -315,3 +319,35 @@ def test_a_client_that_goes_frees_its_place(cluster: Cluster, both: httpx.Client
         next(stream.iter_lines())
     until(lambda: total("vllm:num_requests_running") == 0, 60)
     assert total(generated) - before < 16 * 400 / 2
+
+
+def test_another_replica_comes_with_the_load(tmp_path: Path) -> None:
+    """And what neither of them nor the queue has room for is refused, with the time to wait."""
+    flags = ("--replicas", "1", "--max-replicas", "2", "--busy", "2")
+    with started(tmp_path, *flags, "--max-num-seqs", "2", "--max-queue", "4") as cluster:
+        assert len(cluster.replicas()) == 1
+        body = {**LONG, "parameters": LENGTH}
+        found: list[httpx.Response] = []
+
+        there = threading.Event()
+
+        def keep_asking() -> None:
+            with cluster.client() as client:
+                while not there.is_set():
+                    found.append(client.post("/generate", json=body))
+                    there.wait(1)
+
+        with ThreadPoolExecutor(16) as pool:
+            askers = [pool.submit(keep_asking) for _ in range(16)]
+            try:
+                while len(cluster.replicas()) < 2:
+                    assert not there.wait(1)
+            finally:
+                there.set()
+            for asker in askers:
+                asker.result()
+        assert {reply.status_code for reply in found} == {200, 503}
+        full = next(reply for reply in found if reply.status_code == 503)
+        assert full.json()["error_type"] == "overloaded", full.text
+        assert full.headers["retry-after"]
+        cluster.ready()
