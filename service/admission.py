@@ -90,7 +90,8 @@ class Admission:
         if self.state == "failed":
             raise ServiceError("the base could not be loaded; the server's log has the cause")
 
-    def admit(self) -> Ticket:
+    def check_room(self) -> None:
+        """Raise what a request has to hear that would have to wait, if it cannot."""
         self.check()
         queued = self._waiting() + self.preparing
         if queued >= self.max_queue:
@@ -98,6 +99,9 @@ class Admission:
                 f"the queue is full: {queued} requests wait, the bound is {self.max_queue}",
                 retry_after=self._retry_after(),
             )
+
+    def admit(self) -> Ticket:
+        self.check_room()
         self._empty.clear()
         return Ticket(self)
 

@@ -24,13 +24,14 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 SCHEME = "api_key"  # in OpenAPI
 
 
-def needs(*scopes: KeyScope) -> Callable[[Endpoint], Endpoint]:
-    """The endpoint is for who has one of these scopes."""
+def needs(*scopes: KeyScope, queues: bool = False) -> Callable[[Endpoint], Endpoint]:
+    """The endpoint is for who has one of these scopes. `queues`: what it does waits for the engine,
+    so that it is refused while too many wait, before its body is read."""
     if unknown := set(scopes).difference(SCOPES):
         raise ValueError(f"{sorted(unknown)} are no scopes")
 
     def declare(endpoint: Endpoint) -> Endpoint:
-        endpoint.__dict__["scopes"] = scopes
+        endpoint.__dict__.update(scopes=scopes, queues=queues)
         return endpoint
 
     return declare
@@ -50,6 +51,7 @@ class Guarded(APIRoute):
         if declared is None:
             raise ValueError(f"{path}: say who may use it: @needs(…), @any_key or @open_to_all")
         self.scopes: tuple[KeyScope, ...] = declared
+        self.queues: bool = endpoint.__dict__["queues"]
         if declared:
             without: list[dict[str, list[str]]] = [{}] if self.keyless else []
             security = {"security": [*without, {SCHEME: list(declared)}]}
@@ -80,8 +82,8 @@ class Guarded(APIRoute):
         caller.check(*self.scopes)
 
     async def _admit(self, scope: Scope) -> Lease | None:
-        """Raises Unauthenticated, Forbidden, QuotaExceeded. What an operator does is not counted,
-        and nothing is where there are no keys."""
+        """Raises Unauthenticated, Forbidden, Overloaded, QuotaExceeded. What an operator does is
+        not counted, and nothing is where there are no keys."""
         desk: Desk = scope["app"].state.desk
         here = loaded(desk)
         caller = await here.gate.caller(Headers(scope=scope).get("authorization"))
@@ -89,6 +91,8 @@ class Guarded(APIRoute):
         if caller.key is not None:
             structlog.contextvars.bind_contextvars(key=caller.key, tenant=caller.tenant)
         self.check(caller)
+        if self.queues:
+            desk.admission.check_room()
         counted = caller.key is not None and self.scopes != ("admin",)
         scope["lease"] = await here.meter.admit(caller.tenant) if counted else None
         lease: Lease | None = scope["lease"]

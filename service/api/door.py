@@ -26,6 +26,7 @@ from service.tracing.trace import Tracing
 
 LINGER_BYTES = 4 << 20  # of a refused body, read so that the client gets to see the refusal
 LINGER_SECONDS = 2.0
+SMALL_BYTES = 64 << 10  # a body that a client sends at once with its head
 _UNSAFE_ID = re.compile(r"[^A-Za-z0-9._:-]")
 
 logger = structlog.get_logger("nibble.http")
@@ -87,6 +88,8 @@ class _Passage:
         self._headers = Headers(scope=scope)
         self._limit = door.bounds.of(scope)
         self._unread = self._has_body()
+        self._small = self._has_small_body()
+        self._lingered = False
         self._received = 0
         self._since = time.monotonic()
         self._refusal: Refused | None = None
@@ -122,12 +125,14 @@ class _Passage:
         if message["type"] == "http.response.start":
             if self._refusal is not None:
                 return  # whatever the route made of it, the refusal is the answer
+            if self._unread and self._small:
+                await self._linger()  # it is here already: the connection need not end for it
             self._status = message["status"]
             self._sign(message)
         elif self._refusal is not None and not self._status:
             return
         ends = message["type"] == "http.response.body" and not message.get("more_body", False)
-        if ends and self._unread:
+        if ends and self._unread and not self._lingered:
             await self._send({**message, "more_body": True})
             await self._linger()
             message = {"type": "http.response.body", "body": b"", "more_body": False}
@@ -136,6 +141,10 @@ class _Passage:
     def _has_body(self) -> bool:
         length = self._headers.get("content-length", "0")
         return "transfer-encoding" in self._headers or length.strip("0") != ""
+
+    def _has_small_body(self) -> bool:
+        length = self._headers.get("content-length", "")
+        return length.isdecimal() and int(length) <= SMALL_BYTES
 
     def _check_head(self) -> None:
         length = self._headers.get("content-length", "")
@@ -160,12 +169,12 @@ class _Passage:
         allowed = bounds.grace_seconds + self._received / bounds.bytes_per_second
         left = self._since + allowed - time.monotonic()
         try:
-            return await asyncio.wait_for(
-                self._receive(), max(min(left, bounds.silence_seconds), 0.001)
-            )
+            async with asyncio.timeout(max(min(left, bounds.silence_seconds), 0.001)):
+                return await self._receive()
         except TimeoutError:
             how = f"{self._received} bytes in {time.monotonic() - self._since:.0f} seconds"
             self._refusal = Refused(408, "timeout", f"the body came too slowly: {how}")
+            self._small = False  # the answer waits for nothing
             raise self._refusal from None
 
     def _refuse_size(self, what: str) -> Refused:
@@ -191,19 +200,20 @@ class _Passage:
     async def _linger(self) -> None:
         """Read a little more of a body that nobody wants: a connection that is closed with unread
         bytes is reset, and the client may lose the reply with it."""
+        self._lingered = True
         if "expect" in self._headers:
             return  # the body was never asked for
         end = time.monotonic() + LINGER_SECONDS
         limit = self._received + LINGER_BYTES
         while self._received < limit:
             try:
-                message = await asyncio.wait_for(
-                    self._receive(), max(end - time.monotonic(), 0.001)
-                )
+                async with asyncio.timeout(max(end - time.monotonic(), 0.001)):
+                    message = await self._receive()
             except TimeoutError:
                 return
             self._received += len(message.get("body", b""))
             if message["type"] != "http.request" or not message.get("more_body", False):
+                self._unread = False
                 return
 
     def _log(self) -> None:

@@ -305,7 +305,7 @@ _ERRORS = refusals(404, 408, 413, 415, 422, 429, 500, 503)
 
 
 @router.post("/generate", responses={200: {"model": Completion, "content": _EVENTS}, **_ERRORS})
-@needs("infer")
+@needs("infer", queues=True)
 async def generate(
     body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> Response:
@@ -319,7 +319,7 @@ async def generate(
     "/generate_stream",
     responses={200: {"content": _EVENTS}, **_ERRORS},
 )
-@needs("infer")
+@needs("infer", queues=True)
 async def generate_stream(
     body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> Response:
@@ -335,7 +335,7 @@ async def generate_stream(
 
 
 @router.post("/", responses={200: {"model": list[Completion], "content": _EVENTS}, **_ERRORS})
-@needs("infer")
+@needs("infer", queues=True)
 async def compatible(
     body: GenerateBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> Response:

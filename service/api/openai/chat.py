@@ -57,7 +57,7 @@ class Reading:
         **openai_refusals(404, 408, 413, 415, 422, 429, 500, 503),
     },
 )
-@needs("infer")
+@needs("infer", queues=True)
 async def chat_completion(
     body: ChatBody, request: Request, desk: DeskDep, serving: ServingDep, tenant: TenantDep
 ) -> Response:

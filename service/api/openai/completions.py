@@ -122,7 +122,7 @@ class CompletionBody(Generating):
         **openai_refusals(404, 408, 413, 415, 422, 429, 500, 503),
     },
 )
-@needs("infer")
+@needs("infer", queues=True)
 async def text_completion(
     body: CompletionBody, request: Request, desk: DeskDep, serving: ServingDep
 ) -> Response:

@@ -61,7 +61,7 @@ class EmbeddingBody(Lenient):
         **openai_refusals(404, 408, 413, 415, 422, 429, 500, 503),
     },
 )
-@needs("infer")
+@needs("infer", queues=True)
 async def embeddings(
     body: EmbeddingBody, request: Request, desk: DeskDep, serving: ServingDep
 ) -> Response:

@@ -87,6 +87,20 @@ def test_speed_buys_no_silence() -> None:
     assert through(bounds, reading, [piece(b"x" * 9000), piece(b"b", False)])[0]["status"] == 200
 
 
+def test_a_small_body_that_nobody_reads_ends_no_connection() -> None:
+    async def refusing(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 503, "headers": []})
+        await send({"type": "http.response.body", "body": b"no"})
+
+    def refused(length: int, *messages: dict[str, Any]) -> Any:
+        headers = [(b"content-length", str(length).encode())]
+        return through(Bounds(1 << 20), refusing, list(messages), headers=headers)[0]["headers"]
+
+    assert (b"connection", b"close") not in refused(2, piece(b"ab", more=False))
+    assert (b"connection", b"close") in refused(2, piece(b"a"))
+    assert (b"connection", b"close") in refused(1 << 19, piece(b"ab", more=False))
+
+
 @pytest.mark.parametrize("swallow", [True, False])
 def test_a_refusal_is_the_answer_whatever_the_route_makes_of_it(swallow: bool) -> None:
     async def stubborn(scope: Any, receive: Any, send: Any) -> None:

@@ -345,6 +345,9 @@ def test_a_full_queue_says_when_to_come_back(
         assert reply.status_code == 503
         assert reply.json()["error_type"] == "overloaded"
         assert int(reply.headers["retry-after"]) >= 1
+        assert "connection" not in reply.headers
+    for path in ("/generate", "/", "/v1/completions", "/v1/chat/completions", "/v1/embeddings"):
+        assert client.post(path, content=b"no JSON").status_code == 503, "the body was read first"
     monkeypatch.undo()
     # The engine has a bound of its own, for sequences: 64 of them cannot all wait.
     body = {"inputs": PROMPT, "parameters": {"n": 16, "max_new_tokens": 40, "ignore_eos": True}}
