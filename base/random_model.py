@@ -31,7 +31,16 @@ QWEN2_04B: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-SHAPES = {"qwen2-0.4b": QWEN2_04B}
+QWEN2_7B: dict[str, Any] = {  # its table tied, as the other's is
+    **QWEN2_04B,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152_064,
+}
+SHAPES = {"qwen2-0.4b": QWEN2_04B, "qwen2-7b": QWEN2_7B}
 BIASED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 DONE = "complete"
 QUANTIZATION = {

@@ -117,6 +117,17 @@ def race(candidates: Candidates, rounds: int) -> dict[str, float]:
     return {name: median(taken) for name, taken in times.items()}
 
 
+def limits(device: torch.device, rounds: int = 20) -> dict[str, float]:
+    """What the device reaches: GB/s of a copy, read and written; GFLOP/s of a bfloat16 product."""
+    block = torch.randn(128 << 20, device=device)
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    taken = race({"copy": block.clone, "product": lambda: a @ b}, rounds)
+    return {
+        "gbytes": 2e-9 * block.nbytes / taken["copy"],
+        "gflops": 2e-9 * 8192**3 / taken["product"],
+    }
+
+
 def _event() -> Any:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
@@ -135,9 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(
             f"{fault}; pip install 'nibble-serve[cuda]', then pytest -m cuda says more"
         )
-    block = torch.randn(128 << 20, device=device)
-    copied = race({"copy": block.clone}, options.rounds)["copy"]
-    print(f"{torch.cuda.get_device_name(device)}; copies {2e-9 * block.nbytes / copied:.0f} GB/s")
+    most = limits(device, options.rounds)
+    print(
+        f"{torch.cuda.get_device_name(device)}; copies {most['gbytes']:.0f} GB/s, "
+        f"multiplies {1e-3 * most['gflops']:.0f} TFLOP/s"
+    )
     for shape in [tuple(int(n) for n in text.split("x")) for text in options.shapes.split(",")]:
         out, width = shape
         for rows in (1, 8, 32):

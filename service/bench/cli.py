@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
+import torch
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from base.fingerprint import default_cache_dir
@@ -26,6 +28,9 @@ from base.random_model import SHAPES, random_model
 from service.bench.beside import Setting, beside_table
 from service.bench.beside import measure as measure_beside
 from service.bench.compare import Figures, compare
+from service.bench.device import DEVICE, Asked
+from service.bench.device import markdown as device_page
+from service.bench.device import measure as measure_device
 from service.bench.options import Options
 from service.bench.performance import write_page
 from service.bench.registered import REGISTERED
@@ -86,7 +91,13 @@ def bench(
         list[str] | None,
         typer.Option(help="Of nibble's products: exact or fast, once for each. Default: both."),
     ] = None,
-    suite: Annotated[str, typer.Option(help=f"The workloads: {' or '.join(SUITES)}.")] = "quick",
+    suite: Annotated[
+        str,
+        typer.Option(
+            help=f"The workloads: {', '.join(SUITES)}, or {DEVICE}: 16 bits, NF4, and NF4 with "
+            "adapters, on --device."
+        ),
+    ] = "quick",
     only: Annotated[
         list[str] | None,
         typer.Option(help=f"A workload of any suite by its name, or {' or '.join(PARTS)}."),
@@ -99,7 +110,7 @@ def bench(
         bool, typer.Option("--kernel", help="The kernels alone, each beside the machine's limits.")
     ] = False,
     device: Annotated[
-        str, typer.Option(help="cpu or cuda, with --kernel: cuda checks and times Triton's.")
+        str, typer.Option(help=f"cpu or cuda, of --kernel or --suite {DEVICE}.")
     ] = "cpu",
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
@@ -117,8 +128,27 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return
-    if kernel or device != "cpu":
-        _products(device, threads, kernel=kernel)
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"got {device}; cpu or cuda", param_hint="--device")
+    if kernel:
+        _products(device, threads)
+        return
+    command = shlex.join(["nibble", *sys.argv[1:]])
+    if suite == DEVICE or device == "cuda":
+        _on_device(
+            Asked(
+                model=model,
+                directory=_on(device, model, cache),
+                device=device,
+                rounds=rounds,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                minutes=minutes,
+                command=command,
+            ),
+            json_path,
+            markdown,
+        )
         return
     scenarios, parts = _asked(suite, only)
     options = Options(
@@ -137,7 +167,7 @@ def bench(
         minutes=minutes,
         transformers=transformers,
         gguf=_gguf_of(model, cache) if llama else None,
-        command=shlex.join(["nibble", *sys.argv[1:]]),
+        command=command,
     )
     figures = _compare(options)
     _show(figures)
@@ -146,12 +176,25 @@ def bench(
         write_page(figures, markdown)
 
 
-def _products(device: str, threads: int, *, kernel: bool) -> None:
+def _on(device: str, model: str, cache: Path | None) -> Path:
+    """The model's directory, for a device that is there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("there is no CUDA device here", param_hint="--device")
+    return directory_of(model, cache)
+
+
+def _on_device(asked: Asked, json_path: Path | None, page: Path | None) -> None:
+    with console.status("starting") as status:
+        figures = measure_device(asked, status.update)
+    text = device_page(figures)
+    console.print(Markdown(text))
+    _write_json(figures, json_path)
+    if page:
+        page.write_text(text, encoding="utf-8")
+
+
+def _products(device: str, threads: int) -> None:
     """The kernels alone."""
-    if device not in ("cpu", "cuda") or not kernel:
-        raise typer.BadParameter(
-            f"got {device}; cpu, or cuda together with --kernel", param_hint="--device"
-        )
     if device == "cuda":
         bench_cuda.main([])
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from adapters.validation_child import validate_here
 from base.kernels import native_status
 from base.load import load_base
 from base.spec import BaseSpec
+from service.bench.dense_twin import dense_twin
 from service.bench.dictation import Dictation
 from service.bench.memory import embedding_bytes, head_bytes, quantised_bytes, resident
 from service.bench.peer import Setup
 from service.bench.scenario import Job, Round, round_of
 from service.engine.config import EngineConfig
 from service.engine.loop import Engine
+from service.engine.observer import Silent, StepReport
 from service.engine.request import AdapterRef, Request, Sampling, Token
 from service.engine.stream import Stream
 from service.fetch import Fetch
@@ -29,25 +32,41 @@ LOOKUP = "engine, prompt lookup"
 DRAFT = 8  # tokens that one step may guess
 
 
+class _Steps(Silent):
+    """An observer that counts steps by whether a captured one was replayed."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def stepped(self, report: StepReport) -> None:
+        if report.prompt_tokens or report.generated_tokens:
+            self.counts["replayed" if report.replayed else "eager"] += 1
+
+
 class NibblePeer:
     """Base, store and engine; every adapter is in its slot before the first round."""
 
     def __init__(self, setup: Setup) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="nibble-bench-")
         options = setup.options
+        device, dense = options.get("device", "cpu"), options.get("dense", False)
         self._base = load_base(
             setup.model,
-            device="cpu",
+            device=device,
             dtype=options.get("dtype", "auto"),
             precision=options.get("precision", "exact"),
-            lean=True,
+            lean=device == "cpu" and not dense,
         )
+        if dense:
+            self._base = dense_twin(self._base)
         self._nf4_bytes = quantised_bytes(self._base)
         self._embedding_bytes = embedding_bytes(self._base)
         where = Path(self._directory.name)
         self._store = AdapterStore(str(where / "blobs"), str(where / "catalog.sqlite"))
         self._refs = [self._add(directory) for directory in setup.adapters]
-        self._engine = Engine(self._base, Fetch(self._store, self._base), EngineConfig())
+        self._steps = _Steps()
+        limits = EngineConfig(**options.get("engine", {}))
+        self._engine = Engine(self._base, Fetch(self._store, self._base), limits, self._steps)
         self._engine.start()
         self._loaded = [self._engine.load(ref) for ref in self._refs]
         self._asked = 0
@@ -70,6 +89,11 @@ class NibblePeer:
 
     def spec(self) -> BaseSpec:
         return self._base.spec
+
+    def steps(self) -> dict[str, int]:
+        """How many steps since the last question were replayed, and how many were not."""
+        counts, self._steps.counts = self._steps.counts, Counter()
+        return dict(counts)
 
     def facts(self) -> dict[str, Any]:
         memory = resident()

@@ -14,6 +14,7 @@ def test_the_operator_reads_our_fields(double_quant: bool) -> None:
     assert torch.allclose(y, reference.nf4_linear(x, weight, bias), atol=1e-4)
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

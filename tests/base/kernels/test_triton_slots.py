@@ -34,7 +34,9 @@ MIX = [(0, 2, 2), (3, 4, 0), (4, 9, 3), (9, 10, 1), (10, 11, 4)]
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+)
 def test_bits_are_those_of_the_plan(triton_here: torch.device, dtype: torch.dtype) -> None:
     from base.kernels import triton_lowrank
 

@@ -143,7 +143,7 @@ def grown(rng: random.Random, sequence: Sequence) -> Chunk:
     return Chunk(sequence, start, 1, draft)
 
 
-@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+@pytest.mark.parametrize("kv_dtype", [None, pytest.param(torch.int8, marks=pytest.mark.slow)])
 def test_replays_have_the_bits_of_steps_as_they_come(
     base: Base, home: Path, operations: Operations, kv_dtype: torch.dtype | None
 ) -> None:
@@ -152,7 +152,7 @@ def test_replays_have_the_bits_of_steps_as_they_come(
     adapters = adapters_of(base, home)
     told = [None, *(ref for ref in adapters if ref.name != "vera")]
     play, rng, sizes = Play(runner, adapters), random.Random(3), set()
-    for _ in range(12):
+    for _ in range(10):
         sequences = sequences_of(rng, rng.randint(1, 7), told)
         play.prompts(sequences)
         chunks = [grown(rng, s) for s in sequences][: rng.randint(1, 7)]
@@ -200,7 +200,7 @@ def test_more_adapters_than_slots_take_turns(
     ((_, one),) = loras.items()
     many = {AdapterRef(f"twin-{n}", f"twin-{n}"): scaled(one, f"twin-{n}", n) for n in range(5)}
     play, rng = Play(captured(base, operations, most=2), many), random.Random(7)
-    for _ in range(6):
+    for _ in range(4):
         sequences = sequences_of(rng, 2, list(many))
         play.prompts(sequences)
         wanted, found = play.step([Chunk(s, len(s.tokens) - 1, 1) for s in sequences])
@@ -263,7 +263,11 @@ def break_by(name: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(StaticBatch, "fill", fill)
 
 
-@pytest.mark.parametrize("name", ["tiles", "input_ids", "position_ids", "block_tables"])
+@pytest.mark.parametrize(
+    "name",
+    ["tiles", "block_tables"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("input_ids", "position_ids")],
+)
 def test_the_check_finds_what_is_wrong(
     base: Base, operations: Operations, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
