@@ -7,6 +7,7 @@ other replica's write waits for it. It has no row yet, and a replica that starts
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -18,6 +19,8 @@ from typing import Any
 
 from adapters.blobs import CACHE_BYTES, LocalBlobs, StagedBlob, Step, check_address, no_step
 from adapters.errors import StoreUnavailable
+
+log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 30  # what an object store may take to come back, for one operation
 IN_USE_SECONDS = 60.0  # who asked for a copy has opened it by then
@@ -138,4 +141,6 @@ def _network_errors() -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (BaseError, OSError) as error:
-        raise StoreUnavailable(f"the object store failed: {error}") from error
+        log.error("the object store failed: %s", error)  # with its address, which no caller needs
+        kind = type(error).__name__
+        raise StoreUnavailable(f"the object store failed ({kind}); the log says more") from error

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import obstore.exceptions
 import obstore.store
 import pytest
 
@@ -237,15 +238,19 @@ class _Broken:
 
     def stream(self) -> Iterator[bytes]:
         yield TEXT[:100]
-        raise ConnectionResetError("gone")
+        raise obstore.exceptions.GenericError("http://bucket.internal is gone")
 
 
-def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+def test_a_download_that_breaks_off_leaves_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     remote = _Broken(obstore.store.MemoryStore())
     put(RemoteBlobs(remote, tmp_path / "one"), tmp_path / "w")
     blobs = RemoteBlobs(remote, tmp_path / "two")
-    with pytest.raises(StoreUnavailable, match="gone"):
+    with pytest.raises(StoreUnavailable, match="object store failed \\(GenericError\\)") as raised:
         blobs.local_path(SHA)
+    assert "bucket.internal" not in str(raised.value), "callers hear this"
+    assert "bucket.internal" in caplog.text
     assert [path for path in (tmp_path / "two").rglob("*") if path.is_file()] == [
         tmp_path / "two/lock"
     ]
