@@ -8,20 +8,20 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 
 from deploy.load import report
-from deploy.load.adapters import WEIGHTS, uploaded
+from deploy.load.adapters import WEIGHTS, names, upload, uploaded
 from deploy.load.measure import Phase, Plan, measure
 from deploy.load.server import served
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "training" / "samples" / "cipher"
-ROOM = 1.05  # a little more than the weights' bytes
+ROOM = 1.05  # a little more than they take
 
 
 def main() -> None:
@@ -30,7 +30,8 @@ def main() -> None:
         {"authorization": f"Bearer {key}"} if (key := os.environ.get("NIBBLE_API_KEY")) else {}
     )
     with ExitStack() as stack:
-        url = given.url or stack.enter_context(served(_room(given), given.serve))
+        room = None if given.url else _room(given, headers)
+        url = given.url or stack.enter_context(served(room, given.serve))
         http = stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=120))
         info = http.get("/info")
         if info.is_error:
@@ -58,7 +59,7 @@ def main() -> None:
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
             "server": f"{info.json()['version']}, {where}; {model}, {info.json()['kernels']}",
             "adapters": f"{given.adapters} of {given.adapter.name}"
-            + (f", {_room(given):,} bytes for them in each tier" if given.url is None else ""),
+            + ("" if room is None else f", {room:,} bytes in each tier: {given.resident} of them"),
             "load": f"{given.requests} requests a phase and round, {given.rounds} rounds, "
             f"{given.clients} clients; {given.prompt_words + 1} words in, "
             f"{given.tokens} tokens out",
@@ -79,8 +80,7 @@ def _arguments() -> argparse.Namespace:
     add("--serve", type=shlex.split, default=[], help="flags for that one: '--base DIR'")
     add("--adapter", type=Path, default=SAMPLE, help="what all adapters are made of")
     add("--adapters", type=int, default=16, help="how many")
-    about = "of their files fit into each tier of its own server's memory, which keeps less of each"
-    add("--resident", type=int, default=4, help=f"how many {about}")
+    add("--resident", type=int, default=4, help="how many fit into each tier of its own server")
     add("--requests", type=int, default=32, help="of each workload in each round")
     add("--rounds", type=int, default=2)
     add("--clients", type=int, default=4, help="that ask one request after another")
@@ -99,9 +99,17 @@ def _arguments() -> argparse.Namespace:
     return given
 
 
-def _room(given: argparse.Namespace) -> int:
-    weights: Path = given.adapter / WEIGHTS
-    return round(weights.stat().st_size * ROOM) * int(given.resident)
+def _room(given: argparse.Namespace, headers: Mapping[str, str]) -> int:
+    """Bytes for `resident` of them. What one takes in memory depends on the precision that the
+    server chooses: the first of two servers tells it."""
+    with (
+        served(None, given.serve) as url,
+        httpx.Client(base_url=url, headers=headers, timeout=120) as http,
+    ):
+        upload(http, given.adapter, 1, _progress)
+        loaded = http.post(f"/adapters/{names(1)[0]}/load").raise_for_status().json()
+    bytes_of_one: int = loaded["bytes"]
+    return round(ROOM * bytes_of_one) * int(given.resident)
 
 
 def _served_name(http: httpx.Client) -> str:

@@ -14,7 +14,7 @@ class Reply:
     """What a client saw of one request. Times are seconds from when it should have been sent."""
 
     adapter: str | None
-    first: float = 0.0  # to the first token
+    first: float = 0.0  # to the first text, or to the end where no token had any
     last: float = 0.0  # to the last one
     gaps: list[float] = field(default_factory=list)  # between two chunks of text
     tokens: int = 0
@@ -76,6 +76,7 @@ def _take(reply: Reply, chunk: dict[str, object], now: float) -> None:
     if choices and choices[0].get("text"):
         if reply.first:
             reply.gaps.append(now - reply.last)
-        else:
-            reply.first = now
+        reply.first = reply.first or now
         reply.last = now
+    elif choices and choices[0].get("finish_reason") and not reply.first:
+        reply.first = reply.last = now  # tokens without a letter: an end of text, gone on after

@@ -20,10 +20,10 @@ PATIENCE = 300.0  # seconds until it is ready
 
 @contextmanager
 def served(
-    room: int, flags: Sequence[str], core: int | None = None, threads: int | None = None
+    room: int | None, flags: Sequence[str], core: int | None = None, threads: int | None = None
 ) -> Iterator[str]:
-    """Its address. Both tiers in memory have `room` bytes for adapters. With `core` it has that
-    one alone."""
+    """Its address. Both tiers in memory have `room` bytes for adapters; None: what it takes by
+    itself. With `core` it has that one alone."""
     with tempfile.TemporaryDirectory(prefix="nibble-load-") as home:
         log = Path(home) / "log"
         given = {
@@ -31,9 +31,9 @@ def served(
             "NIBBLE_PORT": "0",
             "NIBBLE_LOG_FORMAT": "json",
             "NIBBLE_ADAPTERS": "none",
-            "NIBBLE_SLOT_BYTES": str(room),
-            "NIBBLE_HOST_CACHE_BYTES": str(room),
         }
+        if room is not None:
+            given |= {"NIBBLE_SLOT_BYTES": str(room), "NIBBLE_HOST_CACHE_BYTES": str(room)}
         if threads is not None:
             given["OMP_NUM_THREADS"] = str(threads)
         pinned = [] if core is None else ["taskset", "-c", str(core)]
