@@ -24,7 +24,7 @@ from training.evaluate import generate
 from training.methods import METHODS
 from training.tasks import TASKS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 PROMPT, TOKENS = "Once there was a small town", 8
 LORA = {
     "rank 1": ["method.rank=1"],

@@ -55,6 +55,7 @@ class Server:
             return str(json.loads(lines[0])["url"]) if lines else ""
 
         until(lambda: bool(listening()))
+        self.client.close()
         self.client = httpx.Client(base_url=listening(), timeout=PATIENCE)
         until(lambda: self.client.get("/ready").status_code == 200)
 
@@ -87,6 +88,7 @@ def until(condition: Callable[[], bool]) -> None:
 def server(tmp_path: Path) -> Iterator[Server]:
     found = Server(make_base(tmp_path / "tiny", "qwen3"), tmp_path)
     yield found
+    found.client.close()
     if found.process is not None:
         found.process.kill()
         found.process.wait()
