@@ -1,5 +1,6 @@
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters.blobs import StagedBlob
 from adapters.errors import (
     AdapterInUse,
     AdapterNotFound,
@@ -18,7 +20,9 @@ from adapters.errors import (
 )
 from adapters.limits import Limits
 from adapters.manifest import AdapterManifest
+from adapters.remote_blobs import RemoteBlobs
 from adapters.store import AdapterStore
+from adapters.validation_child import validate_here
 from base.spec import BaseSpec
 from tests.adapters.conftest import Saved, Saver
 from tests.adapters.hostile import write
@@ -371,6 +375,42 @@ def test_deleting_while_uploading_the_same_content(
         for future in added:
             assert store.weights_path(future.result()).is_file()
     assert store.sweep().missing == ()
+
+
+def test_nobody_waits_for_an_upload_on_its_way_to_a_bucket(
+    tmp_path: Path, spec: BaseSpec, save: Saver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = str(tmp_path / "catalog.db")
+    store = AdapterStore("memory:///", catalog, cache=tmp_path / "cache")
+    sent, arrived = threading.Event(), threading.Event()
+    send = RemoteBlobs.send
+
+    def slowly(blobs: RemoteBlobs, staged: StagedBlob) -> None:
+        if not sent.is_set():
+            sent.set()
+            assert arrived.wait(60)
+        send(blobs, staged)
+
+    monkeypatch.setattr(RemoteBlobs, "send", slowly)
+    first, second = (save(targets=["q_proj"], seed=seed) for seed in (1, 2))
+
+    def upload(name: str, saved: Saved) -> AdapterManifest:
+        return store.add(
+            name, saved.config, saved.weights, None, spec, Limits(), check=validate_here
+        )
+
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(upload, "slow", first)
+        try:
+            assert sent.wait(60)
+            assert upload("quick", second).version == 1
+            store.sweep()
+            assert not slow.done()
+        finally:
+            arrived.set()
+        kept = slow.result()
+    assert store.weights_path(kept).read_bytes() == first.weights.read_bytes()
+    store.close()
 
 
 def test_a_probe_has_the_last_word(

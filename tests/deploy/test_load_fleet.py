@@ -1,0 +1,81 @@
+"""The fleet's simulation held against servers: what is compared, and one short run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deploy.load import fleet
+from deploy.load.client import Reply
+from service.plan.simulation import Measured, Server, Traffic, arrivals, replay
+from tests.service.plan.test_fleet import COST, bench
+
+TRAFFIC = Traffic(rate=5.0, adapters=4, zipf=1.0, prompt_tokens=32, new_tokens=8)
+SERVER = Server(COST, kv_tokens=20_000, slots=4, load_seconds=0.0)
+
+
+def _as_simulated(slower: float = 1.0) -> tuple[list[Reply], Measured]:
+    """Replies of a machine that does what the simulation says, `slower` times as slowly."""
+    due = arrivals(TRAFFIC, 100, 0)
+    simulated = replay([replace(each, counted=True) for each in due], SERVER, 2, "rendezvous")
+    replies = [
+        Reply("a", first=slower * first, last=slower * whole, tokens=8)
+        for first, whole in zip(sorted(simulated.first), sorted(simulated.whole), strict=True)
+    ]
+    return replies, simulated
+
+
+def test_a_machine_that_does_as_foretold_has_no_error() -> None:
+    due = [replace(each, counted=True) for each in arrivals(TRAFFIC, 100, 0)]
+    replies, simulated = _as_simulated()
+    rows = {row.name: row for row in fleet.compared(due, replies, simulated)}
+    assert set(rows) == {
+        "tokens/s",
+        *(
+            f"{name} p{part} (s)"
+            for name in ("first token", "whole reply")
+            for part in (50, 90, 99)
+        ),
+    }
+    for name, row in rows.items():
+        assert row.error == pytest.approx(0, abs=0.02 if name == "tokens/s" else 1e-9), name
+    twice, _ = _as_simulated(2.0)
+    late = {row.name: row for row in fleet.compared(due, twice, simulated)}
+    assert late["first token p50 (s)"].error == pytest.approx(-0.5)
+
+
+def test_a_failed_request_is_no_figure() -> None:
+    due = [replace(each, counted=True) for each in arrivals(TRAFFIC, 100, 0)]
+    replies, simulated = _as_simulated()
+    replies[3].fault = "HTTP 503"
+    with pytest.raises(SystemExit, match="HTTP 503"):
+        fleet.compared(due, replies, simulated)
+
+
+def test_a_bench_of_other_threads_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps({**bench(), "threads": 2}))
+    monkeypatch.setattr(sys, "argv", ["fleet", str(file), "--rate", "1"])
+    with pytest.raises(SystemExit, match="is of 2 threads"):
+        fleet.main()
+
+
+@pytest.mark.slow
+def test_two_servers_beside_their_simulation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "bench.json", tmp_path / "out.json"
+    file.write_text(json.dumps({**bench(), "threads": 1}))
+    given = ["--rate", "4", "--requests", "20", "--adapters", "3", "--new-tokens", "4"]
+    monkeypatch.setattr(sys, "argv", ["fleet", str(file), *given, "--json", str(out)])
+    fleet.main()
+    found = json.loads(out.read_text())
+    assert found["replicas"] == 2
+    assert all(row["measured"] > 0 and row["simulated"] > 0 for row in found["rows"])
+    assert "| tokens/s |" in capsys.readouterr().out
