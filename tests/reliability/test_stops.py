@@ -1,4 +1,5 @@
-"""A server that has to stop, with requests in it: each accepted one gets an answer."""
+"""A server that has to stop, with requests in it: each accepted one gets an answer. In a thread
+here; as processes in stops.py."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from service.api.deps import Desk
 from service.app import Server, create_app
 from service.config import Settings
 from tests.oracle import make_base
+from tests.reliability.stops import BROKEN, TERMINATED, broken, terminated, wrong_with
 
 PATIENCE = 60.0
 CLIENTS = 8
@@ -120,3 +122,16 @@ def test_an_engine_that_fails_answers_and_ends_the_process(serving: Serving) -> 
     assert set(serving.counted) <= {"200", "500", "503", "late"}, serving.counted
     assert serving.desk.failure is not None
     assert "engine failed" in serving.desk.failure
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_process_ends_as_it_should(base: Path, tmp_path: Path) -> None:
+    """An orchestrator sees 1 where the engine broke, and 0 after SIGTERM."""
+    counted, _ = broken(tmp_path, base)
+    assert wrong_with(counted, 1, BROKEN) == []
+    assert counted["exit 1"] == 1
+    for after in (0.2, 0.5, 0.9):
+        counted = terminated(tmp_path, base, after)
+        assert wrong_with(counted, 0, TERMINATED) == []
+        assert counted["exit 0"] == 1

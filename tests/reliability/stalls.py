@@ -1,0 +1,191 @@
+"""Clients that stall, by the hundred, beside some that do not.
+
+    python -m tests.reliability.stalls --clients 1000 --rounds 4
+
+They come in the first seconds. Of sixteen, six never end the head of a request; five never end its
+body, and four stop after a first piece that would pay for minutes; one reads nothing of more
+replies than the system would keep for it. The others' latency is compared with that of the same
+seconds without any stalled ones, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import select
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from service.api.console import BUILT
+from tests.reliability.clients import Address, Load, closed_loop, generate, quantile, request
+from tests.reliability.served import Served, serving
+
+DRIP_SECONDS = 1.0  # between two bytes of who sends slowly
+FAST = 100_000  # bytes at once, of a body that then stops
+REPLIES_BYTES = 5 << 20  # asked for by who reads nothing; the system keeps some three megabytes
+COME_SECONDS = 4.0
+KINDS = ("head", "body", "fast body", "reader")
+OF_SIXTEEN = (0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3)
+
+
+@dataclass(slots=True)
+class Stalled:
+    """How long each was borne, by what it did; inf: until it was no longer watched."""
+
+    borne: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def longest(self) -> float:
+        return max(max(times) for times in self.borne.values())
+
+    def __str__(self) -> str:
+        kinds = (f"{kind} {len(t)}, {max(t):.1f} s" for kind, t in self.borne.items())
+        return "; ".join(kinds)
+
+
+def large_replies() -> bytes:
+    """Requests for as much as the system does not keep for a client."""
+    asset = max(BUILT.glob("console/*"), key=lambda path: path.stat().st_size)
+    return request(f"/console/{asset.name}") * -(-REPLIES_BYTES // asset.stat().st_size)
+
+
+async def stall(address: Address, clients: int, patience: float, large: bytes) -> Stalled:
+    """Returns when each was cut off. Readers ask for what is `large`."""
+    found = Stalled()
+    order = [KINDS[OF_SIXTEEN[number % 16]] for number in range(clients)]
+    pause = COME_SECONDS / clients
+    times = await asyncio.gather(
+        *(
+            _stalled(address, kind, patience, number * pause, large)
+            for number, kind in enumerate(order)
+        )
+    )
+    for kind, seconds in zip(order, times, strict=True):
+        found.borne.setdefault(kind, []).append(seconds)
+    return found
+
+
+async def _stalled(
+    address: Address, kind: str, patience: float, after: float, large: bytes
+) -> float:
+    loop = asyncio.get_running_loop()
+    await asyncio.sleep(after)
+    with socket.socket() as own:
+        own.setblocking(False)
+        if kind == "reader":
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await loop.sock_connect(own, address)
+        began = time.monotonic()
+        gone = asyncio.ensure_future(_reset(own) if kind == "reader" else _answered(own))
+        doing = asyncio.ensure_future(_DOES[kind](own, large))
+        try:
+            await asyncio.wait_for(gone, patience)
+        except TimeoutError:
+            return float("inf")
+        finally:
+            doing.cancel()
+            await asyncio.gather(doing, return_exceptions=True)
+        return time.monotonic() - began
+
+
+async def _answered(own: socket.socket) -> None:
+    """Until the server has said no, or has gone."""
+    with contextlib.suppress(OSError):
+        while await asyncio.get_running_loop().sock_recv(own, 4096):
+            pass
+
+
+async def _reset(own: socket.socket) -> None:
+    """Until it is cut, without reading a byte of what has come."""
+    look = select.poll()
+    look.register(own, select.POLLHUP | select.POLLERR)
+    while not look.poll(0):  # noqa: ASYNC110
+        await asyncio.sleep(0.2)
+
+
+async def _head(own: socket.socket, large: bytes) -> None:
+    await _drip(own, b"POST /generate HTTP/1.1\r\nhost: x\r\nx-a: ")
+
+
+async def _body(own: socket.socket, large: bytes) -> None:
+    await _drip(own, b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n")
+
+
+async def _fast_body(own: socket.socket, large: bytes) -> None:
+    head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {2 * FAST}\r\n\r\n"
+    with contextlib.suppress(OSError):
+        await asyncio.get_running_loop().sock_sendall(own, head.encode() + b"a" * FAST)
+
+
+async def _reader(own: socket.socket, large: bytes) -> None:
+    with contextlib.suppress(OSError):
+        await asyncio.get_running_loop().sock_sendall(own, large)
+
+
+async def _drip(own: socket.socket, start: bytes) -> None:
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(OSError):
+        await loop.sock_sendall(own, start)
+        while True:
+            await asyncio.sleep(DRIP_SECONDS)
+            await loop.sock_sendall(own, b"a")
+
+
+_DOES = {"head": _head, "body": _body, "fast body": _fast_body, "reader": _reader}
+
+
+async def beside(address: Address, clients: int, seconds: float) -> tuple[Load, Stalled | None]:
+    """What honest clients see for so many seconds, with `clients` stalled ones or with none."""
+    await asyncio.sleep(1)
+    stalling = (
+        asyncio.ensure_future(stall(address, clients, 60, large_replies())) if clients else None
+    )
+    load = await closed_loop(address, generate("a question", 16), 4, seconds)
+    return load, await stalling if stalling else None
+
+
+def measure(served: Served, clients: int, seconds: float, rounds: int) -> bool:
+    """Whether all were cut in time; prints what was seen."""
+    address = ("127.0.0.1", served.port)
+    ratios, longest = [], 0.0
+    for _ in range(rounds):
+        alone, _ = asyncio.run(beside(address, 0, seconds))
+        crowded, stalled = asyncio.run(beside(address, clients, seconds))
+        assert stalled is not None
+        both = [quantile(load.times(200), 0.99) for load in (alone, crowded)]
+        ratios.append(both[1] / both[0])
+        longest = max(longest, stalled.longest)
+        counts = [len(load.times(200)) for load in (alone, crowded)]
+        wrong = [load.statuses + load.lost for load in (alone, crowded)]  # type: ignore[operator]
+        print(f"alone {counts[0]} requests, p99 {1e3 * both[0]:.0f} ms; with {clients} stalled")
+        print(f"  {counts[1]}, {1e3 * both[1]:.0f} ms, x{ratios[-1]:.2f}; {stalled}; {wrong}")
+    print(f"p99 with over without: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"cut after {longest:.1f} s at most; {served.look()}")
+    return longest < 12  # ten, and what a busy machine takes to notice
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=12.0)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--base", help="directory of a model; default: a tiny random one")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        from tests.oracle import make_base
+
+        work = Path(directory)
+        base = asked.base or make_base(work / "base", "llama")
+        with serving(work / "run", "--base", str(base)) as served:
+            good = measure(served, asked.clients, asked.seconds, asked.rounds)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Clients that stall are cut off, and others hear nothing of it. The long form is stalls.py."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI, Request, Response
+
+from service.api.connection import Connection
+from service.api.door import Bounds, Door
+from service.tracing.trace import Untraced
+from tests.oracle import make_base
+from tests.reliability.clients import Client, request
+from tests.reliability.served import serving
+from tests.reliability.stalls import KINDS, Stalled, measure, stall
+from tests.service.api.conftest import Running
+
+CLIENTS, LIMIT = 96, 0.4
+
+
+def test_a_hundred_stalled_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Connection, "head_seconds", LIMIT)
+    monkeypatch.setattr(Connection, "stall_seconds", LIMIT)
+    monkeypatch.setattr("tests.reliability.stalls.COME_SECONDS", 0.1)
+    monkeypatch.setattr("service.api.door.LINGER_SECONDS", 0.1)
+    app = FastAPI()
+    bounds = Bounds(1 << 20, grace_seconds=LIMIT, silence_seconds=LIMIT)
+    app.add_middleware(Door, bounds=bounds, tracing=Untraced())
+
+    @app.get("/large")
+    async def large() -> Response:
+        return Response(bytes(8 << 20))
+
+    @app.post("/generate")
+    async def generate(request: Request) -> Response:
+        return Response(await request.body())
+
+    async def both() -> tuple[Stalled, list[float]]:
+        stalling = asyncio.ensure_future(stall(running.address, CLIENTS, 20, request("/large")))
+        client, times = Client(running.address), []
+        while not stalling.done():
+            answer = await client.ask(request("/generate", {"a": 1}))
+            assert (answer.status, answer.body) == (200, b'{"a": 1}')
+            times.append(answer.seconds)
+        await client.close()
+        return await stalling, times
+
+    running = Running(app)
+    stalled, times = asyncio.run(both())
+    running.stop()
+    assert set(stalled.borne) == set(KINDS)
+    assert stalled.longest < 20, stalled
+    assert min(min(times) for times in stalled.borne.values()) >= LIMIT
+    assert len(times) > 5, "others waited for the stalled ones"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_thousand_stalled_clients(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    with serving(tmp_path / "run", "--base", str(base)) as served:
+        assert measure(served, 1000, 15, 2)
