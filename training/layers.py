@@ -28,8 +28,8 @@ class _Product(torch.autograd.Function):
     One node instead of a dozen: beside the factors only x is kept, or the parts that it is `made`
     of (training/rematerialise.py), and y where there is an m: ∂L/∂m = Σ (∂L/∂y ⊙ y) / m. A x is
     computed again, which costs r columns. g goes into the scales of W's codes and the rows of B,
-    so that nothing of y's size is multiplied by it, forward or backward. Where it cannot (`gained`)
-    or y does not tell u = y / g, since an m is 0, u is multiplied, and kept instead.
+    so that nothing of y's size is multiplied by it, forward or backward. Where W's scales take none
+    (`takes_gain`), or an m is 0 and y does not tell u = y / g, u is multiplied, and kept instead.
     x [T, in], A [r, in], B [out, r], m and n [out].
     """
 
@@ -46,16 +46,15 @@ class _Product(torch.autograd.Function):
         made: Made | None,
     ) -> Tensor:
         g = None if m is None or n is None else m / n
-        within = None if g is None or bool((g == 0).any()) else gained(weight, g)
-        if within is not None and g is not None:
-            weight, B = within, B * g[:, None]
-        u = nf4_training_product(x, weight)
+        ctx.within = g is not None and takes_gain(weight) and not bool((g == 0).any())
+        W, gB = (gained(weight, g), B * g[:, None]) if g is not None and ctx.within else (weight, B)
+        u = nf4_training_product(x, W)
         if u.dtype is B.dtype:
-            u.addmm_(x @ A.t(), B.t(), alpha=scale)
+            u.addmm_(x @ A.t(), gB.t(), alpha=scale)
         else:
-            u = u + ((x.to(A.dtype) @ A.t()) @ B.t()) * scale
+            u = u + ((x.to(A.dtype) @ A.t()) @ gB.t()) * scale
         ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
-        ctx.within, ctx.make = within is not None, None if made is None else made.make
+        ctx.make = None if made is None else made.make
         y = (u if g is None or ctx.within else u * g).to(x.dtype)
         kept = None if g is None else y if ctx.within else u.to(x.dtype)
         ctx.save_for_backward(A, B, m, n, kept, *((x,) if made is None else made.parts))
@@ -66,11 +65,15 @@ class _Product(torch.autograd.Function):
         A, B, m, n, kept, *read = ctx.saved_tensors
         x = read[0] if ctx.make is None else ctx.make(*read).view(ctx.shape)
         grad, grad_m, g = grads[0], None, None if m is None else m / n
+        W, gB = ctx.weight, B
         if g is not None:
             grad_m = _column_products(grad, kept) / (m if ctx.within else n)
-            grad = grad if ctx.within else (grad * g).to(grad.dtype)
+            if ctx.within:
+                W, gB = gained(ctx.weight, g), B * g[:, None]
+            else:
+                grad = (grad * g).to(grad.dtype)
         wide = grad.to(B.dtype)
-        inner = (wide @ B).mul_(ctx.scale)  # [T, r]
+        inner = (wide @ gB).mul_(ctx.scale)  # [T, r]
         x32 = x.to(A.dtype)
         grad_A = inner.t() @ x32
         grad_B = (wide.t() @ (x32 @ A.t())).mul_(ctx.scale)
@@ -78,7 +81,7 @@ class _Product(torch.autograd.Function):
             grad_B.mul_(g[:, None])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = nf4_backward(grad, ctx.weight)
+            grad_x = nf4_backward(grad, W)
             if grad_x.dtype is A.dtype:
                 grad_x.addmm_(inner, A)
             else:
@@ -86,10 +89,14 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_A, grad_B, grad_m, None, None, None, None
 
 
-def gained(weight: Weight, g: Tensor) -> NF4Weight | None:
-    """diag(g) W, of the same codes; None where a block of codes is of two rows, or in panels."""
-    if not isinstance(weight, NF4Weight) or weight.shape[1] % weight.blocksize:
-        return None
+def takes_gain(weight: Weight) -> bool:
+    """Has each block of codes one row? In panels scales stand between the codes."""
+    return isinstance(weight, NF4Weight) and weight.shape[1] % weight.blocksize == 0
+
+
+def gained(weight: Weight, g: Tensor) -> NF4Weight:
+    """diag(g) W of the same codes, for a weight that `takes_gain`."""
+    assert isinstance(weight, NF4Weight)
     scales = weight.scales().view(len(g), -1) * g[:, None]
     return NF4Weight(weight.packed, scales.view(-1), weight.shape, weight.blocksize)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from base.kernels import NF4Weight, PanelWeight, Weight
 from base.nf4 import NF4Linear
-from training.layers import DoraLinear, LoraLinear, gained
+from training.layers import DoraLinear, LoraLinear, gained, takes_gain
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_parameters_stay_fp32_over_a_bf16_base(linear: NF4Linear) -> None:
 
 
 def _weights() -> dict[str, Weight]:
-    """Layouts that a gain goes into, and such that it does not: see `gained`."""
+    """Layouts that a gain goes into, and such that it does not: see `takes_gain`."""
     torch.manual_seed(1)
     W = torch.randn(96, 64)
     return {
@@ -95,7 +95,7 @@ def test_the_product_is_that_of_the_plain_way(
     linear = NF4Linear(weight, torch.randn(weight.shape[0])).to(dtype)
     layer = _random(kind(linear, rank=4, scale=1.7, dropout=1e-12))
     if isinstance(layer, DoraLinear):
-        assert (gained(weight, layer.m) is None) == (layout in ("panels", "blocks across rows"))
+        assert takes_gain(weight) == (layout not in ("panels", "blocks across rows"))
         with torch.no_grad():
             layer.m[5] *= 1 - dead
     x = torch.randn(3, 5, weight.shape[1]).to(dtype).requires_grad_()
@@ -115,7 +115,6 @@ def test_a_gain_goes_into_the_scales_alone() -> None:
     weight, g = _weights()["double-quantised"], torch.rand(96) + 0.5
     assert isinstance(weight, NF4Weight)
     scaled = gained(weight, g)
-    assert scaled is not None
     assert scaled.packed is weight.packed
     wanted = g[:, None] * weight.dequantize()
     torch.testing.assert_close(scaled.dequantize(), wanted, rtol=3e-7, atol=0)
