@@ -8,6 +8,7 @@ import hmac
 import math
 import time
 from collections import OrderedDict
+from typing import Any
 
 from service.access.caller import ANYBODY, LOCAL, SCOPES, Caller
 from service.access.keys import TOKEN, Key, Keys, opens
@@ -16,6 +17,9 @@ from service.errors import Unauthenticated
 # A key that another process has revoked opens for so long at most.
 SECONDS = 0.5
 REMEMBERED = 4096  # keys
+# Ids that opened nothing lately: so many are looked up at once. Who guesses then waits for himself,
+# and not the holders of keys for him. (There is nothing to guess: a secret has 256 random bits.)
+STRANGERS = 2
 
 _MISSING = "send an API key: `Authorization: Bearer nbl_…`"
 _WRONG = "this API key opens nothing here: it is unknown, expired or revoked"
@@ -31,7 +35,9 @@ class Gate:
         self.keys = keys
         self._admin = None if admin_key is None else _hashed(admin_key)
         self._without = LOCAL if local else ANYBODY
-        self._known: OrderedDict[str, tuple[float, Key | None]] = OrderedDict()
+        self._known: OrderedDict[str, tuple[float, Key]] = OrderedDict()
+        self._strange: OrderedDict[str, float] = OrderedDict()  # ids without a key, until when
+        self._strangers = asyncio.Semaphore(STRANGERS)
         self._keyless = admin_key is None
         self._looked = -math.inf
 
@@ -47,6 +53,7 @@ class Gate:
     def forget(self, key_id: str) -> None:
         """Ask the catalog anew when this key comes next."""
         self._known.pop(key_id, None)
+        self._strange.pop(key_id, None)
 
     async def _open(self) -> bool:
         """Whether there has never been a key. Once there was one, that is not asked again."""
@@ -70,15 +77,39 @@ class Gate:
         raise Unauthenticated(_WRONG)
 
     async def _find(self, key_id: str) -> Key | None:
-        until, key = self._known.get(key_id, (0.0, None))
-        if time.monotonic() >= until:
-            asked = time.monotonic()
-            key = await asyncio.to_thread(self.keys.find, key_id)
-            self._known[key_id] = (asked + SECONDS, key)
-            self._known.move_to_end(key_id)
-            if len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
+        known = self._known.get(key_id)
+        if known is None:
+            async with self._strangers:
+                return await self._ask_for_stranger(key_id)
+        until, key = known
+        return key if time.monotonic() < until else await self._ask(key_id)
+
+    async def _ask_for_stranger(self, key_id: str) -> Key | None:
+        if time.monotonic() < self._strange.get(key_id, -math.inf):
+            return None
+        asked = time.monotonic()
+        key = await self._ask(key_id)
+        if key is None:
+            self._strange[key_id] = asked + SECONDS
+            _bound(self._strange, key_id)
         return key
+
+    async def _ask(self, key_id: str) -> Key | None:
+        asked = time.monotonic()
+        key = await asyncio.to_thread(self.keys.find, key_id)
+        if key is None:
+            self._known.pop(key_id, None)
+        else:
+            self._known[key_id] = (asked + SECONDS, key)
+            _bound(self._known, key_id)
+        return key
+
+
+def _bound(remembered: OrderedDict[str, Any], key_id: str) -> None:
+    """The newest is last; the oldest of too many is forgotten."""
+    remembered.move_to_end(key_id)
+    if len(remembered) > REMEMBERED:
+        remembered.popitem(last=False)
 
 
 def _hashed(text: str) -> str:

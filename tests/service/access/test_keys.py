@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from adapters.errors import StoreUnavailable
 from service.access import gate as gates
 from service.access.caller import SCOPES, Caller
 from service.access.gate import Gate
-from service.access.keys import KEY_ID, TOKEN, Keys, opens
+from service.access.keys import KEY_ID, TOKEN, Key, Keys, opens
 from service.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated, WrongState
 
 OPERATOR = "the key of the operator"
@@ -235,3 +236,40 @@ def test_a_known_key_is_not_asked_of_the_catalog_again(
 def test_an_unknown_key_is_compared_too() -> None:
     """No comparison at all would show in time which ids there are."""
     assert not opens(None, "0" * 64)
+
+
+def test_who_guesses_keys_waits_for_himself(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses would take every thread that look-ups have; whose key is known needs one too."""
+    made, gate = keys.create("a", "acme", ["infer"]), Gate(keys)
+    find, inside, most = keys.find, [0], [0]
+    full, open_door = threading.Event(), threading.Event()
+
+    def slow(key_id: str) -> Key | None:
+        if key_id != made.key.id:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            if inside[0] == gates.STRANGERS:
+                full.set()
+            assert open_door.wait(60)
+            inside[0] -= 1
+        return find(key_id)
+
+    monkeypatch.setattr(gates, "SECONDS", 0.0)  # so that every request asks the catalog
+    monkeypatch.setattr(keys, "find", slow)
+
+    async def guess(number: int) -> None:
+        with pytest.raises(Unauthenticated):
+            await gate.caller(f"Bearer nbl_{number:012x}_{number:064x}")
+
+    async def both() -> None:
+        await gate.caller(f"Bearer {made.token}")
+        guesses = [asyncio.ensure_future(guess(number)) for number in range(40)]
+        await asyncio.to_thread(full.wait, 60)
+        for _ in range(20):
+            caller = await asyncio.wait_for(gate.caller(f"Bearer {made.token}"), 30)
+            assert caller.tenant == "acme"
+        open_door.set()
+        await asyncio.gather(*guesses)
+
+    asyncio.run(both())
+    assert most[0] == gates.STRANGERS
