@@ -21,10 +21,11 @@ MANY_ROWS = 512  # of x, from which on torch's product makes up for its tiles
 def multiply(native: Native, x: Tensor, weight: Weight) -> Tensor:
     """x Wᵀ, float32 on the CPU: x [..., in] -> [..., out]."""
     rows = x.reshape(-1, x.shape[-1])
-    y = rows.new_empty(len(rows), weight.shape[0])
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])  # what is returned is no view: PEFT adds to it
+    flat = y.view(len(rows), weight.shape[0])
     for start, stop, tile in _tiles(native, weight):
-        torch.mm(rows, tile.t(), out=y[:, start:stop])
-    return y.view(*x.shape[:-1], weight.shape[0])
+        torch.mm(rows, tile.t(), out=flat[:, start:stop])
+    return y
 
 
 def backward(native: Native, grad_y: Tensor, weight: Weight) -> Tensor:

@@ -83,3 +83,16 @@ def test_a_gradient_goes_by_tiles_where_the_library_is(monkeypatch: pytest.Monke
 
     expected = [] if package._native is None else ["backward", "multiply", "backward"]
     assert called == expected
+
+
+@pytest.mark.parametrize("rows", [(3,), (2, 5), (tiles.MANY_ROWS + 1,), (2, tiles.MANY_ROWS)])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_a_product_may_be_added_to_in_place(rows: tuple[int, ...], precision: str) -> None:
+    """As PEFT's AdaLoRA does: a view that came out of a function of autograd would refuse."""
+    layout = with_precision(NF4Weight.quantize(torch.randn(96, 64)), precision)  # type: ignore[arg-type]
+    x = torch.randn(*rows, 64, requires_grad=True)
+    y = nf4_linear(x, layout)
+    y += 1
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    wanted = layout.dequantize().sum(dim=0).expand_as(x)
+    torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
