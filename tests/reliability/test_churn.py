@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -122,3 +123,25 @@ def test_a_cancelled_request_frees_all_at_every_phase(
             stats = running.stats()
             running.check_integrity()
             assert (stats.running, stats.waiting) == (0, 0)
+
+
+def test_a_cancelled_request_frees_its_place_in_the_queue(
+    engine: tuple[Engine, list[AdapterRef]],
+) -> None:
+    """Of several sequences that guess ahead, some run and some wait for blocks."""
+    running, refs = engine
+    asked = [
+        replace(greedy(f"{n}", [7 + n] * 150, refs[n % 4], 100), n=3, prompt_lookup_num_tokens=4)
+        for n in range(12)
+    ]
+    streams = [running.submit(request) for request in asked]
+    deadline = time.monotonic() + 60
+    while not (running.stats().waiting and running.stats().running):
+        assert time.monotonic() < deadline, "nothing waits"
+    for stream in reversed(streams):  # those that wait first
+        stream.cancel()
+    ends = [end for stream in streams for end in collect(stream)[1]]
+    assert [end.reason for end in ends] == ["cancelled"] * 3 * len(asked)
+    running.check_integrity()
+    stats = running.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
