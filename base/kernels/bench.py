@@ -16,12 +16,17 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import bench_steps, native
+from base.machine import inspect
+
+from . import bench_page, bench_steps, native
+from .bench_page import Row
 from .panels import PanelWeight, can_pack
 from .weight import NF4Weight
 
@@ -180,20 +185,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for each shape and rows")
     parser.add_argument("--part", choices=("products", "steps"), help="one of them; default: both")
     parser.add_argument("--double-quant", action="store_true", help="scales quantised too")
+    parser.add_argument("--markdown", type=Path, help="write the table to this page, as a section")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     limits = Limits.measured()
-    print(
+    setting = (
         f"{options.threads} threads; reads {limits.read:.1f} GB/s, float32 {limits.float32:.0f} "
-        f"GFLOP/s, bytes {limits.int8 or 0:.0f} GOP/s; here {native.load()[1]}"
+        f"GFLOP/s, bytes {limits.int8 or 0:.0f} GOP/s"
     )
+    print(f"{setting}; here {native.load()[1]}")
+    rows: list[Row] = []
     if options.part != "steps":
-        _print_products(options, limits)
+        rows += _products(options, limits)
     if options.part != "products":
-        _print_steps(options.seconds, limits)
+        rows += _steps(options.seconds, limits)
+    if options.markdown:
+        machine = f"{date.today().isoformat()}; {inspect().cpu}, {setting}."
+        command = "nibble bench --kernel --markdown docs/PERFORMANCE.md"
+        bench_page.put(options.markdown, bench_page.section(rows, machine, command))
 
 
-def _print_products(options: argparse.Namespace, limits: Limits) -> None:
+def _products(options: argparse.Namespace, limits: Limits) -> Iterator[Row]:
+    """Measures and prints one after the other."""
     print(
         f"{'out x in':>12} rows  {'':14} {'best µs':>9} {'median':>9} {'GFLOP/s':>8} {'GB/s':>6} "
         "of the limit"
@@ -202,14 +215,17 @@ def _print_products(options: argparse.Namespace, limits: Limits) -> None:
         out, width = (int(n) for n in text.split("x"))
         for rows in (int(n) for n in options.rows.split(",")):
             for m in measure((out, width), rows, options.double_quant, options.seconds):
+                share = m.of_limit(limits)
                 print(
                     f"{text:>12} {rows:>4}  {m.name:14} {1e6 * m.best:9.1f} {1e6 * m.median:9.1f} "
-                    f"{m.gflops:8.1f} {m.gbytes:6.2f} {100 * m.of_limit(limits):6.0f} %",
+                    f"{m.gflops:8.1f} {m.gbytes:6.2f} {100 * share:6.0f} %",
                     flush=True,
                 )
+                yield Row("NF4 product", f"{text}, {rows} rows", m.name, m.best, share)
 
 
-def _print_steps(seconds: float, limits: Limits) -> None:
+def _steps(seconds: float, limits: Limits) -> Iterator[Row]:
+    """Measures and prints one after the other."""
     library, status = native.load()
     if library is None:
         raise SystemExit(f"the C library is missing: {status}")
@@ -225,6 +241,7 @@ def _print_steps(seconds: float, limits: Limits) -> None:
                 f"{100 * share:6.0f} %",
                 flush=True,
             )
+            yield Row(task.name, task.size, name, times[0], share)
 
 
 def _on(library: native.Native, isa: str, run: Callable[[], object]) -> Callable[[], object]:

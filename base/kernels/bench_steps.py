@@ -18,6 +18,7 @@ from . import native
 from .lowrank import LowRank, LowRankPlan, Segment
 from .panels import PanelWeight
 from .rounded import RoundedFactor
+from .weight import NF4Weight
 
 Run = Callable[[], object]
 WIDTH, OUT = 896, 4864  # of the low-rank terms
@@ -48,6 +49,8 @@ def tasks(library: native.Native, rotation: int) -> Iterator[Task]:
     """All of them; `rotation`: bytes of operands that each rotates through."""
     for kept, segments, rank in itertools.product(STORED, SEGMENTS, RANKS):
         yield lowrank_task(library, rotation, kept, segments, rank)
+    for terms in ("no terms", "8 LoRA", "8 DoRA"):
+        yield product_task(library, rotation, terms)
     for dtype, tokens in itertools.product((torch.float32, torch.bfloat16), (1, 64)):
         yield attention_task(library, rotation, dtype, tokens)
     for rows in (1, 8):
@@ -78,6 +81,37 @@ def lowrank_task(
     )
 
 
+def product_task(library: native.Native, rotation: int, terms: str, rank: int = 16) -> Task:
+    """The fast product of 8 rows, and in the same call what an adapter of its own adds to each."""
+    weight = PanelWeight.pack(NF4Weight.quantize(torch.randn(OUT, WIDTH), double_quant=False))
+    term = replace(_term("int8", rank), gain=torch.ones(OUT) if terms == "8 DoRA" else None)
+    count = 0 if terms == "no terms" else 8
+    nbytes = weight.nbytes + count * term.nbytes
+    operands = itertools.cycle(
+        [
+            (
+                replace(weight, panels=weight.panels.clone()),
+                LowRankPlan([Segment(i, i + 1, _copied(term)) for i in range(count)]),
+            )
+            for _ in range(max(1, rotation // nbytes))
+        ]
+    )
+    x, y = torch.randn(8, WIDTH), torch.zeros(8, OUT)
+
+    def run() -> object:
+        panels, plan = next(operands)
+        return library.fast_linears(x, [panels], [None], [y], [plan])
+
+    return Task(
+        "product and terms",
+        f"8 rows, {terms}",
+        run,
+        nbytes,
+        8 * WIDTH * OUT + count * rank * (WIDTH + OUT),
+        in_bytes=True,
+    )
+
+
 def _term(kept: str, rank: int) -> LowRank:
     a, b = torch.randn(rank, WIDTH) / 30, torch.randn(OUT, rank) / 30
     if kept == "int8":
@@ -89,11 +123,13 @@ def _term(kept: str, rank: int) -> LowRank:
 def _copied(term: LowRank) -> LowRank:
     """The same numbers in memory of their own."""
     a, b = term.a, term.b
+    gain = None if term.gain is None else term.gain.clone()
     if isinstance(a, RoundedFactor) and isinstance(b, RoundedFactor):
-        return LowRank(replace(a, panels=a.panels.clone()), replace(b, panels=b.panels.clone()))
+        own = replace(a, panels=a.panels.clone()), replace(b, panels=b.panels.clone())
+        return LowRank(*own, gain=gain)
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)
-    return LowRank(a.clone(), b.clone())
+    return LowRank(a.clone(), b.clone(), gain=gain)
 
 
 def attention_task(

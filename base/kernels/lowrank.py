@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,11 +116,19 @@ class LowRank:
         )
 
     @cached_property
+    def _inner(self) -> Tensor | None:
+        """d as the library reads it: of B in 8 bits it has what the columns were divided by."""
+        columns = self.b.columns if isinstance(self.b, RoundedFactor) else None
+        if columns is None or self.d is None:
+            return self.d if columns is None else columns
+        return self.d * columns
+
+    @cached_property
     def record(self) -> bytes:
         """The C description without its span. It holds addresses: valid while this object lives."""
         pointers = (
             0 if part is None else part.data_ptr()
-            for part in (self.a, self.b, self.d, self.gain, self.bias)
+            for part in (self.a, self.b, self._inner, self.gain, self.bias)
         )
         stored = [_stored(part) for part in (self.a, self.b)]
         return _REST.pack(*pointers, self.rank, *stored)
@@ -169,6 +178,11 @@ class LowRankPlan:
         if any(not 0 <= s.start <= s.stop for s in self.segments):
             spans = [(s.start, s.stop) for s in self.segments]
             raise ValueError(f"segments need 0 <= start <= stop, got {spans}")
+
+    @property
+    def address(self) -> int:
+        """Of the records: valid while this object lives."""
+        return ctypes.cast(ctypes.c_char_p(self.records), ctypes.c_void_p).value or 0
 
     def _agreed(self, name: str) -> int | None:
         widths = {getattr(s.term, name) for s in self.segments} - {None}

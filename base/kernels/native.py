@@ -25,6 +25,7 @@ _I64 = ctypes.c_int64
 _PTR = ctypes.c_void_p
 _PRODUCT = struct.Struct("=QQQqqQq")  # `fast_product` of csrc/kernels.h
 Weight = NF4Weight | PanelWeight
+_NO_TERMS = LowRankPlan([])
 
 
 class _AttentionCall(ctypes.Structure):
@@ -118,9 +119,12 @@ class Native:
         weights: Sequence[PanelWeight],
         biases: Sequence[Tensor | None],
         ys: Sequence[Tensor] | None = None,
+        terms: Sequence[LowRankPlan] = (),
     ) -> Sequence[Tensor]:
-        """x Wᵀ + b for each weight: x is rounded to 8 bits once for all of them."""
+        """x Wᵀ + b for each weight: x is rounded to 8 bits once for all of them. `terms`: those in
+        8 bits that go with each weight, or none at all."""
         width = weights[0].shape[1]
+        plans = terms or [_NO_TERMS] * len(weights)
         if ys is None:
             ys = [torch.empty((*x.shape[:-1], w.shape[0]), dtype=torch.float32) for w in weights]
         if x.numel():
@@ -131,9 +135,10 @@ class Native:
                     y.data_ptr(),
                     weight.shape[0],
                     weight.bits,
-                    *(0, 0),
+                    plan.address,
+                    len(plan.segments),
                 )
-                for weight, bias, y in zip(weights, biases, ys, strict=True)
+                for weight, bias, y, plan in zip(weights, biases, ys, plans, strict=True)
             )
             failed = self._fast_linear(
                 products,

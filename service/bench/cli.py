@@ -131,7 +131,7 @@ def bench(
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"got {device}; cpu or cuda", param_hint="--device")
     if kernel:
-        _products(device, threads)
+        _products(device, threads, markdown)
         return
     command = shlex.join(["nibble", *sys.argv[1:]])
     if suite == DEVICE or device == "cuda":
@@ -193,12 +193,13 @@ def _on_device(asked: Asked, json_path: Path | None, page: Path | None) -> None:
         page.write_text(text, encoding="utf-8")
 
 
-def _products(device: str, threads: int) -> None:
+def _products(device: str, threads: int, markdown: Path | None) -> None:
     """The kernels alone."""
     if device == "cuda":
         bench_cuda.main([])
     else:
-        kernels.main(["--threads", str(threads)])
+        page = ["--markdown", str(markdown)] if markdown else []
+        kernels.main(["--threads", str(threads), *page])
 
 
 def _asked(suite: str, only: list[str] | None) -> tuple[tuple[Scenario, ...], tuple[str, ...]]:

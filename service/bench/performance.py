@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from base.kernels import bench_page
 from service.bench.chart import bar_chart
 from service.bench.plan import NIBBLE
 
@@ -15,11 +16,17 @@ Figures = Mapping[str, Any]
 
 
 def write_page(figures: Figures, path: Path) -> Path:
-    """The page at `path`, the chart beside it as .svg; returns where the chart is."""
+    """The page at `path`, the chart beside it as .svg; returns where the chart is.
+
+    What `nibble bench --kernel` wrote to that page before stays as its last section.
+    """
     chart = path.with_suffix(".svg")
     title = f"{figures['model']}, {figures['threads']} threads, {figures['machine']['cpu']}"
     chart.write_text(bar_chart(figures["results"], title), encoding="utf-8")
+    kernels = bench_page.section_of(path.read_text(encoding="utf-8")) if path.exists() else ""
     path.write_text(performance_markdown(figures, chart.name), encoding="utf-8")
+    if kernels:
+        bench_page.put(path, kernels)
     return chart
 
 

@@ -25,6 +25,8 @@
 #include "pool.h"
 #include "simd.h"
 
+#include <stdatomic.h>
+
 #define BLOCK 64
 #define ROWS 32                                /* rows of W in a panel */
 #define NF4_BYTES (ROWS * BLOCK / 2 + ROWS * 4) /* of one block of a panel */
@@ -32,6 +34,7 @@
 #define STRETCH 8                              /* blocks that are decoded at a time */
 #define X_BYTES (BLOCK + 8)                    /* of one block of one row of x */
 #define X_LIMIT (4 << 20)                      /* bytes of x8 at a time */
+#define AHEAD_PANELS 4                         /* of B, where there is no product to hide behind */
 
 /* round(112.03 level) + 128: of all tables the one with the smallest error, 1.7e-3 by root mean
  * square where 127 steps make 2.2e-3: see docs/LOG.md. */
@@ -177,13 +180,37 @@ INLINE int32_t four_(const int8_t *p) {
     return x;
 }
 
+/* Bytes of a panel of a term's B (terms.h). */
+INLINE int64_t term_bytes(int64_t rank) {
+    return ceil_div(rank, 4) * 4 * ROWS + ceil_div(rank, BLOCK) * 2 * ROWS;
+}
+
+/* Asks memory for what a term has at panel n of the outputs. */
+INLINE void term_prefetch(const lowrank_segment *s, int64_t n) {
+    const int64_t bytes = term_bytes(s->rank);
+    for (int64_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const char *)s->b + n * bytes + i, 0, 2);
+    for (int64_t i = 0; i < ROWS; i += 16) {
+        if (s->gain) __builtin_prefetch(s->gain + n * ROWS + i, 0, 2);
+        if (s->bias) __builtin_prefetch(s->bias + n * ROWS + i, 0, 2);
+    }
+}
+
+/* A panel that comes from memory, as the panels of its terms do: they are asked for on the way. */
+typedef struct {
+    const fast_product *product;
+    int64_t n;
+} far_panel;
+
 /* sums[t][r] += the terms of `blocks` blocks, for the 32 rows r of a panel and `tile` rows of x.
- * `far`: the panel comes from memory. */
-INLINE void fast_tile(const uint8_t *panel, const int bits, int far, int64_t blocks,
+ * far: NULL where the panel is in the cache. */
+INLINE void fast_tile(const uint8_t *panel, const int bits, const far_panel *far, int64_t blocks,
                       const uint8_t *x, const int tile, float sums[][ROWS]) {
     const int bytes = bits == 4 ? NF4_BYTES : INT8_BYTES;
-    (void)far;
-    for (int64_t b = 0; b < blocks; b++) {
+    const lowrank_segment *term = far ? far->product->terms : NULL;
+    const int64_t terms = far ? far->product->term_count : 0;
+    for (int64_t b = 0, due = 0; b < blocks; b++) {
+        for (due += terms; due >= blocks; due -= blocks) term_prefetch(term++, far->n);
         IN_ORDER;
         const int8_t *x8 = (const int8_t *)x;
         const float *x_scale = (const float *)(x + tile * BLOCK);
@@ -268,12 +295,12 @@ INLINE void fast_tile(const uint8_t *panel, const int bits, int far, int64_t blo
 #define FAST_CASES(bits) FAST_CASE(bits, 1) FAST_CASE(bits, 2)
 #endif
 
-static void fast_tile4(const uint8_t *panel, int far, int64_t blocks, const uint8_t *x, int tile,
+static void fast_tile4(const uint8_t *panel, const far_panel *far, int64_t blocks, const uint8_t *x, int tile,
                        float sums[][ROWS]) {
     switch (tile) { FAST_CASES(4) }
 }
 
-static void fast_tile8(const uint8_t *panel, int far, int64_t blocks, const uint8_t *x, int tile,
+static void fast_tile8(const uint8_t *panel, const far_panel *far, int64_t blocks, const uint8_t *x, int tile,
                        float sums[][ROWS]) {
     switch (tile) { FAST_CASES(8) }
 }
@@ -327,9 +354,9 @@ INLINE void fast_quantize_block(const float *x, int8_t *x8, float *scale, int32_
 typedef struct {
     const fast_product *products;
     const float *x;
-    uint8_t *x8, *panels;
-    float *inner; /* u of all terms: terms.h */
-    int64_t count, first_row, rows, blocks, panels_each, in, rank_tasks, outputs_each;
+    uint8_t *x8, *panels, *inner; /* inner: u of all terms, terms.h */
+    int64_t count, first_row, rows, blocks, panels_each, in, rank_tasks;
+    _Atomic int64_t *ranks_left; /* of rank_tasks, those that are not done */
 } fast_job;
 
 #include "terms.h"
@@ -370,12 +397,14 @@ INLINE void fast_finish(const fast_product *p, const float *sums, int64_t o0, co
         for (int64_t r = 0; r < count; r++) y[r] = sums[r] * unit;
 }
 
-/* A stretch of a panel, in `codes` or already in 8 bits, times all rows of x, for the `count` rows
+/* A stretch of panel n, in `codes` or already in 8 bits, times all rows of x, for the `count` rows
  * of W that the panel really has. Between stretches the sums wait in y. */
 INLINE void fast_stretch(const fast_job *job, const fast_product *p, const uint8_t *codes,
-                         const int bits, int64_t b0, int64_t length, int64_t o0,
+                         const int bits, int64_t b0, int64_t length, int64_t panel,
                          const int64_t count) {
-    const int last = b0 + length == job->blocks, far = job->rows <= FAST_TILE;
+    const int last = b0 + length == job->blocks;
+    const far_panel memory = {p, panel}, *far = job->rows <= FAST_TILE ? &memory : NULL;
+    const int64_t o0 = panel * ROWS;
     for (int64_t t0 = 0, tile; t0 < job->rows; t0 += tile) {
         float sums[FAST_TILE][ROWS] __attribute__((aligned(64)));
         tile = fast_even(job->rows - t0);
@@ -394,12 +423,19 @@ INLINE void fast_stretch(const fast_job *job, const fast_product *p, const uint8
     }
 }
 
+/* A stretch's share of the terms at panel n. */
+INLINE void term_prefetch_some(const fast_product *p, int64_t n, int64_t b0, int64_t length,
+                               int64_t blocks) {
+    const int64_t stop = p->term_count * (b0 + length) / blocks;
+    for (int64_t j = p->term_count * b0 / blocks; j < stop; j++) term_prefetch(p->terms + j, n);
+}
+
 /* Panel number `panel` of a weight times all rows of x. `decoded` has room for a stretch. */
 static void fast_panel(const fast_job *job, const fast_product *p, int64_t panel,
                        uint8_t *decoded) {
     const int64_t bytes = p->bits == 4 ? NF4_BYTES : INT8_BYTES;
     const uint8_t *codes = p->panels + panel * job->blocks * bytes;
-    const int64_t o0 = panel * ROWS, count = min_(ROWS, p->out - o0);
+    const int64_t count = min_(ROWS, p->out - panel * ROWS);
     const int once = job->rows <= FAST_TILE; /* one tile: nothing is used twice */
     const int decode = p->bits == 4 && !once;
     const int64_t stretches = once ? 1 : ceil_div(job->blocks, STRETCH);
@@ -407,30 +443,41 @@ static void fast_panel(const fast_job *job, const fast_product *p, int64_t panel
     for (int64_t b0 = 0; b0 < job->blocks; b0 += stretch) {
         const int64_t length = min_(stretch, job->blocks - b0);
         const uint8_t *part = codes + b0 * bytes;
+        if (!once) term_prefetch_some(p, panel, b0, length, job->blocks);
         if (decode) fast_decode(part, length, decoded);
         if (decode) part = decoded;
         const int bits = decode ? 8 : (int)p->bits;
-        if (count == ROWS) fast_stretch(job, p, part, bits, b0, length, o0, ROWS);
-        else fast_stretch(job, p, part, bits, b0, length, o0, count);
+        if (count == ROWS) fast_stretch(job, p, part, bits, b0, length, panel, ROWS);
+        else fast_stretch(job, p, part, bits, b0, length, panel, count);
     }
 }
 
-INLINE int64_t fast_panels(const fast_product *p) { return p->panels ? ceil_div(p->out, ROWS) : 0; }
+INLINE int64_t fast_panels(const fast_product *p) {
+    return p->panels || p->term_count ? ceil_div(p->out, ROWS) : 0;
+}
 
-/* A part of the terms' A x, or some panels of the products, counted through all of them. */
+/* A part of the terms' A x; or some panels of the products, counted through all of them, each with
+ * its B u while its outputs are in the cache. */
 static void fast_multiply_task(const void *data, int64_t task, int worker) {
     const fast_job *job = data;
+    const uint8_t *u = job->inner;
     if (task < job->rank_tasks) {
         rank_task(job, task);
         return;
     }
     task -= job->rank_tasks;
     int64_t first = task * job->panels_each, stop = first + job->panels_each;
-    for (int64_t i = 0; i < job->count; i++) {
+    for (int64_t i = 0; i < job->count && stop > 0; i++) {
         const fast_product *p = job->products + i;
         const int64_t panels = fast_panels(p);
-        for (int64_t n = max_i(0, first); n < min_(panels, stop); n++)
-            fast_panel(job, p, n, job->panels + worker * (int64_t)(STRETCH * INT8_BYTES));
+        for (int64_t n = max_i(0, first); n < min_(panels, stop); n++) {
+            if (p->panels)
+                fast_panel(job, p, n, job->panels + worker * (int64_t)(STRETCH * INT8_BYTES));
+            else if (n + AHEAD_PANELS < panels)
+                term_prefetch_some(p, n + AHEAD_PANELS, 0, job->blocks, job->blocks);
+            if (p->term_count) term_panels_of(job, p, u, n);
+        }
+        for (int64_t j = 0; j < p->term_count; j++) u += term_room(job, p->terms + j);
         first -= panels;
         stop -= panels;
     }
@@ -452,24 +499,22 @@ static void fast_linear(const fast_product *products, int64_t count, const float
                         int64_t rows, int threads, uint8_t *workspace) {
     fast_job job = {.products = products, .count = count, .in = in, .blocks = in / BLOCK};
     const int64_t step = fast_x_rows(in, rows);
-    int64_t panels = 0, outputs = 0;
-    for (int64_t i = 0; i < count; i++) {
-        panels += fast_panels(products + i);
-        if (products[i].term_count) outputs += ceil_div(products[i].out, ROWS);
-    }
-    job.inner = (float *)workspace;
+    _Atomic int64_t ranks_left;
+    int64_t panels = 0;
+    for (int64_t i = 0; i < count; i++) panels += fast_panels(products + i);
+    job.ranks_left = &ranks_left;
+    job.inner = workspace;
     job.panels = workspace + terms_workspace(products, count);
     job.x8 = job.panels + threads * (int64_t)(STRETCH * INT8_BYTES);
     /* About eight turns for each thread: one that comes late leaves little to wait for. */
     job.panels_each = max_i(1, panels / (8 * threads));
-    job.outputs_each = max_i(1, outputs / (4 * threads));
     for (job.first_row = 0; job.first_row < rows; job.first_row += step) {
         job.x = x + job.first_row * in;
         job.rows = min_(step, rows - job.first_row);
         job.rank_tasks = rank_tasks(&job);
+        atomic_init(&ranks_left, job.rank_tasks);
         pool_run(fast_quantize_task, &job, ceil_div(job.rows, fast_rows_each(&job)), threads);
         pool_run(fast_multiply_task, &job, job.rank_tasks + ceil_div(panels, job.panels_each),
                  threads);
-        if (outputs) pool_run(term_task, &job, ceil_div(outputs, job.outputs_each), threads);
     }
 }

@@ -7,13 +7,11 @@
 #include "pool.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
 
 #define MOST_WORKERS 255
 #define WATCH 2000      /* looks before a worker goes to sleep: some tens of microseconds */
-#define LOOKS_IN_WAIT 4000 /* looks of the caller before it yields its core while it waits */
 
 static struct {
     task_function function;
@@ -33,14 +31,6 @@ static pthread_mutex_t bed = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t alarm_clock = PTHREAD_COND_INITIALIZER;
 static int workers = 0;
 
-static inline void pause_core(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
 static void draw_tasks(int worker) {
     for (int64_t task; (task = atomic_fetch_add(&now.next, 1)) < now.tasks;)
         now.function(now.job, task, worker);
@@ -50,7 +40,7 @@ static void *work(void *unused) {
     uint64_t seen = 0;
     (void)unused;
     for (;;) {
-        for (int i = 0; i < WATCH && atomic_load(&now.posted) == seen; i++) pause_core();
+        for (int i = 0; i < WATCH && atomic_load(&now.posted) == seen; i++) pool_look(0);
         if (atomic_load(&now.posted) == seen) {
             pthread_mutex_lock(&bed);
             atomic_fetch_add(&now.asleep, 1);
@@ -118,9 +108,6 @@ void pool_run(task_function function, const void *job, int64_t tasks, int thread
     }
     draw_tasks(0);
     atomic_store(&now.open, 0);
-    for (int64_t looks = 0; atomic_load(&now.inside); looks++) {
-        if (looks < LOOKS_IN_WAIT) pause_core();
-        else sched_yield();
-    }
+    for (int64_t looks = 0; atomic_load(&now.inside);) pool_look(looks++);
     pthread_mutex_unlock(&callers);
 }

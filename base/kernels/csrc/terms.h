@@ -1,22 +1,25 @@
 /* Low-rank terms of 8 bits over the x8 of a fast product, for the rows of each segment:
  *     u[t, r] = d[r] * sum over blocks b of 64 of  a_scale[r, b] * (x_scale[t, b] * n[t, r, b])
- *     y[t, o] = gain[o] * (y[t, o] + sum over r of  u[t, r] * (b_scale[r, p] * b8[r, o])) + bias[o]
- * n is a sum of integers, so in any order; p is the panel of 32 columns that o is in.
+ *     y[t, o] = gain[o] * (y[t, o] + sum over blocks c of 64 ranks of
+ *                                    b_scale[o, c] * (u_scale[t, c] * m[t, o, c])) + bias[o]
+ * n and m are sums of integers, so in any order: of a8 and x8, and of b8 and u8, u to 8 bits as x is.
  *
- * Order of additions: of u blocks ascending, of y ranks ascending, one float32 sum each. Rows,
- * segments, tiles and threads do not enter.
+ * Order of additions: of u blocks ascending, of y blocks of ranks ascending, one float32 sum each.
+ * Rows, segments, tiles and threads do not enter.
  *
  * A is kept as panels of 8 ranks: for each block of 64 columns 8 lines, line j holding columns 8 j to
- * 8 j + 7 of rank after rank as w8 + 128, then the 8 scales. B as panels of 32 outputs: for each rank
- * 32 signed bytes, then the scale of each rank. rounded.py lays them out.
+ * 8 j + 7 of rank after rank as a8 + 128, then the 8 scales. B as panels of 32 outputs: for each block
+ * of up to 64 ranks the lines of a weight in 8 bits (fast.h), as many as its ranks fill by four, then
+ * 32 scales in bfloat16. rounded.py lays them out.
  *
- * All products of a call are multiplied together with the A x of their terms, then all B u follow.
+ * The tasks of a call are all A x, then the panels of its products: the B u of a panel's outputs
+ * follow it while they are in the cache, and what they read is asked for while it is multiplied.
  */
 #define RANKS 8                              /* ranks in a panel of A */
 #define RANK_BYTES (RANKS * BLOCK + RANKS * 4) /* of one block of it */
 #define RANK_TILE 4                          /* rows of x that share a line */
 #define TERM_ROWS (4 * FAST_TILE)            /* rows of x in one task */
-#define TERM_PANELS 4                        /* panels of A in one task */
+#define TERM_PANELS (BLOCK / RANKS)          /* panels of A in one task: a block of u */
 #define TERM_TILE 4                          /* rows of y in one register tile */
 
 /* rank_dot: += line (8 ranks by 8 columns) times 8 numbers of x; rank_add: the 8 sums of a block. */
@@ -146,9 +149,11 @@ INLINE int64_t term_rows(const fast_job *job, const lowrank_segment *s) {
     return max_i(0, min_(job->rows, s->stop - job->first_row)) - term_start(job, s);
 }
 
-/* Floats of all u of a segment. */
-INLINE int64_t term_floats(const fast_job *job, const lowrank_segment *s) {
-    return term_rows(job, s) * term_panels(s) * RANKS;
+/* Bytes of one row's u, in blocks as x8 has them; and of all its rows. */
+INLINE int64_t term_row(const lowrank_segment *s) { return ceil_div(s->rank, BLOCK) * X_BYTES; }
+
+INLINE int64_t term_room(const fast_job *job, const lowrank_segment *s) {
+    return term_rows(job, s) * term_row(s);
 }
 
 INLINE int64_t rank_tasks_of(const fast_job *job, const lowrank_segment *s) {
@@ -163,35 +168,41 @@ static int64_t rank_tasks(const fast_job *job) {
     return tasks;
 }
 
-/* Panels [p0, p1) of a segment's A times its rows [r0, r1), counted from its first. */
-static void rank_part(const fast_job *job, const lowrank_segment *s, float *u, int64_t p0,
+/* Panels [p0, p1) of a segment's A, no more than TERM_PANELS, times its rows [r0, r1), no more than
+ * TERM_ROWS, counted from its first; then to 8 bits. */
+static void rank_part(const fast_job *job, const lowrank_segment *s, uint8_t *u8, int64_t p0,
                       int64_t p1, int64_t r0, int64_t r1) {
-    const int64_t width = term_panels(s) * RANKS, begin = term_start(job, s);
+    const int64_t begin = term_start(job, s);
+    float u[TERM_ROWS][BLOCK] __attribute__((aligned(64)));
+    memset(u, 0, (size_t)(r1 - r0) * sizeof *u);
     for (int64_t t0 = 0, tile; t0 < begin + r1; t0 += tile) {
         tile = fast_even(job->rows - t0);
         const uint8_t *x = job->x8 + t0 * job->blocks * X_BYTES;
         const int64_t stop = min_(tile, begin + r1 - t0);
         for (int64_t p = p0; p < p1; p++) {
             const uint8_t *panel = (const uint8_t *)s->a + p * job->blocks * RANK_BYTES;
+            const int64_t used = min_(RANKS, s->rank - p * RANKS);
             for (int64_t t = max_i(0, begin + r0 - t0), rows; t < stop; t += rows) {
                 float sums[RANK_TILE][RANKS] __attribute__((aligned(32)));
                 rows = min_(RANK_TILE, stop - t);
                 rank_rows(panel, job->blocks, x, tile, t, rows, sums);
                 for (int64_t i = 0; i < rows; i++)
-                    for (int64_t r = 0; r < RANKS; r++) {
-                        const int64_t rank = p * RANKS + r;
-                        const int scaled = s->d && rank < s->rank;
-                        u[(t0 + t + i - begin) * width + rank] =
-                            scaled ? s->d[rank] * sums[i][r] : sums[i][r];
-                    }
+                    for (int64_t r = 0; r < used; r++)
+                        u[t0 + t + i - begin - r0][(p - p0) * RANKS + r] =
+                            s->d ? s->d[p * RANKS + r] * sums[i][r] : sums[i][r];
             }
         }
+    }
+    for (int64_t t = r0; t < r1; t++) {
+        uint8_t *to = u8 + t * term_row(s) + p0 / TERM_PANELS * X_BYTES;
+        float *scale = (float *)(to + BLOCK);
+        fast_quantize_block(u[t - r0], (int8_t *)to, scale, (int32_t *)(scale + 1));
     }
 }
 
 /* Task number `task` of all A x. */
 static void rank_task(const fast_job *job, int64_t task) {
-    float *u = job->inner;
+    uint8_t *u = job->inner;
     for (int64_t i = 0; i < job->count; i++)
         for (int64_t j = 0; j < job->products[i].term_count; j++) {
             const lowrank_segment *s = job->products[i].terms + j;
@@ -201,56 +212,73 @@ static void rank_task(const fast_job *job, int64_t task) {
                 const int64_t r0 = task / across * TERM_ROWS, p0 = task % across * TERM_PANELS;
                 rank_part(job, s, u, p0, min_(term_panels(s), p0 + TERM_PANELS), r0,
                           min_(term_rows(job, s), r0 + TERM_ROWS));
+                atomic_fetch_sub_explicit(job->ranks_left, 1, memory_order_release);
                 return;
             }
             task -= tasks;
-            u += term_floats(job, s);
+            u += term_room(job, s);
         }
 }
 
-/* Two vectors of a panel's outputs, from number `first` of 32 on, for `rows` rows of u and y. gain
- * and bias: at the panel's first output, or NULL. */
-INLINE void term_tile(const int8_t *panel, int64_t rank, int first, const float *u, int64_t ldu,
-                      float *y, int64_t ldy, const float *gain, const float *bias,
-                      const int rows) {
-    const float *scale = (const float *)(panel + ROWS * rank);
-    vf sum[TERM_TILE][2];
+/* A panel's outputs for `rows` rows of u and y. gain and bias: at its first output, or NULL. */
+INLINE void term_tile(const uint8_t *panel, int64_t rank, const uint8_t *u, int64_t ldu, float *y,
+                      int64_t ldy, const float *gain, const float *bias, const int rows) {
+    float sums[TERM_TILE][ROWS] __attribute__((aligned(64)));
 #pragma GCC unroll 4
-    for (int t = 0; t < rows; t++) sum[t][0] = sum[t][1] = splat(0.0f);
-    for (int64_t r = 0; r < rank; r++)
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; v++) {
-            const vf weights = load_i8(panel + ROWS * r + first + v * VL) * splat(scale[r]);
+    for (int t = 0; t < rows; t++) memset(sums[t], 0, sizeof *sums);
+    for (int64_t r = 0; r < rank; r += BLOCK, u += X_BYTES) {
+        const int64_t fours = ceil_div(min_(BLOCK, rank - r), 4);
+        const uint16_t *kept = (const uint16_t *)(panel + fours * 4 * ROWS);
+        float scale[ROWS] __attribute__((aligned(64)));
+        for (int o = 0; o < ROWS; o += VL) store(scale + o, load_bf16(kept + o));
+        for (int v = 0; v < VECTORS; v += GROUP) {
+            const uint8_t *line = panel + v * (64 / PARTS8);
+            i32v n[TERM_TILE][GROUP];
 #pragma GCC unroll 4
             for (int t = 0; t < rows; t++)
-                sum[t][v] = fma_(splat(u[t * ldu + r]), weights, sum[t][v]);
+#pragma GCC unroll 2
+                for (int g = 0; g < GROUP; g++)
+                    n[t][g] = start_(four_((const int8_t *)u + t * ldu + BLOCK + 4));
+            for (int64_t k = 0; k < fours; k++, line += 4 * ROWS) {
+                w8 w[GROUP];
+#pragma GCC unroll 2
+                for (int g = 0; g < GROUP; g++) w[g] = line8(line + g * (64 / PARTS8));
+#pragma GCC unroll 4
+                for (int t = 0; t < rows; t++)
+#pragma GCC unroll 2
+                    for (int g = 0; g < GROUP; g++)
+                        n[t][g] = dot4(n[t][g], w[g], four_((const int8_t *)u + t * ldu + 4 * k));
+            }
+#pragma GCC unroll 4
+            for (int t = 0; t < rows; t++)
+#pragma GCC unroll 2
+                for (int g = 0; g < GROUP; g++)
+                    add_block(sums[t] + (v + g) * LINE_ROWS, n[t][g],
+                              *(const float *)(u + t * ldu + BLOCK), scale + (v + g) * LINE_ROWS);
         }
+        panel += fours * 4 * ROWS + 2 * ROWS;
+    }
 #pragma GCC unroll 4
     for (int t = 0; t < rows; t++)
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; v++) {
-            const int64_t at = first + v * VL;
-            vf value = load(y + t * ldy + at) + sum[t][v];
-            if (gain) value = load(gain + at) * value;
-            if (bias) value = value + load(bias + at);
-            store(y + t * ldy + at, value);
+        for (int o = 0; o < ROWS; o += VL) {
+            vf value = load(y + t * ldy + o) + load(sums[t] + o);
+            if (gain) value = load(gain + o) * value;
+            if (bias) value = value + load(bias + o);
+            store(y + t * ldy + o, value);
         }
 }
 
-static void term_panel(const int8_t *panel, int64_t rank, const float *u, int64_t ldu, float *y,
+static void term_panel(const uint8_t *panel, int64_t rank, const uint8_t *u, int64_t ldu, float *y,
                        int64_t ldy, const float *gain, const float *bias, int64_t rows) {
-    for (int first = 0; first < ROWS; first += 2 * VL) {
-        int64_t t = 0;
-        for (; t + TERM_TILE <= rows; t += TERM_TILE)
-            term_tile(panel, rank, first, u + t * ldu, ldu, y + t * ldy, ldy, gain, bias,
-                      TERM_TILE);
-        for (; t < rows; t++)
-            term_tile(panel, rank, first, u + t * ldu, ldu, y + t * ldy, ldy, gain, bias, 1);
-    }
+    int64_t t = 0;
+    for (; t + TERM_TILE <= rows; t += TERM_TILE)
+        term_tile(panel, rank, u + t * ldu, ldu, y + t * ldy, ldy, gain, bias, TERM_TILE);
+    for (; t < rows; t++)
+        term_tile(panel, rank, u + t * ldu, ldu, y + t * ldy, ldy, gain, bias, 1);
 }
 
 /* The last panel, of less than 32 outputs: through a copy, with the same operations. */
-static void term_rest(const int8_t *panel, int64_t rank, const float *u, int64_t ldu, float *y,
+static void term_rest(const uint8_t *panel, int64_t rank, const uint8_t *u, int64_t ldu, float *y,
                       int64_t ldy, const float *gain, const float *bias, int64_t rows,
                       int64_t count) {
     float own[ROWS] = {0}, gains[ROWS] = {0}, biases[ROWS] = {0};
@@ -265,66 +293,39 @@ static void term_rest(const int8_t *panel, int64_t rank, const float *u, int64_t
     }
 }
 
-/* Few rows read B as fast as memory gives it, from a place of its own for each term: its lines are
- * asked for AHEAD_PANELS early, and at the end of a term the next one's first. */
-#define AHEAD_PANELS 4
-INLINE void term_prefetch(const fast_product *p, int64_t j, int64_t n, int64_t p0, int64_t p1) {
-    const lowrank_segment *s = p->terms + j;
-    if (n >= p1) {
-        n += p0 - p1;
-        if (j + 1 >= p->term_count || n >= p1) return;
-        s++;
-    }
-    const int64_t bytes = s->rank * (ROWS + 4);
-    const char *panel = (const char *)s->b + n * bytes;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(panel + i, 0, 2);
+/* Until all A x are there. Tasks are drawn in order, so whoever has a panel to finish knows them all
+ * drawn: each is done, or another thread is at it. */
+static void rank_wait(const fast_job *job) {
+    for (int64_t looks = 0; atomic_load_explicit(job->ranks_left, memory_order_acquire);)
+        pool_look(looks++);
 }
 
-/* Panels [p0, p1) of a product's outputs, through its terms in their order. */
-static void term_columns(const fast_job *job, const fast_product *p, const float *u, int64_t p0,
-                         int64_t p1) {
+/* Panel n of a product's outputs through its terms in their order. */
+static void term_panels_of(const fast_job *job, const fast_product *p, const uint8_t *u,
+                           int64_t n) {
+    const int64_t o = n * ROWS, count = p->out - o;
+    rank_wait(job);
     for (int64_t j = 0; j < p->term_count; j++) {
         const lowrank_segment *s = p->terms + j;
-        const int64_t rows = term_rows(job, s), ldu = term_panels(s) * RANKS;
-        float *y = p->y + (job->first_row + term_start(job, s)) * p->out;
-        for (int64_t n = p0; n < p1; n++) {
-            const int64_t o = n * ROWS, count = p->out - o;
-            const int8_t *panel = (const int8_t *)s->b + n * s->rank * (ROWS + 4);
-            const float *gain = s->gain ? s->gain + o : NULL, *bias = s->bias ? s->bias + o : NULL;
-            if (rows <= 2) term_prefetch(p, j, n + AHEAD_PANELS, p0, p1);
-            if (count < ROWS)
-                term_rest(panel, s->rank, u, ldu, y + o, p->out, gain, bias, rows, count);
-            else
-                term_panel(panel, s->rank, u, ldu, y + o, p->out, gain, bias, rows);
-        }
-        u += term_floats(job, s);
-    }
-}
-
-/* Some panels of the outputs that have terms, counted through all products. */
-static void term_task(const void *data, int64_t task, int worker) {
-    const fast_job *job = data;
-    const float *u = job->inner;
-    int64_t first = task * job->outputs_each, stop = first + job->outputs_each;
-    (void)worker;
-    for (int64_t i = 0; i < job->count; i++) {
-        const fast_product *p = job->products + i;
-        if (!p->term_count) continue;
-        const int64_t panels = ceil_div(p->out, ROWS);
-        term_columns(job, p, u, max_i(0, first), min_(panels, stop));
-        for (int64_t j = 0; j < p->term_count; j++) u += term_floats(job, p->terms + j);
-        first -= panels;
-        stop -= panels;
+        const int64_t rows = term_rows(job, s), ldu = term_row(s);
+        const uint8_t *panel = (const uint8_t *)s->b + n * term_bytes(s->rank);
+        const float *gain = s->gain ? s->gain + o : NULL, *bias = s->bias ? s->bias + o : NULL;
+        float *y = p->y + (job->first_row + term_start(job, s)) * p->out + o;
+        if (count < ROWS)
+            term_rest(panel, s->rank, u, ldu, y, p->out, gain, bias, rows, count);
+        else
+            term_panel(panel, s->rank, u, ldu, y, p->out, gain, bias, rows);
+        u += term_room(job, s);
     }
 }
 
 /* Bytes of all u, in whole lines. */
 static int64_t terms_workspace(const fast_product *products, int64_t count) {
-    int64_t floats = 0;
+    int64_t bytes = 0;
     for (int64_t i = 0; i < count; i++)
         for (int64_t j = 0; j < products[i].term_count; j++) {
             const lowrank_segment *s = products[i].terms + j;
-            floats += (s->stop - s->start) * term_panels(s) * RANKS;
+            bytes += (s->stop - s->start) * term_row(s);
         }
-    return ceil_div(floats, 16) * 64;
+    return ceil_div(bytes, 64) * 64;
 }

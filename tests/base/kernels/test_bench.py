@@ -1,7 +1,11 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
-from base.kernels import bench, bench_steps, native
+from base.kernels import bench, bench_page, bench_steps, native
+from base.kernels.bench_page import Row
 
 
 def test_measures_every_candidate(library: native.Native, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +32,7 @@ def test_every_other_kernel_runs_and_has_its_limit(
     monkeypatch.setattr(bench_steps, "RANKS", (8,))
     found = list(bench_steps.tasks(library, rotation=1 << 16))
     assert {task.name for task in found} == {
-        *("low rank", "attention", "head in 8 bits", "argmax, logsumexp")
+        *("low rank", "product and terms", "attention", "head in 8 bits", "argmax, logsumexp")
     }
     for task in found:
         task.run()
@@ -49,6 +53,39 @@ def test_what_it_prints(library: native.Native, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bench_steps, "tasks", lambda *_: few)
     lines: list[str] = []
     monkeypatch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(words)))
-    bench._print_steps(0.0, bench.Limits(20, 300, None))
-    assert len(lines) == 1 + len(bench_steps.sets_of(library, bench.SETS))
+    rows = list(bench._steps(0.0, bench.Limits(20, 300, None)))
+    sets = bench_steps.sets_of(library, bench.SETS)
+    assert [row.isa for row in rows] == sets
+    assert len(lines) == 1 + len(sets)
     assert all("low rank" in line and line.endswith(" %") for line in lines[1:])
+
+
+def test_a_page_keeps_what_is_beside_the_section(tmp_path: Path) -> None:
+    page = tmp_path / "PERFORMANCE.md"
+    rows = [Row("NF4 product", "896x896, 1 rows", "avx2", 21e-6, 0.714)]
+    rows += [replace(rows[0], isa="avx2 fast", best=1.5e-3), replace(rows[0], size="8 rows")]
+    text = bench_page.section(rows, "A machine.", "nibble bench --kernel")
+    bench_page.put(page, text)
+    assert page.read_text() == text + "\n"
+    assert "| NF4 product | 896x896, 1 rows | 21.0 (71 %) | 1,500.0 (71 %) |" in text
+    assert "| NF4 product | 8 rows | 21.0 (71 %) |  |" in text
+    page.write_text(f"# Performance\n\nOne.\n\n{text}\n\n## Versions\n\n- torch\n")
+    bench_page.put(page, f"{bench_page.HEADING}\n\nOther.")
+    expected = (
+        f"# Performance\n\nOne.\n\n{bench_page.HEADING}\n\nOther.\n\n## Versions\n\n- torch\n"
+    )
+    assert page.read_text() == expected
+    assert bench_page.section_of(expected) == f"{bench_page.HEADING}\n\nOther."
+    assert not bench_page.section_of("# Performance\n")
+
+
+def test_the_command_writes_its_table(
+    library: native.Native, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(native, "load", lambda: (library, library.isa))
+    monkeypatch.setattr(bench, "ROTATION", 1 << 16)
+    monkeypatch.setattr(bench.Limits, "measured", lambda: bench.Limits(20, 300, None))
+    page = tmp_path / "page.md"
+    sizes = ["--part", "products", "--shapes", "64x64", "--rows", "2", "--seconds", "0"]
+    bench.main([*sizes, "--markdown", str(page)])
+    assert "| NF4 product | 64x64, 2 rows |" in page.read_text()

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from base import kernels as dispatch
-from base.kernels import LowRank, LowRankPlan, RoundedFactor, Segment, native, reference
+from base.kernels import (
+    LowRank,
+    LowRankPlan,
+    NF4Weight,
+    PanelWeight,
+    RoundedFactor,
+    Segment,
+    native,
+    reference,
+)
 from tests.base.kernels.guarded import Guarded, one_thread, unaligned
 
 relaxed = settings(
@@ -29,28 +41,56 @@ def term_of(width: int, out: int, rank: int, parts: int = 0) -> LowRank:
 
 
 @one_thread()
-def right(y: Tensor, x: Tensor, plan: LowRankPlan) -> Tensor:
-    """In float64, with x rounded where a term reads it rounded."""
-    y = y.double()
+def right(y: Tensor, x: Tensor, plan: LowRankPlan) -> tuple[Tensor, Tensor]:
+    """In float64, with x and A x rounded where a term reads them rounded; and how far an output
+    may be off where a number of A x lies between two steps: one step, of any of its ranks."""
+    y, step = y.double(), torch.zeros(y.shape, dtype=torch.float64)
     for segment in plan.segments:
-        read = reference.rounded_rows(x) if segment.term.rounded else x.double()
-        y = reference.lowrank_add(y, read, LowRankPlan([segment]))
-    return y
+        term, rows = segment.term, slice(segment.start, segment.stop)
+        if segment.start == segment.stop:
+            continue
+        if not term.rounded:
+            y = reference.lowrank_add(y, x.double(), LowRankPlan([segment]))
+            continue
+        a, b = (matrix.double() for matrix in term.matrices() or ())
+        assert isinstance(term.b, RoundedFactor)
+        assert term.b.columns is not None
+        columns = term.b.columns.double()
+        inner = reference.rounded_rows(x)[rows] @ a.t()
+        inner = inner * columns if term.d is None else inner * columns * term.d
+        padded = functional.pad(inner, (0, -term.rank % 64))
+        b = functional.pad(torch.where(columns > 0, b / columns, 0), (0, -term.rank % 64))
+        y[rows] += reference.rounded_rows(padded) @ b.t()
+        steps = padded.view(len(padded), -1, 64).abs().amax(-1) / 127
+        step[rows] += steps @ b.abs().view(len(b), -1, 64).amax(-1).t()
+        gain = torch.ones(y.shape[1]) if term.gain is None else term.gain
+        y[rows] = gain * y[rows] + (0 if term.bias is None else term.bias.double())
+        step[rows] *= gain.abs()
+    return y, step
 
 
-@pytest.mark.parametrize(("rank", "width", "out"), [(1, 64, 1), (8, 128, 32), (13, 192, 70)])
+def assert_right(got: Tensor, y: Tensor, x: Tensor, plan: LowRankPlan) -> None:
+    wanted, step = right(y, x, plan)
+    off, exact = (got.double() - wanted).abs(), 2e-5 + 2e-6 * wanted.abs()
+    assert (off <= exact + step).all()
+    # A number of A x between two steps moves its row: a few in a hundred thousand numbers are.
+    moved = (off > exact).any(1).sum()
+    assert moved <= max(1, len(got) // 20)
+
+
+@pytest.mark.parametrize(("rank", "width", "out"), [(1, 64, 1), (8, 128, 32), (70, 192, 70)])
 def test_a_number_is_at_most_half_a_step_off(rank: int, width: int, out: int) -> None:
     a, b = torch.randn(rank, width), torch.randn(out, rank)
     a[0], b[:, 0] = 0, 1e-42
+    b[:, 1:] *= torch.logspace(-3, 3, rank)[1:]
     kept_a, kept_b = RoundedFactor.of_a(a), RoundedFactor.of_b(b)
     assert kept_a.dense().shape == a.shape
     assert kept_b.dense().shape == b.shape
     steps_a = a.view(rank, -1, 64).abs().amax(-1, keepdim=True).expand(-1, -1, 64) / 254
     assert ((kept_a.dense() - a).abs() <= steps_a.reshape(a.shape) * 1.001).all()
-    for first in range(0, out, 32):
-        part = b[first : first + 32]
-        off = (kept_b.dense()[first : first + 32] - part).abs()
-        assert (off <= part.abs().amax(0) / 254 * 1.001 + 1e-41).all()
+    columns = b.abs().amax(0)
+    steps_b = (b / columns)[:, 1:].abs().amax(1, keepdim=True) * (1.001 / 252) if rank > 1 else 0
+    assert ((kept_b.dense() - b).abs() <= steps_b * columns + 1e-41).all()
     whole = RoundedFactor.of_a(kept_a.dense())
     assert torch.equal(whole.dense(), kept_a.dense()), "rounding again changes nothing"
 
@@ -91,7 +131,7 @@ def test_any_mix(
     y.inside.copy_(before)
     kernels.lowrank_add(y.inside, x, plan)
     y.check()
-    assert torch.allclose(y.inside.double(), right(before, x, plan), rtol=2e-6, atol=2e-5)
+    assert_right(y.inside, before, x, plan)
 
 
 def test_the_stated_error(kernels: native.Native) -> None:
@@ -133,14 +173,49 @@ def test_the_number_of_threads_changes_no_bit(kernels: native.Native) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 3, 8, 31])
+def test_in_the_call_of_their_products_the_bits_are_those_of_calls_of_their_own(
+    kernels: native.Native, rows: int, bits: int
+) -> None:
+    """Two products of one x, the second without terms of the first's kind, on 1 to 4 threads."""
+    width, outs = 128, (150, 64)
+    dense = [torch.randn(out, width) for out in outs]
+    if bits == 4:
+        weights = [PanelWeight.pack(NF4Weight.quantize(one, False)) for one in dense]
+    else:
+        weights = [PanelWeight.quantize8(one) for one in dense]
+    biases = [torch.randn(outs[0]), None]
+    cuts = sorted({0, rows // 3, rows // 2, rows})
+    plans = [
+        LowRankPlan(
+            [
+                *(Segment(a, b, term_of(width, out, 5 * a % 19, a % 8)) for a, b in pairwise(cuts)),
+                Segment(rows // 2, rows, term_of(width, out, 9, 6)),
+            ]
+        )
+        for out in outs
+    ]
+    x = torch.randn(rows, width)
+    wanted = [y.clone() for y in kernels.fast_linears(x, weights, biases)]
+    for y, plan in zip(wanted, plans, strict=True):
+        kernels.lowrank_add(y, x, plan)
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        ys = [Guarded(rows, out) for out in outs]
+        kernels.fast_linears(x, weights, biases, [y.inside for y in ys], plans)
+        for found, own in zip(ys, wanted, strict=True):
+            found.check()
+            assert torch.equal(found.inside, own)
+
+
 def test_many_rows_are_rounded_in_turns(kernels: native.Native) -> None:
     """8,192 columns: 432 rows fill the workspace, the rest comes after."""
     plan = LowRankPlan(
         [Segment(400, 470, term_of(8192, 40, 9)), Segment(480, 500, term_of(8192, 40, 3))]
     )
     x, y = torch.randn(500, 8192), torch.randn(500, 40)
-    got = kernels.lowrank_add(y.clone(), x, plan)
-    assert torch.allclose(got.double(), right(y, x, plan), rtol=2e-6, atol=2e-5)
+    assert_right(kernels.lowrank_add(y.clone(), x, plan), y, x, plan)
 
 
 def test_the_dispatch_takes_them_with_and_without_the_library(

@@ -73,9 +73,10 @@ def test_bfloat16_is_tried_only_where_the_cpu_multiplies_it() -> None:
 def test_the_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr("base.kernels.bench.main", asked.append)
-    result = runner.invoke(app, ["--kernel", "--threads", "1"])
-    assert result.exit_code == 0, result.output
-    assert asked == [["--threads", "1"]]
+    for page in ([], ["--markdown", "PERFORMANCE.md"]):
+        result = runner.invoke(app, ["--kernel", "--threads", "1", *page])
+        assert result.exit_code == 0, result.output
+        assert asked.pop() == ["--threads", "1", *page]
 
 
 def test_an_unknown_model_or_scenario_is_refused() -> None:

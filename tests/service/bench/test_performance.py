@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from base.kernels import bench_page
 from service.bench.chart import bar_chart
 from service.bench.performance import write_page
 
@@ -126,6 +127,15 @@ def test_the_page_says_all_that_the_figures_say(figures: dict[str, Any], tmp_pat
     for block in text.split("\n\n"):
         if block.startswith("|"):  # every line of a table has as many cells as its head
             assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_a_new_run_keeps_the_table_of_the_kernels(figures: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "PERFORMANCE.md"
+    write_page(figures, page)
+    without = page.read_text()
+    bench_page.put(page, f"{bench_page.HEADING}\n\nTheir table.")
+    write_page(figures, page)
+    assert page.read_text() == f"{without}\n{bench_page.HEADING}\n\nTheir table.\n"
 
 
 def test_a_run_without_others_says_so(figures: dict[str, Any], tmp_path: Path) -> None:
