@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
 from typing import Any
+
+from pydantic.json_schema import models_json_schema
 
 from service.api import sse
 from service.api.access import SCHEME
-from service.api.openai_errors import speaks_openai
+from service.api.errors import ErrorEnvelope
+from service.api.openai_errors import OpenAIErrorEnvelope, refusal, speaks_openai
 
 JSON = "application/json"
-_ENVELOPE = {JSON: {"schema": {"$ref": "#/components/schemas/ErrorEnvelope"}}}
 _OF_BODIES = {
-    str(status): {"description": HTTPStatus(status).phrase, "content": _ENVELOPE}
+    str(status): refusal(status, ErrorEnvelope)
     for status in (408, 413, 415, 422)  # too slow, too large, of another type, not as described
 }
 
@@ -26,7 +27,7 @@ def described(api: dict[str, Any]) -> dict[str, Any]:
             for reply in operation["responses"].values():
                 _drop_assumed(reply.get("content", {}))
     components = api.setdefault("components", {})
-    components["schemas"] = sse.schemas() | components.get("schemas", {})
+    components["schemas"] = _envelopes() | sse.schemas() | components.get("schemas", {})
     components["securitySchemes"] = {
         SCHEME: {
             "type": "http",
@@ -37,6 +38,13 @@ def described(api: dict[str, Any]) -> dict[str, Any]:
         }
     }
     return api
+
+
+def _envelopes() -> dict[str, Any]:
+    """What refusals refer to: FastAPI knows only models that a route returns."""
+    bodies = [(body, "serialization") for body in (ErrorEnvelope, OpenAIErrorEnvelope)]
+    _, found = models_json_schema(bodies, ref_template=sse.REF)  # type: ignore[arg-type]
+    return dict(found["$defs"])
 
 
 def _drop_assumed(content: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 PING_SECONDS = 15.0  # of silence; proxies cut quieter connections
 
 _PING = b": ping\n\n"
-_REF = "#/components/schemas/{model}"
+REF = "#/components/schemas/{model}"
 _events: dict[str, type[BaseModel]] = {}  # by their names in OpenAPI
 
 
@@ -82,7 +82,7 @@ def events_of(event: type[BaseModel], last: str = "") -> dict[str, Any]:
     data: dict[str, Any] = {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": {"$ref": _REF.format(model=event.__name__)},
+        "contentSchema": {"$ref": REF.format(model=event.__name__)},
     }
     if last:
         data = {"anyOf": [data, {"type": "string", "const": last}]}
@@ -93,7 +93,7 @@ def events_of(event: type[BaseModel], last: str = "") -> dict[str, Any]:
 def schemas() -> dict[str, Any]:
     """The components that events refer to: FastAPI knows only models that a route returns whole."""
     wanted = [(event, "serialization") for event in _events.values()]
-    _, found = models_json_schema(wanted, ref_template=_REF)  # type: ignore[arg-type]
+    _, found = models_json_schema(wanted, ref_template=REF)  # type: ignore[arg-type]
     return dict(found["$defs"])
 
 

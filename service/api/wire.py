@@ -8,6 +8,7 @@ from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from service.api.errors import ErrorEnvelope
+from service.api.openai_errors import refusal
 from service.config import MAX_DRAFT_TOKENS
 from service.selection import MAX_REFERENCE
 
@@ -77,4 +78,4 @@ class AdapterDetails(Outgoing):
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI entries for errors, all in the one envelope."""
-    return {status: {"model": ErrorEnvelope} for status in statuses}
+    return {status: refusal(status, ErrorEnvelope) for status in statuses}
