@@ -8,7 +8,7 @@ each linear layer cannot be told so: steps that it is in are not captured.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +57,10 @@ class SlottedOperator:
 
     def tiles_of(self, segments: Segments) -> list[Tile]:
         """The tiles of a step that it `takes`, at most one a row; its adapters have slots then."""
-        needed = {id(segment.adapter) for segment in segments}
         tiles = []
         for segment in segments:
             if segment.adapter is not None:
-                slot = self._slot_of(segment.adapter, needed)
+                slot = self._slot_of(segment.adapter)
                 for start in range(segment.start, segment.stop, MOST_ROWS):
                     tiles.append((start, min(start + MOST_ROWS, segment.stop), slot))
         return tiles
@@ -81,22 +80,21 @@ class SlottedOperator:
             known = self._known[id(adapter)] = _Known(adapter, terms)
         return known
 
-    def _slot_of(self, adapter: LoweredAdapter, needed: Container[int]) -> int:
+    def _slot_of(self, adapter: LoweredAdapter) -> int:
         known = self._of(adapter)
-        self._known.move_to_end(id(adapter))
+        self._known.move_to_end(id(adapter))  # so that none of this step is given away in it
         if known.slot is None:
             if not self._free:
-                self._free.append(self._given_away(needed))
+                self._free.append(self._given_away())
             known.slot = self._free.pop()
             self._table.put(known.slot, known.terms or {})
         return known.slot
 
-    def _given_away(self, needed: Container[int]) -> int:
-        for key, known in self._known.items():
-            if known.slot is not None and key not in needed:
-                slot, known.slot = known.slot, None
-                return slot
-        raise AssertionError("a step has more adapters than there are slots")
+    def _given_away(self) -> int:
+        oldest = next(known for known in self._known.values() if known.slot is not None)
+        slot, oldest.slot = oldest.slot, None
+        assert slot is not None
+        return slot
 
     def _told(self, parts: Mapping[str, Any]) -> Mapping[int, LowRank] | None:
         terms: dict[int, LowRank] = {}

@@ -97,17 +97,14 @@ class StaticBatch:
         self._index.send()
 
     def fill(self, batch: Batch, tiles: Seq[tuple[int, int, int]], size: int) -> None:
-        """Make the first `size` rows this batch, whose tensors are on the host; the rest of them is
-        padding: tokens of no sequence, sequences without tokens, and tiles without rows."""
+        """Make the first `size` rows this batch, whose tensors are on the host. The rest of them is
+        padding, whatever else an earlier step left there: tokens that write to scratch, sequences
+        without tokens, and tiles without rows."""
         rows, sequences = batch.tokens, len(batch.context_length)
         here = _Fields.of(self._tokens.writable(), self._index.writable(), self.rows, self.width)
-        for field, given in (
-            (here.input_ids, batch.input_ids[0]),
-            (here.position_ids, batch.position_ids[0]),
-            (here.context_length, batch.context_length),
-        ):
-            field[: len(given)] = given
-            field[len(given) : size] = 0
+        here.input_ids[:rows] = batch.input_ids[0]
+        here.position_ids[:rows] = batch.position_ids[0]
+        here.context_length[:sequences] = batch.context_length
         here.slot_mapping[:rows] = batch.slot_mapping
         here.slot_mapping[rows:size] = self._scratch[rows:size]
         here.query_start[: sequences + 1] = batch.query_start

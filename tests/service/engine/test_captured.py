@@ -29,7 +29,15 @@ from service.engine.observer import Silent, StepReport
 from service.engine.request import AdapterRef, Request
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
-from tests.oracle import ALL_LINEARS, PeftOracle, make_adapter, make_base, read_manifest
+from service.metrics import Metrics
+from tests.oracle import (
+    ALL_LINEARS,
+    ARCHITECTURES,
+    PeftOracle,
+    make_adapter,
+    make_base,
+    read_manifest,
+)
 from tests.service.engine.operations import Operations
 from tests.zoo import (
     Recorder,
@@ -121,6 +129,10 @@ class Play:
     def step(self, chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits as they come, logits replayed), each [L, V]; blocks must not differ either."""
         batch = build_batch(chunks, BLOCK)
+        owned = {block for chunk in chunks for block in chunk.sequence.blocks}
+        others = [block for block in range(BLOCKS) if block not in owned]
+        for tensor in self.kept:
+            tensor.view(torch.int8)[others] = -1
         before = [tensor.clone() for tensor in self.kept]
         wanted = self.runner.run(batch, self.resident, self.runner.cache).clone()
         hidden = [self.runner.hidden(row) for row in range(len(wanted))]
@@ -132,7 +144,7 @@ class Play:
         if self.runner.replayed:
             assert [self.runner.hidden(row) for row in range(len(found))] == hidden
         for tensor, written in zip(self.kept, after, strict=True):
-            assert torch.equal(tensor[:BLOCKS], written)
+            assert torch.equal(tensor[:BLOCKS].view(torch.int8), written.view(torch.int8))
         return wanted, found
 
 
@@ -356,6 +368,25 @@ def test_requests_of_an_engine_equal_peft(
     assert True in kinds
     assert False in kinds
     assert kinds[-1] is True  # vera ends before: what is left is told by slots
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_family_can_be_captured(name: str, tmp_path: Path, operations: Operations) -> None:
+    """None of their layers waits for the device, or keeps a number of the capture's."""
+    base = load_base(make_base(tmp_path, name), device="cpu", dtype="float32", keep=False)
+    runner = captured(base, operations, most=4)
+    assert len(operations.counts) == 2 * len(sizes_for(4))
+    assert capture_check.find_fault(runner, 4, True) == ""
+
+
+def test_the_metrics_count_both_modes() -> None:
+    metrics, idle = Metrics("m"), StepReport(0, 0, 0, 1, 0, 0, 0, 0, 0, 0.0)
+    for replayed in (True, True, False, None):
+        metrics.stepped(replace(idle, replayed=replayed))
+    told = metrics.exposition().decode()
+    assert 'nibble:steps_total{mode="replayed",model_name="m"} 2.0' in told
+    assert 'nibble:steps_total{mode="eager",model_name="m"} 1.0' in told
 
 
 def test_off_captures_nothing(
