@@ -22,8 +22,6 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from adapters.errors import StoreFull, StoreUnavailable, TooLarge
 from adapters.limits import MIB
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 
 ADDRESS = re.compile(r"[0-9a-f]{64}")
 PIECE = MIB
-CACHE_BYTES = 16 << 30
 
 Step = Callable[[str], None]
 
@@ -248,21 +245,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def open_blobs(
-    url: str, cache: Path | None = None, step: Step = no_step, max_cache_bytes: int = CACHE_BYTES
-) -> BlobStore:
-    """The blobs at a directory or at a URL that obstore knows (`s3://bucket/prefix`).
-
-    A remote store wants `cache`, a local directory for copies of at most `max_cache_bytes`.
-    """
-    if "://" not in url:
-        return LocalBlobs(Path(url), step)
-    if url.startswith("file://"):
-        return LocalBlobs(Path(url2pathname(urlsplit(url).path)), step)
-    if cache is None:
-        raise ValueError(f"the blob store {url} wants a local cache directory")
-    from adapters.remote_blobs import connect
-
-    return connect(url, cache, step, max_cache_bytes)

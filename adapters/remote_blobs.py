@@ -16,12 +16,15 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from adapters.blobs import CACHE_BYTES, LocalBlobs, StagedBlob, Step, check_address, no_step
+from adapters.blobs import BlobStore, LocalBlobs, StagedBlob, Step, check_address, no_step
 from adapters.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
+CACHE_BYTES = 16 << 30
 RETRY_SECONDS = 30  # what an object store may take to come back, for one operation
 IN_USE_SECONDS = 60.0  # who asked for a copy has opened it by then
 
@@ -112,9 +115,21 @@ class RemoteBlobs:
         return False
 
 
-def connect(url: str, cache: Path, step: Step, max_cache_bytes: int) -> RemoteBlobs:
-    """Credentials, region and endpoint come from the variables of whoever serves the bucket
-    (`AWS_ACCESS_KEY_ID`, `AWS_REGION`, `AWS_ENDPOINT`, …)."""
+def open_blobs(
+    url: str, cache: Path | None = None, step: Step = no_step, max_cache_bytes: int = CACHE_BYTES
+) -> BlobStore:
+    """The blobs at a directory or at a URL that obstore knows (`s3://bucket/prefix`).
+
+    A remote store wants `cache`, a local directory for copies of at most `max_cache_bytes`.
+    Credentials, region and endpoint come from the variables of whoever serves the bucket
+    (`AWS_ACCESS_KEY_ID`, `AWS_REGION`, `AWS_ENDPOINT`, …).
+    """
+    if "://" not in url:
+        return LocalBlobs(Path(url), step)
+    if url.startswith("file://"):
+        return LocalBlobs(Path(url2pathname(urlsplit(url).path)), step)
+    if cache is None:
+        raise ValueError(f"the blob store {url} wants a local cache directory")
     import obstore.store
 
     retry = {"retry_timeout": timedelta(seconds=RETRY_SECONDS)}

@@ -21,7 +21,7 @@ from time import time
 from typing import Any
 
 from adapters import evaluation, origin
-from adapters.blobs import CACHE_BYTES, BlobStore, StagedBlob, Step, disk_errors, open_blobs
+from adapters.blobs import BlobStore, StagedBlob, Step, disk_errors
 from adapters.catalog import DIGEST, Catalog, check_alias, check_name
 from adapters.errors import (
     AdapterError,
@@ -34,6 +34,7 @@ from adapters.errors import (
 from adapters.limits import MIB, Limits
 from adapters.manifest import AdapterManifest, MergedDtype, Placement, adapter_digest
 from adapters.outcomes import Outcomes
+from adapters.remote_blobs import CACHE_BYTES, open_blobs
 from adapters.safetensors_header import open_regular
 from adapters.traffic import Arm
 from adapters.validate import Validated

@@ -11,9 +11,9 @@ import obstore.exceptions
 import obstore.store
 import pytest
 
-from adapters.blobs import BlobStore, LocalBlobs, StagedBlob, open_blobs
+from adapters.blobs import BlobStore, LocalBlobs, StagedBlob
 from adapters.errors import StoreFull, StoreUnavailable, TooLarge
-from adapters.remote_blobs import IN_USE_SECONDS, RemoteBlobs
+from adapters.remote_blobs import IN_USE_SECONDS, RemoteBlobs, open_blobs
 
 TEXT = b"some weights" * 1000
 SHA = hashlib.sha256(TEXT).hexdigest()
