@@ -2,7 +2,7 @@
 simulated.
 
     nibble bench --threads 1 --no-peft --no-transformers --no-llama --json bench.json
-    python -m deploy.load.fleet bench.json --replicas 2 --rate 1.5
+    python -m deploy.load.fleet bench.json --replicas 2
 
 Each server has one core and one thread, so that two of them are two machines as far as their steps
 go, and the bench has to be of one thread too. Adapters are in their slots before the clock starts.
@@ -17,7 +17,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,9 +28,11 @@ import numpy as np
 
 from deploy.load.client import Reply, ask
 from deploy.load.server import served
+from service.bench.scenario import DISTINCT
 from service.plan.calibration import Calibration, UnusableBench, calibrate
 from service.plan.simulation import Measured, Request, Server, Traffic, arrivals, rendezvous, replay
 
+LOAD = 0.6
 RANK = 16  # as in the bench
 ROOM = 2 << 30
 PATIENCE = httpx.Timeout(600.0, connect=10.0)
@@ -81,6 +83,16 @@ def main() -> None:
         given.json.write_text(json.dumps({**about, "rows": found}, indent=2) + "\n")
 
 
+def _bearable(figures: Mapping[str, Any], known: Calibration, new_tokens: int) -> float:
+    """Requests/s of one replica that always has eight, each with an adapter of its own."""
+    rates = {
+        row["scenario"]: row["tokens_per_second"]
+        for row in figures["results"]
+        if row["peer"] == known.peer
+    }
+    return float(rates[DISTINCT.name]) / new_tokens
+
+
 def _run(given: argparse.Namespace, due: Sequence[Request]) -> list[Reply]:
     flags = ["--base", given.base, "--drain-seconds", "5"]
     with ExitStack() as stack:
@@ -98,10 +110,9 @@ def put_adapters(urls: Sequence[str], base: str, count: int) -> tuple[list[str],
     import torch
 
     from base.load import load_base
-    from base.mini import MINI
     from service.bench.random_adapters import random_adapter
 
-    spec = load_base(str(MINI) if base == "mini" else base, lean=True).spec
+    spec = load_base(base, lean=True).spec
     names = [f"load-{number:04}" for number in range(count)]
     with tempfile.TemporaryDirectory(prefix="nibble-load-") as scratch:
         for number, name in enumerate(names):
@@ -196,9 +207,9 @@ def _arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("bench", type=Path, help="what `nibble bench --threads 1 --json` wrote")
-    add("--base", default="mini", help="what the bench measured: mini, or a directory")
+    add("--base", help="where that model is now, if it is not where the bench had it")
     add("--replicas", type=int, default=2)
-    add("--rate", type=float, required=True, help="requests/s, in all")
+    add("--rate", type=float, help="requests/s, in all; without it six tenths of what they bear")
     add("--requests", type=int, default=200)
     add("--adapters", type=int, default=8)
     add("--zipf", type=float, default=1.0)
@@ -208,7 +219,8 @@ def _arguments() -> argparse.Namespace:
     add("--json", type=Path, help="write the figures to this file too")
     given = parser.parse_args()
     for name in ("replicas", "rate", "requests", "adapters", "prompt_tokens", "new_tokens"):
-        if getattr(given, name) <= 0:
+        value = getattr(given, name)
+        if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} should be more than 0")
     if given.new_tokens < 2:
         parser.error("--new-tokens should be at least 2")

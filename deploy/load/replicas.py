@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from deploy.load.client import ask
 from deploy.load.fleet import PATIENCE, ROOM, prompt, put_adapters
 from deploy.load.measure import scrape
 from deploy.load.server import served
+from service.bench.cli import directory_of
 
 GENERATED = ("vllm:generation_tokens_total", "")
 STARTING = 600.0
@@ -36,6 +37,7 @@ Arm = tuple[str, Sequence[str]]  # a URL, and the adapters to ask it for
 
 def main() -> None:
     given = _arguments()
+    given.base = str(directory_of(given.base, None))
     with ExitStack() as stack:
         direct = stack.enter_context(served(ROOM, ["--base", given.base], threads=1))
         ray = stack.enter_context(_ray(given))
@@ -52,13 +54,23 @@ def main() -> None:
         f"rounds, {given.tokens} tokens out; homes {len(ours)} and {len(names) - len(ours)}; load "
         f"average {load:.1f} to {os.getloadavg()[0]:.1f}\n"
     )
-    print("| | tokens/s, median | of the one before it, by rounds |\n|---|---|---|")
+    print(table(rates))
+
+
+def table(rates: Mapping[str, Sequence[float]]) -> str:
+    """Each arm beside the one before it, round by round."""
+    lines = ["| | tokens/s, median | of the one before it, by rounds |", "|---|---|---|"]
     before: Sequence[float] = ()
     for name, found in rates.items():
-        ratios = sorted(b / a for a, b in zip(before, found, strict=True)) if before else []
-        told = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        print(f"| {name} | {statistics.median(found):.1f} | {told if ratios else ''} |")
+        ratios = sorted(b / a for a, b in zip(before, found, strict=False))
+        told = (
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            if ratios
+            else ""
+        )
+        lines.append(f"| {name} | {statistics.median(found):.1f} | {told} |")
         before = found
+    return "\n".join(lines)
 
 
 async def _rounds(
@@ -141,7 +153,7 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--base", default="mini")
+    add("--base", default="mini", help="as the bench's --model")
     add("--adapters", type=int, default=16)
     add("--clients", type=int, default=16)
     add("--requests", type=int, default=64, help="of each in each round")

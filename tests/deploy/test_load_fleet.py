@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.load import fleet
+from deploy.load import fleet, replicas
 from deploy.load.client import Reply
 from service.plan.simulation import Measured, Server, Traffic, arrivals, replay
 from tests.service.plan.test_fleet import COST, bench
@@ -66,12 +66,30 @@ def test_a_bench_of_other_threads_is_refused(
         fleet.main()
 
 
+def test_replicas_are_compared_round_by_round() -> None:
+    rates = {"direct": [10.0, 20.0], "Ray, one": [9.0, 19.0], "Ray, two": [18.0, 19.0]}
+    *_, direct, one, two = replicas.table(rates).splitlines()
+    assert direct == "| direct | 15.0 |  |"
+    assert one == "| Ray, one | 14.0 | 0.93 (0.90 to 0.95) |"
+    assert two == "| Ray, two | 18.5 | 1.50 (1.00 to 2.00) |"
+
+
+@pytest.mark.parametrize("wrong", ["--replicas", "--rate", "--new-tokens"])
+def test_numbers_that_mean_nothing_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fleet", "bench.json", wrong, "0"])
+    with pytest.raises(SystemExit):
+        fleet.main()
+    assert f"{wrong} should be more than 0" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_servers_beside_their_simulation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = tmp_path / "bench.json", tmp_path / "out.json"
-    file.write_text(json.dumps({**bench(), "threads": 1}))
+    file.write_text(json.dumps({**bench(), "threads": 1, "model": "mini"}))
     given = ["--rate", "4", "--requests", "20", "--adapters", "3", "--new-tokens", "4"]
     monkeypatch.setattr(sys, "argv", ["fleet", str(file), *given, "--json", str(out)])
     fleet.main()
