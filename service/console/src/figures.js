@@ -29,7 +29,9 @@ export function number(value, digits = 0) {
 export function moment(value) {
   if (!value) return '–';
   const date = new Date(typeof value === 'number' ? value * 1000 : value);
-  return Number.isNaN(date.getTime()) ? String(value) : date.toLocaleString();
+  const page = document.documentElement.lang; // of the page, which may not be the browser's
+  const own = navigator.language.startsWith(page) ? undefined : page;
+  return Number.isNaN(date.getTime()) ? String(value) : date.toLocaleString(own);
 }
 
 export function short(digest) {

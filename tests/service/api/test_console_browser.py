@@ -183,6 +183,9 @@ def test_status_shows_what_ran(page: Any, running: Running) -> None:
     machine = page.get_by_role("region", name="Machine")
     assert "mini" in machine.inner_text()
     assert "stop" in page.get_by_role("region", name="Since the start").inner_text()
+    httpx.post(f"{running.url}/generate", json=asked, timeout=PATIENCE / 1000)
+    row = page.get_by_role("region", name="Latency").get_by_role("row", name="Whole reply")
+    row.get_by_role("cell", name=re.compile(r"\d")).nth(3).wait_for()  # while it is open, too
 
 
 def test_a_collection_is_filled_and_searched(page: Any, tmp_path: Path) -> None:
