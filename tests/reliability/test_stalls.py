@@ -52,7 +52,7 @@ def test_a_hundred_stalled_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     running.stop()
     assert set(stalled.borne) == set(KINDS)
     assert stalled.longest < 20, stalled
-    assert min(min(times) for times in stalled.borne.values()) >= LIMIT
+    assert min(min(times) for times in stalled.borne.values()) > LIMIT / 2
     assert len(times) > 5, "others waited for the stalled ones"
 
 
