@@ -20,9 +20,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 from deploy.load.client import ask
 from deploy.load.fleet import PATIENCE, ROOM, prompt, put_adapters
@@ -32,7 +34,16 @@ from service.bench.cli import directory_of
 
 GENERATED = ("vllm:generation_tokens_total", "")
 STARTING = 600.0
-Arm = tuple[str, Sequence[str]]  # a URL, and the adapters to ask it for
+IDLE_SECONDS = 5.0
+Arm = tuple[str, Sequence[str], psutil.Process]  # a URL, the adapters to ask for, what runs it
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one arm did in one round."""
+
+    rate: float  # tokens/s
+    milliseconds: float  # of processor time, for each token
 
 
 def main() -> None:
@@ -46,22 +57,34 @@ def main() -> None:
         ours = [name for name in names if homes[name] == 0]
         if not 0 < len(ours) < len(names):
             raise SystemExit(f"all {len(names)} adapters have one home: ask for more")
-        arms = {"direct": (direct, ours), "Ray, one": (ray, ours), "Ray, two": (ray, names)}
+        server, cluster = psutil.Process().children()  # in the order of their starts
+        arms = {
+            "direct": (direct, ours, server),
+            "Ray, one": (ray, ours, cluster),
+            "Ray, two": (ray, names, cluster),
+        }
+        idle = _idle(cluster)
         load = os.getloadavg()[0]
-        rates = asyncio.run(_rounds(arms, given, vocabulary))
+        found = asyncio.run(_rounds(arms, given, vocabulary))
     print(
         f"{given.base}, {given.clients} clients, {given.requests} requests a round, {given.rounds} "
         f"rounds, {given.tokens} tokens out; homes {len(ours)} and {len(names) - len(ours)}; load "
-        f"average {load:.1f} to {os.getloadavg()[0]:.1f}\n"
+        f"average {load:.1f} to {os.getloadavg()[0]:.1f}; Ray takes {idle:.2f} s of processor time "
+        "a second when nothing is asked\n"
     )
-    print(table(rates))
+    print(
+        table("tokens/s", {name: [each.rate for each in rounds] for name, rounds in found.items()})
+    )
+    print()
+    spent = {name: [each.milliseconds for each in rounds] for name, rounds in found.items()}
+    print(table("ms of processor time a token", spent))
 
 
-def table(rates: Mapping[str, Sequence[float]]) -> str:
+def table(what: str, figures: Mapping[str, Sequence[float]]) -> str:
     """Each arm beside the one before it, round by round."""
-    lines = ["| | tokens/s, median | of the one before it, by rounds |", "|---|---|---|"]
+    lines = [f"| | {what}, median | of the one before it, by rounds |", "|---|---|---|"]
     before: Sequence[float] = ()
-    for name, found in rates.items():
+    for name, found in figures.items():
         ratios = sorted(b / a for a, b in zip(before, found, strict=False))
         told = (
             f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
@@ -73,20 +96,32 @@ def table(rates: Mapping[str, Sequence[float]]) -> str:
     return "\n".join(lines)
 
 
+def _spent(tree: psutil.Process) -> float:
+    """Seconds of processor time of a process and all below it."""
+    times = [each.cpu_times() for each in (tree, *tree.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+def _idle(tree: psutil.Process) -> float:
+    begun, before = time.perf_counter(), _spent(tree)
+    time.sleep(IDLE_SECONDS)
+    return (_spent(tree) - before) / (time.perf_counter() - begun)
+
+
 async def _rounds(
     arms: dict[str, Arm], given: argparse.Namespace, vocabulary: int
-) -> dict[str, list[float]]:
-    rates: dict[str, list[float]] = {name: [] for name in arms}
+) -> dict[str, list[Round]]:
+    found: dict[str, list[Round]] = {name: [] for name in arms}
     for number in range(given.rounds + 1):  # the first warms up
         for name in list(arms) if number % 2 else list(arms)[::-1]:
-            rate = await _rate(arms[name], given, vocabulary, f"{number} {name}")
+            each = await _round(arms[name], given, vocabulary, f"{number} {name}")
             if number:
-                rates[name].append(rate)
-    return rates
+                found[name].append(each)
+    return found
 
 
-async def _rate(arm: Arm, given: argparse.Namespace, vocabulary: int, seed: str) -> float:
-    url, names = arm
+async def _round(arm: Arm, given: argparse.Namespace, vocabulary: int, seed: str) -> Round:
+    url, names, tree = arm
     left = iter(range(given.requests))
     done = 0
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as http:
@@ -101,9 +136,10 @@ async def _rate(arm: Arm, given: argparse.Namespace, vocabulary: int, seed: str)
                     raise SystemExit(f"{url}, {name}: {reply.fault}")
                 done += reply.tokens
 
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), _spent(tree)
         await asyncio.gather(*(client() for _ in range(given.clients)))
-        return done / (time.perf_counter() - begun)
+        seconds = time.perf_counter() - begun
+        return Round(done / seconds, 1000 * (_spent(tree) - before) / done)
 
 
 async def _homes(url: str, port: int, names: Sequence[str]) -> dict[str, int]:

@@ -9,6 +9,7 @@ event, in the words of its skin.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from typing import Any
 
 import structlog
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers
 from starlette.routing import Match
@@ -120,15 +121,16 @@ class Ingress:
         return caller
 
     def _home(self, scope: Scope, caller: Caller, body: bytes) -> str:
-        """The router's name for the adapter that is asked for; empty for the base, and for
-        whatever the replica will refuse."""
+        """The router's name for the adapter that is asked for, empty for the base. A sum has one
+        by its text, and so has what the replica will refuse."""
         wanted = _named(scope, body)
         if wanted is None or wanted in self._base_names:
             return ""
         try:
             return self._store.of(caller.tenant).resolve(wanted).digest[:ID]
         except AdapterError:
-            return ""
+            text = f"{caller.tenant} {wanted}".encode()
+            return hashlib.blake2b(text, digest_size=ID // 2).hexdigest()
 
     async def _forward(
         self, scope: Scope, body: bytes, model: str, repeatable: bool, send: Send
@@ -141,6 +143,8 @@ class Ingress:
                 return
             except BackPressureError as error:
                 raise Overloaded("every replica is full, and so is the queue for them") from error
+            except RayServeException as error:
+                raise Overloaded("there is no replica that takes requests now") from error
             except RayActorError as error:
                 logger.warning("replica lost", path=scope["path"], begun=reply.begun, asked=asked)
                 if reply.begun:

@@ -68,7 +68,7 @@ def test_a_bench_of_other_threads_is_refused(
 
 def test_replicas_are_compared_round_by_round() -> None:
     rates = {"direct": [10.0, 20.0], "Ray, one": [9.0, 19.0], "Ray, two": [18.0, 19.0]}
-    *_, direct, one, two = replicas.table(rates).splitlines()
+    *_, direct, one, two = replicas.table("tokens/s", rates).splitlines()
     assert direct == "| direct | 15.0 |  |"
     assert one == "| Ray, one | 14.0 | 0.93 (0.90 to 0.95) |"
     assert two == "| Ray, two | 18.5 | 1.50 (1.00 to 2.00) |"

@@ -178,6 +178,8 @@ def test_the_same_api(cluster: Cluster, both: httpx.Client) -> None:
                 told += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
                 events += 1
     assert told == whole["choices"][0]["message"]["content"]
+    summed = ask(both, "letters:0.5,cipher:0.5")
+    assert summed.json()["generated_text"] == served.json()["generated_text"], "of equal parts"
     assert events > 2, "it came in pieces"
     assert both.delete("/adapters/letters").status_code == 200
     assert ask(both, "letters").status_code == 404
