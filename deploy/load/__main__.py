@@ -22,6 +22,7 @@ from deploy.load.server import served
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "training" / "samples" / "cipher"
 ROOM = 1.05  # a little more than they take
+LEAST = 1 << 20  # bytes that a server wants for a tier
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
         {"authorization": f"Bearer {key}"} if (key := os.environ.get("NIBBLE_API_KEY")) else {}
     )
     with ExitStack() as stack:
-        room = None if given.url else _room(given, headers)
+        room, fit = (None, 0) if given.url else _room(given, headers)
         url = given.url or stack.enter_context(served(room, given.serve))
         http = stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=120))
         info = http.get("/info")
@@ -59,7 +60,7 @@ def main() -> None:
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
             "server": f"{info.json()['version']}, {where}; {model}, {info.json()['kernels']}",
             "adapters": f"{given.adapters} of {given.adapter.name}"
-            + ("" if room is None else f", {room:,} bytes in each tier: {given.resident} of them"),
+            + ("" if room is None else f", {room:,} bytes in each tier: {fit} of them"),
             "load": f"{given.requests} requests a phase and round, {given.rounds} rounds, "
             f"{given.clients} clients; {given.prompt_words + 1} words in, "
             f"{given.tokens} tokens out",
@@ -80,7 +81,12 @@ def _arguments() -> argparse.Namespace:
     add("--serve", type=shlex.split, default=[], help="flags for that one: '--base DIR'")
     add("--adapter", type=Path, default=SAMPLE, help="what all adapters are made of")
     add("--adapters", type=int, default=16, help="how many")
-    add("--resident", type=int, default=4, help="how many fit into each tier of its own server")
+    add(
+        "--resident",
+        type=int,
+        default=4,
+        help="fit into each tier of its own server, of 1 MiB at least",
+    )
     add("--requests", type=int, default=32, help="of each workload in each round")
     add("--rounds", type=int, default=2)
     add("--clients", type=int, default=4, help="that ask one request after another")
@@ -99,17 +105,18 @@ def _arguments() -> argparse.Namespace:
     return given
 
 
-def _room(given: argparse.Namespace, headers: Mapping[str, str]) -> int:
-    """Bytes for `resident` of them. What one takes in memory depends on the precision that the
-    server chooses: the first of two servers tells it."""
+def _room(given: argparse.Namespace, headers: Mapping[str, str]) -> tuple[int, int]:
+    """Bytes for `resident` of them, and how many fit. What one takes in memory depends on the
+    precision that the server chooses: the first of two servers tells it."""
     with (
         served(None, given.serve) as url,
         httpx.Client(base_url=url, headers=headers, timeout=120) as http,
     ):
         upload(http, given.adapter, 1, _progress)
         loaded = http.post(f"/adapters/{names(1)[0]}/load").raise_for_status().json()
-    bytes_of_one: int = loaded["bytes"]
-    return round(ROOM * bytes_of_one) * int(given.resident)
+    of_one: int = loaded["bytes"]
+    room = max(LEAST, round(ROOM * of_one) * int(given.resident))
+    return room, room // of_one
 
 
 def _served_name(http: httpx.Client) -> str:
