@@ -157,3 +157,23 @@ def test_no_sequence_and_what_is_not_served(triton_here: torch.device) -> None:
     assert torch.equal(none.run(), torch.zeros_like(case.q))
     assert not serves(case.q.double(), case.k)
     assert not serves(torch.zeros(1, 1, 6), torch.zeros(1, 1, 1, 10, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (34, 2)])
+def test_padding_of_a_captured_step_is_not_read(
+    triton_here: torch.device, heads: tuple[int, int]
+) -> None:
+    """Rows of nobody, and sequences without rows whose context and pages are an older step's."""
+    case = batch(triton_here, [(1, 20), (2, 9)], heads, 16, 16, FLOAT, FLOAT)
+    size, width = 8, case.tables.shape[1]
+    tables = torch.full((size, width), 10**6, dtype=torch.int32, device=triton_here)
+    contexts = torch.full((size,), 10**6, dtype=torch.int32, device=triton_here)
+    starts = torch.full((size + 1,), 3, dtype=torch.int32, device=triton_here)
+    q = torch.full((size, *case.q.shape[1:]), torch.nan, device=triton_here)
+    tables[:2], contexts[:2], starts[:3], q[:3] = (
+        *(case.tables, case.contexts),
+        *(case.starts, case.q[:3]),
+    )
+    y = replace(case, q=q, tables=tables, starts=starts, contexts=contexts).run()
+    assert torch.equal(y[:3], case.run()[:3])
+    assert torch.equal(y[3:], torch.zeros_like(y[3:]))

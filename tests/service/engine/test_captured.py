@@ -140,6 +140,7 @@ class Play:
         for tensor, old in zip(self.kept, before, strict=True):
             tensor.copy_(old)
             tensor[BLOCKS:].view(torch.int8).fill_(-1)  # NaN in floats, and as a scale
+        self.runner._before_head = torch.empty(0)
         found = self.runner.run(batch, self.resident)
         if self.runner.replayed:
             assert [self.runner.hidden(row) for row in range(len(found))] == hidden
@@ -194,8 +195,14 @@ def test_an_adapter_that_no_slot_can_say_is_served_as_it_comes(
     base: Base, home: Path, operations: Operations
 ) -> None:
     adapters = adapters_of(base, home)
+    for ref, lora in list(adapters.items()):
+        if ref.name == "rslora":
+            twice = {p: replace(d, low_rank=2 * d.low_rank) for p, d in lora.deltas.items()}
+            adapters[AdapterRef("two terms", "two terms")] = replace(
+                lora, digest="two terms", deltas=twice
+            )
     play, rng = Play(captured(base, operations), adapters), random.Random(6)
-    for name, replayed in (("vera", False), ("lora", True)):
+    for name, replayed in (("vera", False), ("two terms", False), ("lora", True)):
         (ref,) = (ref for ref in adapters if ref.name == name)
         sequences = sequences_of(rng, 2, [ref])
         play.prompts(sequences)
@@ -212,14 +219,22 @@ def test_more_adapters_than_slots_take_turns(
     ((_, one),) = loras.items()
     many = {AdapterRef(f"twin-{n}", f"twin-{n}"): scaled(one, f"twin-{n}", n) for n in range(5)}
     play, rng = Play(captured(base, operations, most=2), many), random.Random(7)
-    for _ in range(4):
-        sequences = sequences_of(rng, 2, list(many))
+    refs = list(many)
+    for pair in ((0, 1), (0, 2), (1, 2), (3, 4), (0, 4)):
+        sequences = [sequences_of(rng, 2, [refs[i]])[at] for at, i in enumerate(pair)]
+        for at, sequence in enumerate(sequences):
+            sequence.active_from = 0
+            sequence.blocks = list(range(at * 6, at * 6 + 6))
         play.prompts(sequences)
         wanted, found = play.step([Chunk(s, len(s.tokens) - 1, 1) for s in sequences])
         assert play.runner.replayed
         assert torch.equal(found, wanted)
-        gone = rng.choice(list(many)).digest
-        play.runner.forget(gone)  # what is seen again comes back to a slot
+    play.runner.forget(refs[0].digest)
+    play.runner.forget(refs[4].digest)
+    sequences = sequences_of(rng, 1, refs[4:])  # what is seen again comes back to a slot
+    play.prompts(sequences)
+    wanted, found = play.step([Chunk(s, len(s.tokens) - 1, 1) for s in sequences])
+    assert torch.equal(found, wanted)
 
 
 def scaled(adapter: LoweredAdapter, digest: str, number: int) -> LoweredAdapter:
