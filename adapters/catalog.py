@@ -38,7 +38,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 MIGRATIONS = Path(__file__).with_name("migrations")
 HEAD = "0008"
 BUSY_SECONDS = 10  # for the one who writes
-EXCLUSIVE_SECONDS = 120  # for one who brings weights to a bucket meanwhile
+EXCLUSIVE_SECONDS = 120  # for one who changes blobs and rows together
 ATTEMPTS = 5
 # PostgreSQL's advisory locks: one writes at a time, as SQLite has it, migrations among them; and
 # one replica at a time changes blobs and rows together.

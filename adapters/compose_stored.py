@@ -232,7 +232,7 @@ def _finite(
 ) -> tuple[Tensor, Tensor]:
     """`_combined`, or InvalidAdapter where its numbers are no longer any: a density of nearly
     nothing divides by it."""
-    with suppress(torch.linalg.LinAlgError):  # the svd of what is not finite
+    with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # svd of what is not finite
         A, B = _combined(layer, factors, how, recipe)
         if bool(A.isfinite().all()) and bool(B.isfinite().all()):
             return A, B
