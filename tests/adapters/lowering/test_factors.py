@@ -38,6 +38,7 @@ def test_exact_factors_stay_as_they_are(directory: Path) -> None:
 def test_fast_factors_take_half_the_memory_and_make_the_stated_error(
     directory: Path, rank: int
 ) -> None:
+    torch.manual_seed(0)  # of one rank and few rows the error is that of a few numbers
     base = load(directory, dtype="float32", precision="fast")
     A, B, x = torch.randn(rank, 896), torch.randn(512, rank), torch.randn(3, 896)
     term = low_rank(A, B, base)
