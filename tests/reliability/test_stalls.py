@@ -17,7 +17,7 @@ from tests.reliability.served import serving
 from tests.reliability.stalls import KINDS, Stalled, measure, stall
 from tests.service.api.conftest import Running
 
-CLIENTS, LIMIT = 96, 0.4
+CLIENTS, LIMIT = 128, 0.4
 
 
 def test_a_hundred_stalled_clients(monkeypatch: pytest.MonkeyPatch) -> None:
