@@ -98,6 +98,7 @@ def create_app(
         version=meta.own_version(),
         lifespan=_lifespan,
         docs_url=None,  # its page needs the network; ours does not
+        openapi_url=None,  # `openapi.install` serves it from memory
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -112,8 +113,7 @@ def create_app(
         tracing=tracing or open_tracing(settings.otlp_traces_endpoint, model, meta.own_version()),
     )
     app.add_middleware(Door, bounds=body_bounds(settings), tracing=app.state.desk.tracing)
-    plain = app.openapi
-    app.openapi = lambda: openapi.described(plain())  # type: ignore[method-assign]
+    openapi.install(app)
     errors.register(app)
     for router in routers(settings):
         app.include_router(router)

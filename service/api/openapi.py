@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from functools import cache
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.responses import Response
 from pydantic.json_schema import models_json_schema
 
 from service.api import sse
@@ -16,6 +21,28 @@ _OF_BODIES = {
     str(status): refusal(status, ErrorEnvelope)
     for status in (408, 413, 415, 422)  # too slow, too large, of another type, not as described
 }
+
+
+def install(app: FastAPI) -> None:
+    """Serve the document at /openapi.json. It takes a second to make and needs no key, so it is
+    made once, when it is first asked for, and not in the event loop."""
+    plain, making = app.openapi, asyncio.Lock()
+
+    @cache
+    def document() -> dict[str, Any]:
+        return described(plain())
+
+    @cache
+    def encoded() -> bytes:
+        return json.dumps(document(), separators=(",", ":")).encode()
+
+    async def answer(_: object) -> Response:
+        async with making:
+            body = await asyncio.to_thread(encoded)
+        return Response(body, media_type=JSON)
+
+    app.openapi = document  # type: ignore[method-assign]
+    app.add_route("/openapi.json", answer, include_in_schema=False)
 
 
 def described(api: dict[str, Any]) -> dict[str, Any]:

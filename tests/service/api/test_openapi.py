@@ -235,4 +235,7 @@ def test_page_is_whole_in_itself(client: httpx.Client) -> None:
     assert "default-src 'none'" in reply.headers["content-security-policy"]
     assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", reply.text)
     assert "openapi.json" in reply.text
-    assert client.get("/openapi.json").json()["info"]["title"] == "Nibble"
+    document = client.get("/openapi.json")
+    assert document.headers["content-type"] == "application/json"
+    assert document.json()["info"]["title"] == "Nibble"
+    assert client.get("/openapi.json").content == document.content
