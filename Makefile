@@ -10,6 +10,7 @@ PACKAGES := base adapters service training
 CLIENTS := .venv-clients
 INSTALLED := $(VENV)/.stamp
 INSTALLED_DEV := $(VENV)/.stamp-dev
+INSTALLED_ALL := $(VENV)/.stamp-all
 ARGS ?=
 
 .PHONY: help serve install dev test test-all clients deploy-tools test-deploy test-image load load-tools lint format bench samples console clean
@@ -40,16 +41,22 @@ $(INSTALLED_DEV): $(INSTALLED)
 	$(PIP) install --quiet --progress-bar off -c constraints.txt --no-build-isolation -e '.[dev,otel,postgres,rag,redis]'
 	@touch $@
 
+# Triton runs in its interpreter there: 700 MB, which the quick tests go without.
+$(INSTALLED_ALL): $(INSTALLED_DEV)
+	$(PIP) install --quiet --progress-bar off -c constraints.txt --no-build-isolation -e '.[cuda]'
+	@touch $@
+
 install: $(INSTALLED)
 dev: $(INSTALLED_DEV)
 
 serve: $(INSTALLED)
 	@exec $(BIN)/nibble serve $(ARGS)
 
+# A file on each core, at most four at once: each loads torch, and none needs more than one thread.
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-test-all: $(INSTALLED_DEV)
+test-all: $(INSTALLED_ALL)
 	$(BIN)/python -m pytest $(ARGS)
 	$(MAKE) clients
 
