@@ -113,7 +113,7 @@ def is_copy(copy: Tensor, weight: Tensor | PanelWeight) -> bool:
     for start in range(0, copy.shape[0], _TILE_ROWS):
         tile = copy[start : start + _TILE_ROWS]
         own = float_rows(weight, start, start + len(tile))
-        allowed = 2**-7 * own.abs() + 1e-6
+        allowed = 2**-7 * torch.maximum(own.abs(), tile.abs()) + 1e-6  # own may be 0 alone
         if isinstance(weight, PanelWeight):  # half a step of a block's 254
             steps = own.view(len(tile), -1, BLOCK).abs().amax(-1, keepdim=True) / 254
             allowed += steps.expand(-1, -1, BLOCK).reshape(own.shape)

@@ -115,12 +115,14 @@ def test_a_head_that_does_not_fit_stays(tmp_path: Path) -> None:
 
 def test_what_a_weight_in_8_bits_still_knows_of_its_origin() -> None:
     """An upload may bring the base's own table along: known again, and one that differs is not."""
-    table = torch.randn(70, 128) * torch.rand(70, 1)
-    panels = PanelWeight.quantize8(table)
-    half = table.bfloat16().float()
-    assert holds(panels, table)
-    assert is_copy(table, panels)
-    assert is_copy(half, panels)
+    for seed in (1, 33, 41, 43):  # at the later three a number that is 0 in 8 bits was rounded up
+        torch.manual_seed(seed)
+        table = torch.randn(70, 128) * torch.rand(70, 1)
+        panels = PanelWeight.quantize8(table)
+        half = table.bfloat16().float()
+        assert holds(panels, table)
+        assert is_copy(table, panels)
+        assert is_copy(half, panels)
     assert is_copy(half, table)
     for row, column in ((0, 0), (69, 127)):
         other = table.clone()
