@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from service.api.access import Guarded, needs
 from service.api.deps import Desk, DeskDep, Serving, ServingDep, TenantDep, unless_gone
@@ -114,6 +114,19 @@ class DocumentsBody(Incoming):
     )
 
     documents: list[DocumentBody] = Field(min_length=1, max_length=MAX_DOCUMENTS)
+
+    @field_validator("documents")
+    @classmethod
+    def _each_once(cls, documents: list[DocumentBody]) -> list[DocumentBody]:
+        """Each would replace the one before, in a commit of its own."""
+        first: dict[str, int] = {}
+        for place, document in enumerate(documents):
+            if first.setdefault(document.id, place) != place:
+                raise ValueError(
+                    f"documents {first[document.id]} and {place} (from 0) have one id; send the "
+                    "one that counts"
+                )
+        return documents
 
 
 class RefusedDocument(Outgoing):

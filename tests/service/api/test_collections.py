@@ -72,6 +72,9 @@ def test_a_collection_s_life(client: httpx.Client, facts: str) -> None:
         assert refusal(reply, 404)["error_type"] == "not_found"
 
 
+FRESH = [{"id": "fresh", "text": "Sola sells bread."}]
+
+
 def test_documents_are_listed_shown_replaced_and_deleted(client: httpx.Client, facts: str) -> None:
     path = f"/collections/{facts}/documents"
     listed = client.get(path, params={"limit": 2}).json()
@@ -84,6 +87,9 @@ def test_documents_are_listed_shown_replaced_and_deleted(client: httpx.Client, f
     body = {"documents": [{"id": "merla", "text": "Merla has moved to Pelby."}]}
     assert client.post(path, json=body).json()["added"] == ["merla"]
     assert client.post(path, json=body).json()["unchanged"] == ["merla"]
+    twice = refusal(client.post(path, json={"documents": [*FRESH, *body["documents"] * 2]}), 422)
+    assert "documents 1 and 2 (from 0) have one id" in twice["error"]
+    assert client.get(f"{path}/{FRESH[0]['id']}").status_code == 404  # nothing of it was added
     assert "Pelby" in client.get(f"{path}/merla").json()["passages"][0]["text"]
     assert client.delete(f"{path}/merla").json() == {"deleted": "merla"}
     assert refusal(client.delete(f"{path}/merla"), 404)["error"].startswith("document 'merla'")
