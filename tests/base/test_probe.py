@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 
 def model_of(config: Any) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(deepcopy(config), dtype=torch.float32).eval()
 
 
 def config_of(model_type: str, **more: Any) -> Any:

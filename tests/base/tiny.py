@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def save_tiny(
 ) -> Any:
     """Save a random model of this config in a directory; every parameter is made non-trivial."""
     torch.manual_seed(seed)
+    config = deepcopy(config)  # saving writes the dtype into it, and others start from the same
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases start at 0 and norms at 1 otherwise
