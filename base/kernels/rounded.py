@@ -13,7 +13,6 @@ from .panels import BLOCK
 
 RANKS = 8  # of a panel of A
 OUTPUTS = 32  # of a panel of B
-_SCALE = 4  # bytes
 
 
 @dataclass(frozen=True, eq=False)

@@ -240,12 +240,6 @@ def _scaled(sample: Path, number: int) -> bytes:
     return save({name: value * (1 - number / 100) for name, value in tensors.items()})
 
 
-def _home_of(cluster: Cluster, digest: str) -> int:
-    until(lambda: bool(cluster.served().get(digest)), 10)
-    (number,) = cluster.served()[digest]
-    return number
-
-
 @pytest.mark.parametrize("skin", ["/generate_stream", "/v1/completions"])
 def test_a_stream_says_that_its_replica_died(
     cluster: Cluster, both: httpx.Client, skin: str
