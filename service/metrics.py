@@ -102,13 +102,12 @@ class Metrics:
         self._blocks_used = self._gauge(
             "nibble:kv_cache_blocks_used", "Of these, blocks that running sequences hold."
         )
-        steps = Counter(
+        self._steps = self._counters(
             "nibble:steps",
             "Steps on a GPU: replayed as a CUDA graph, or launched kernel by kernel.",
-            ("model_name", "mode"),
-            registry=self.registry,
+            "mode",
+            ("replayed", "eager"),
         )
-        self._steps = {mode: steps.labels(self._model, mode) for mode in ("replayed", "eager")}
         self._step_tokens = self._histogram(
             "vllm:iteration_tokens_total", "Tokens of one step of the engine.", _TOKENS
         )
@@ -142,15 +141,12 @@ class Metrics:
         self._output_length = self._histogram(
             "vllm:request_generation_tokens", "Tokens generated for a request.", _TOKENS
         )
-        ended = Counter(
+        self._ended = self._counters(
             "vllm:request_success",
             "Requests that ended, by reason.",
-            ("model_name", "finished_reason"),
-            registry=self.registry,
+            "finished_reason",
+            sorted(set(REASONS.values())),
         )
-        self._ended = {
-            reason: ended.labels(self._model, reason) for reason in sorted(set(REASONS.values()))
-        }
 
     def _of_adapters(self) -> None:
         # vLLM gives this one no model_name, and gateways parse it as it is there.
@@ -172,23 +168,21 @@ class Metrics:
         self._loads_refused = self._counter(
             "nibble:adapter_loads_refused", "Requests refused because too many loads waited."
         )
-        sought = Counter(
+        self._sought = self._counters(
             "nibble:adapter_lookups",
             "Requests by the tier in which they found their adapter.",
-            ("model_name", "tier"),
-            registry=self.registry,
+            "tier",
+            ("slot", "host", "store"),
         )
-        self._sought = {t: sought.labels(self._model, t) for t in ("slot", "host", "store")}
         self._adapter_hits = self._counter(
             "nibble:adapter_hits", "Requests whose adapter was in its slot already."
         )
-        evicted = Counter(
+        self._evicted = self._counters(
             "nibble:adapter_evictions",
             "Adapters that had to leave, by tier.",
-            ("model_name", "tier"),
-            registry=self.registry,
+            "tier",
+            ("slot", "host"),
         )
-        self._evicted = {tier: evicted.labels(self._model, tier) for tier in ("slot", "host")}
 
     # The observer's side: called from the engine's thread.
 
@@ -305,6 +299,13 @@ class Metrics:
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, ("model_name",), registry=self.registry).labels(self._model)
+
+    def _counters(
+        self, name: str, text: str, label: str, values: Iterable[str]
+    ) -> dict[str, Counter]:
+        """One for each value of the label; all of them are shown from the start."""
+        family = Counter(name, text, ("model_name", label), registry=self.registry)
+        return {value: family.labels(self._model, value) for value in values}
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         family = Histogram(name, text, ("model_name",), registry=self.registry, buckets=buckets)
