@@ -88,6 +88,15 @@ class Bench:
             self.tiers.prefetch(ref)
         return refs
 
+    def use(self, *digests: str) -> None:
+        """One request after the other, each with its load, to its end."""
+        for digest in digests:
+            (ref,) = self.claimed(digest)
+            self.settle()
+            assert self.tiers.acquire(ref)
+            self.tiers.release(ref)
+            self.tiers.claims.drop(ref)
+
     def where(self) -> dict[str, str]:
         return {one.digest: one.tier for one in self.tiers.residents()}
 
@@ -174,12 +183,7 @@ def test_hits_are_told_by_the_tier_where_a_request_finds_its_adapter(bench: Benc
 
 
 def test_uses_are_remembered_when_all_tiers_are_left(bench: Bench) -> None:
-    for digest in "abcd":
-        (ref,) = bench.claimed(digest)
-        bench.settle()
-        assert bench.tiers.acquire(ref)
-        bench.tiers.release(ref)
-        bench.tiers.claims.drop(ref)
+    bench.use(*"abcd")
     (gone,) = (one for one in bench.tiers.residents() if one.digest == "a")
     assert gone == Resident("a", "unmerged", "", "store", 0, hits=1, last_used=gone.last_used)
     bench.tiers.forget("a")
@@ -187,12 +191,7 @@ def test_uses_are_remembered_when_all_tiers_are_left(bench: Bench) -> None:
 
 
 def test_a_tally_is_of_what_is_in_memory_and_costs_nothing_for_the_rest(bench: Bench) -> None:
-    for digest in "abcd":
-        (ref,) = bench.claimed(digest)
-        bench.settle()
-        assert bench.tiers.acquire(ref)
-        bench.tiers.release(ref)
-        bench.tiers.claims.drop(ref)
+    bench.use(*"abcd")
     bench.claimed("e")
     assert bench.where() == {"c": "slot", "d": "slot", "b": "host", "e": "loading", "a": "store"}
     told = {"slot": (2, 2 * SIZE), "host": (1, SIZE), "loading": (1, 0)}
