@@ -28,11 +28,13 @@ import numpy as np
 
 from deploy.load.client import Reply, ask
 from deploy.load.server import served
+from service.bench.cli import directory_of
 from service.bench.scenario import DISTINCT
 from service.plan.calibration import Calibration, UnusableBench, calibrate
-from service.plan.simulation import Measured, Request, Server, Traffic, arrivals, rendezvous, replay
+from service.plan.rendezvous import rendezvous
+from service.plan.simulation import Measured, Request, Server, Traffic, arrivals, replay
 
-LOAD = 0.6
+LOAD = 0.6  # of what the replicas bear
 RANK = 16  # as in the bench
 ROOM = 2 << 30
 PATIENCE = httpx.Timeout(600.0, connect=10.0)
@@ -63,6 +65,9 @@ def main() -> None:
             f"{given.bench} is of {figures['threads']} threads; the servers here have one each: "
             "run `nibble bench --threads 1 --json FILE`"
         )
+    given.base = str(directory_of(given.base or known.model, None))
+    if given.rate is None:
+        given.rate = LOAD * given.replicas * _bearable(figures, known, given.new_tokens)
     traffic = Traffic(given.rate, given.adapters, given.zipf, given.prompt_tokens, given.new_tokens)
     due = arrivals(traffic, given.requests, given.seed)
     server = Server(known.cost, known.kv_cache_bytes // known.token_bytes, given.adapters, 0.0)
@@ -131,7 +136,7 @@ def put_adapters(urls: Sequence[str], base: str, count: int) -> tuple[list[str],
 async def _send(
     urls: Sequence[str], names: Sequence[str], due: Sequence[Request], vocabulary: int
 ) -> list[Reply]:
-    homes = [rendezvous(each.adapter, len(urls))[0] for each in due]
+    homes = [rendezvous(each.adapter, range(len(urls)))[0] for each in due]
     unbounded = httpx.Limits(max_connections=None)
     async with AsyncExitStack() as stack:
         https = [

@@ -1,18 +1,18 @@
 """Which replica a request goes to.
 
-Every adapter has a replica of its own while that one is healthy: rendezvous hashing (Thaler and
-Ravishankar, 1998) orders the replicas for an adapter, without anything that ingresses would have to
-agree on, and a replica that comes or goes moves only its own share. Who is full is passed over: the
-next in that order is the same one for every request, so an adapter that one replica cannot bear is
-borne by two. What names no adapter goes to the less busy of two at random.
+Every adapter has a replica of its own while that one is healthy: rendezvous hashing orders the
+replicas for an adapter (service/plan/rendezvous.py). Who is full is passed over: the next in that
+order is the same one for every request, so an adapter that one replica cannot bear is borne by two.
+What names no adapter goes to the less busy of two at random.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from service.plan.rendezvous import rendezvous
 
 
 class AdapterRouter(RequestRouter):
@@ -30,14 +30,5 @@ class AdapterRouter(RequestRouter):
         model = pending_request.metadata.multiplexed_model_id
         if not model:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
-        return [[replica] for replica in ranked(model, candidate_replicas)]
-
-
-def ranked(model: str, replicas: list[RunningReplica]) -> list[RunningReplica]:
-    """The same order wherever it is asked for."""
-
-    def weight(replica: RunningReplica) -> bytes:
-        name = replica.replica_id.unique_id
-        return hashlib.blake2b(f"{model}\0{name}".encode(), digest_size=8).digest()
-
-    return sorted(replicas, key=weight, reverse=True)
+        ranked = rendezvous(model, candidate_replicas, lambda replica: replica.replica_id.unique_id)
+        return [[replica] for replica in ranked]

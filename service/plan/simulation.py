@@ -8,7 +8,6 @@ are taken as one event, so that thousands of replicas take seconds.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import math
 import random
@@ -20,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from service.plan.calibration import MAX_STEP_TOKENS, StepCost
+from service.plan.rendezvous import rendezvous
 
 # adapter: to the least busy one of those that have it; least-busy: whoever has it; rendezvous: to
 # the one that its hash says, as deploy/ray does.
@@ -262,7 +262,7 @@ def _route(
         return least
     if routing == "rendezvous":
         if adapter not in homes:
-            homes[adapter] = rendezvous(adapter, len(fleet))
+            homes[adapter] = rendezvous(adapter, range(len(fleet)))
         return next((number for number in homes[adapter] if busy[number] < full), least)
     known = [number for number in homes.get(adapter, ()) if adapter in fleet[number].resident]
     best = min(known, key=lambda number: int(busy[number]), default=None)
@@ -271,15 +271,6 @@ def _route(
         return best
     homes[adapter] = [*known, least]
     return least
-
-
-def rendezvous(adapter: int, replicas: int) -> list[int]:
-    """All replicas, in an order that is the adapter's own."""
-
-    def weight(number: int) -> bytes:
-        return hashlib.blake2b(f"{adapter} {number}".encode(), digest_size=8).digest()
-
-    return sorted(range(replicas), key=weight, reverse=True)
 
 
 def arrivals(traffic: Traffic, requests: int, seed: int) -> list[Request]:

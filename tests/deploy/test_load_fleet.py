@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from base.mini import MINI
 from deploy.load import fleet, replicas
 from deploy.load.client import Reply
+from service.bench.scenario import DISTINCT
 from service.plan.simulation import Measured, Server, Traffic, arrivals, replay
 from tests.service.plan.test_fleet import COST, bench
 
@@ -63,6 +66,30 @@ def test_a_bench_of_other_threads_is_refused(
     file.write_text(json.dumps({**bench(), "threads": 2}))
     monkeypatch.setattr(sys, "argv", ["fleet", str(file), "--rate", "1"])
     with pytest.raises(SystemExit, match="is of 2 threads"):
+        fleet.main()
+
+
+@pytest.mark.parametrize("given", [[], ["--base", "mini", "--rate", "2"]])
+def test_base_and_rate_are_the_bench_s_unless_they_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    class Enough(Exception):
+        pass
+
+    def run(asked: argparse.Namespace, due: object) -> None:
+        rate = 2.0 if given else 0.6 * 3 * distinct / 16
+        assert (asked.base, asked.rate) == (str(MINI), pytest.approx(rate))
+        raise Enough
+
+    figures = {**bench(), "threads": 1, "model": "mini"}
+    rows = figures["results"]
+    (distinct,) = (r["tokens_per_second"] for r in rows if r["scenario"] == DISTINCT.name)
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(figures))
+    monkeypatch.setattr(fleet, "_run", run)
+    asked = ["fleet", str(file), "--replicas", "3", "--new-tokens", "16", *given]
+    monkeypatch.setattr(sys, "argv", asked)
+    with pytest.raises(Enough):
         fleet.main()
 
 

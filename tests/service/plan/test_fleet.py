@@ -13,13 +13,13 @@ from service.bench.scenario import QUICK
 from service.commands.plan import app
 from service.plan.calibration import StepCost, UnusableBench, calibrate
 from service.plan.fleet import NoFleet, Targets, fewest, outcome, percentile
+from service.plan.rendezvous import rendezvous
 from service.plan.replay import rate_errors
 from service.plan.simulation import (
     Request,
     Routing,
     Server,
     Traffic,
-    rendezvous,
     replay,
     simulate,
 )
@@ -134,8 +134,8 @@ def test_affinity_keeps_adapters_where_they_are() -> None:
 
 
 def test_a_hash_gives_each_replica_its_share_and_moves_no_more_than_it_must() -> None:
-    before = [rendezvous(adapter, 4)[0] for adapter in range(1000)]
-    after = [rendezvous(adapter, 5)[0] for adapter in range(1000)]
+    before = [rendezvous(adapter, range(4))[0] for adapter in range(1000)]
+    after = [rendezvous(adapter, range(5))[0] for adapter in range(1000)]
     assert all(200 < before.count(number) < 300 for number in range(4))
     assert {new for old, new in zip(before, after, strict=True) if old != new} == {4}
 
