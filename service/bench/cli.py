@@ -70,9 +70,13 @@ def bench(
             "where the CPU does not multiply bfloat16."
         ),
     ] = "auto",
-    peft_rounds: Annotated[
+    slow_rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="Of PEFT and transformers, which are slow. Default: as --rounds."),
+        typer.Option(
+            min=1,
+            help="Of PEFT and transformers, which are slow, and of every --precision but the "
+            "first. Default: as --rounds.",
+        ),
     ] = None,
     transformers: Annotated[
         bool, typer.Option(help="Measure transformers' continuous batching too, without adapters.")
@@ -163,7 +167,7 @@ def bench(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         threads=threads,
-        peft_rounds=peft_rounds,
+        slow_rounds=slow_rounds,
         minutes=minutes,
         transformers=transformers,
         gguf=_gguf_of(model, cache) if llama else None,

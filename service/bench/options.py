@@ -10,7 +10,7 @@ from typing import Any
 
 from base.kernels import Precision
 from service.bench.peer import Setup
-from service.bench.plan import SLOW
+from service.bench.plan import NIBBLE, SLOW
 from service.bench.scenario import Scenario
 
 Report = Callable[[str, int, int], None]  # what runs, and which of how many tries it is
@@ -29,7 +29,7 @@ class Options:
     threads: int
     peft_dtypes: tuple[str, ...]  # the fastest of these is measured; empty: no PEFT
     precisions: tuple[Precision, ...] = ("exact",)  # of our own products over NF4, a peer for each
-    peft_rounds: int | None = None  # of the slow peers; None: as many as all
+    slow_rounds: int | None = None  # of slow peers and further precisions; None: as many as all
     transformers: bool = False  # its continuous batching too
     gguf: Path | None = None  # where llama.cpp's weights are kept; None: no llama.cpp
     llama_server: Path | None = None  # the program; None: no servers over HTTP
@@ -41,7 +41,10 @@ class Options:
         return Setup(self.directory, tuple(adapters), self.threads, more)
 
     def rounds_of(self, peer: str) -> int:
-        return min(self.rounds, self.peft_rounds or self.rounds) if peer in SLOW else self.rounds
+        further = tuple(f"{NIBBLE} {precision}" for precision in self.precisions[1:])
+        if peer in SLOW or (further and peer.startswith(further)):
+            return min(self.rounds, self.slow_rounds or self.rounds)
+        return self.rounds
 
     @property
     def adapters(self) -> int:

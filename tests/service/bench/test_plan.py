@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from base.mini import MINI
 from service.bench.nibble_peer import ENGINE, LOOKUP
+from service.bench.options import Options
 from service.bench.peer import PeerFailed
 from service.bench.plan import BARE, Contestant, contestants, measure, order
 from service.bench.scenario import (
@@ -51,6 +55,16 @@ def test_who_takes_part_in_what() -> None:
     assert taking[NONE] == {FAST, FAST + BARE, "peft", "llama.cpp"}
     assert [row.scenario for row in rows if row.peer == FAST + BARE] == [NONE]
     assert {row.peer for row in rows if row.ours} == {FAST}
+
+
+def test_peers_that_are_slow_and_further_precisions_have_fewer_rounds() -> None:
+    asked = Options("mini", MINI, FULL, 3, 64, 32, 2, (), ("fast", "exact"), slow_rounds=1)
+    once = ("nibble exact", "nibble exact" + BARE, "peft", "transformers")
+    thrice = (FAST, FAST + BARE, "nibble serve", "llama.cpp", "llama-server")
+    assert {asked.rounds_of(peer) for peer in once} == {1}
+    assert {asked.rounds_of(peer) for peer in thrice} == {3}
+    exact = replace(asked, precisions=("exact",))
+    assert exact.rounds_of("nibble exact") == 3
 
 
 def test_transformers_serves_no_adapters_and_servers_are_asked_over_http() -> None:
