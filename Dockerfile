@@ -42,7 +42,7 @@ VOLUME /data
 EXPOSE 8080
 STOPSIGNAL SIGTERM
 HEALTHCHECK --start-period=60s --interval=10s --timeout=5s CMD ["python", "-c", \
-    "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/health', timeout=3)"]
+    "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.getenv('NIBBLE_PORT', '8080') + '/health', timeout=3)"]
 ENTRYPOINT ["nibble"]
 CMD ["serve"]
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -74,6 +78,30 @@ def test_every_command_is_one_for_the_shell_and_every_version_is_pinned() -> Non
             assert done.returncode == 0, done.stderr
             assert "pip install" not in text or "-c constraints.txt" in text
             assert "apt-get install" not in text or "--no-install-recommends" in text
+
+
+def test_the_healthcheck_asks_at_the_port_that_is_set() -> None:
+    told = json.loads(dict(whole("cpu"))["HEALTHCHECK"].partition("CMD ")[2])
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200 if len(asked) == 1 else 500)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = {**os.environ, "NIBBLE_PORT": str(server.server_port)}
+        ended = [
+            subprocess.run([sys.executable, *told[1:]], env=env, stderr=subprocess.DEVNULL)
+            for _ in range(2)
+        ]
+        server.shutdown()
+    assert asked == ["/health", "/health"]
+    assert [one.returncode == 0 for one in ended] == [True, False]
 
 
 @pytest.mark.parametrize("script", ["image.sh", "image-run.sh", "tools.sh"])
