@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SECONDS = 0.5  # how long a tenant's quotas are remembered
 REMEMBERED = 4096  # tenants
 BUSY_SECONDS = 1.0  # after which to try again where too much runs at once
+MINUTE = 60.0  # how long what was reserved counts: later there is nothing to give back
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +102,14 @@ class Meter:
         self._known: OrderedDict[str, tuple[float, Quotas]] = OrderedDict()
         self._inside: Counter[str] = Counter()
 
-    async def admit(self, tenant: str) -> Lease:
-        """Let one request begin. Raises QuotaExceeded, StoreUnavailable."""
+    async def admit(self, tenant: str, *, generates: bool = True) -> Lease:
+        """Let one request begin; one that generates nothing may, whatever tokens are left.
+
+        Raises QuotaExceeded, StoreUnavailable.
+        """
         quotas = await self.quotas(tenant)
         self._check_concurrency(tenant, quotas)
-        if quotas.tokens_per_minute is not None:
+        if generates and quotas.tokens_per_minute is not None:
             await self._spend(tenant, "tokens", quotas.tokens_per_minute, 1, keep=False)
         if quotas.requests_per_minute is not None:
             await self._spend(tenant, "requests", quotas.requests_per_minute, 1)
@@ -176,6 +180,7 @@ class Lease:
         self._most = quotas.tokens_per_minute
         self._reserved = 0
         self._used = 0
+        self._since = 0.0  # of the first reservation
         self._open = True
 
     async def reserve(self, tokens: int) -> None:
@@ -185,6 +190,7 @@ class Lease:
             amount = min(tokens, self._most - self._reserved)
             if amount > 0:
                 await self._meter._spend(self._tenant, "tokens", self._most, amount)
+                self._since = self._since or time.monotonic()
                 self._reserved += amount
 
     def use(self, tokens: int) -> None:
@@ -198,6 +204,8 @@ class Lease:
         self._open = False
         self._meter._left(self._tenant)
         unused = self._reserved - self._used
+        if unused > 0 and time.monotonic() - self._since >= MINUTE:
+            return  # it would be another minute's
         if self._most is not None and unused:  # what was used beyond is charged too
             await self._meter.give_back(self._tenant, self._most, unused)
 

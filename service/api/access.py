@@ -94,8 +94,8 @@ class Guarded(APIRoute):
         if self.queues:
             desk.admission.check_room()
         counted = caller.key is not None and self.scopes != ("admin",)
-        scope["lease"] = await here.meter.admit(caller.tenant) if counted else None
-        lease: Lease | None = scope["lease"]
+        lease = await here.meter.admit(caller.tenant, generates=self.queues) if counted else None
+        scope["lease"] = lease
         return lease
 
 

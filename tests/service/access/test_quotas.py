@@ -113,6 +113,32 @@ def test_tokens_are_reserved_and_given_back(catalog: Catalog) -> None:
     under(catalog, Quotas(tokens_per_minute=100), use)
 
 
+def test_what_was_reserved_a_minute_ago_is_not_given_back_to_this_one(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else who lets long requests run could save up minutes, and spend them at once."""
+    monkeypatch.setattr("service.access.quotas.MINUTE", 0.0)
+
+    async def use(meter: Meter) -> None:
+        lease, other = await meter.admit("acme"), await meter.admit("acme")
+        await lease.reserve(80)
+        await lease.close()
+        with pytest.raises(QuotaExceeded, match="20 are left"):
+            await other.reserve(40)
+
+    under(catalog, Quotas(tokens_per_minute=100), use)
+
+
+def test_who_has_no_tokens_left_may_do_what_takes_none(catalog: Catalog) -> None:
+    async def use(meter: Meter) -> None:
+        await (await meter.admit("acme")).reserve(100)
+        with pytest.raises(QuotaExceeded, match="0 are left"):
+            await meter.admit("acme")
+        await (await meter.admit("acme", generates=False)).close()
+
+    under(catalog, Quotas(tokens_per_minute=100), use)
+
+
 def test_who_has_no_tokens_left_is_refused_before_its_body(catalog: Catalog) -> None:
     async def use(meter: Meter) -> None:
         lease = await meter.admit("acme")

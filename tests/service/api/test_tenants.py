@@ -247,6 +247,7 @@ def test_tokens_that_were_not_used_come_back(site: Site) -> None:
     many = {"inputs": "a", "parameters": {"max_new_tokens": 55, "ignore_eos": True}}
     statuses = [site.acme.post("/generate", json=many).status_code for _ in range(2)]
     assert statuses[-1] == 429, statuses
+    assert site.acme.get("/adapters").status_code == 200, "that takes no tokens"
 
 
 def test_every_reply_is_found_with_what_served_it(site: Site, directory: Path) -> None:
