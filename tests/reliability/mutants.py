@@ -6,7 +6,8 @@
 
 A child is confined as the server's own is, but that it takes many mutants and only 64 MiB more than
 it had before the first. Mutant `--seed`:number is always the same: `--first N --count 1` repeats
-one. Exit status 1: something crashed, swelled, or took longer than the server's child may.
+one. SIGINT and SIGTERM end it with what it has found so far, and where to go on. Exit status 1:
+something crashed, swelled, or took longer than the server's child may.
 """
 
 from __future__ import annotations
@@ -349,6 +350,25 @@ def kinds_of(asked: str) -> Iterable[str]:
     return RECIPES if asked == "all" else asked.split(",")
 
 
+def count_all(asked: argparse.Namespace, work: Path, total: Report) -> None:
+    """Add to `total` what each child reports, and show it."""
+    began = time.monotonic()
+    made = Material() if asked.what == "header" else material(work, kinds_of(asked.kinds))
+    reports = run(
+        made,
+        work,
+        count=asked.count,
+        seed=asked.seed,
+        first=asked.first,
+        at_once=HEADERS if asked.what == "header" else AT_ONCE,
+    )
+    for report in reports:
+        total.add(report)
+        print(f"{total}\n", flush=True)
+        if time.monotonic() - began > asked.seconds:
+            break
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("validator", "header"))
@@ -359,20 +379,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after")
     parser.add_argument("--atheris", action="store_true", help="guided by coverage; headers only")
     asked = parser.parse_args()
-    total, began = Report(), time.monotonic()
+    for sig in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored in a shell's background
+        signal.signal(sig, signal.default_int_handler)
+    total = Report()
     with tempfile.TemporaryDirectory() as directory:
-        work = Path(directory)
         if asked.atheris:
-            return guided(work, asked.count)
-        made = Material() if asked.what == "header" else material(work, kinds_of(asked.kinds))
-        at_once = HEADERS if asked.what == "header" else AT_ONCE
-        for report in run(
-            made, work, count=asked.count, seed=asked.seed, first=asked.first, at_once=at_once
-        ):
-            total.add(report)
-            print(f"{total}\n", flush=True)
-            if time.monotonic() - began > asked.seconds:
-                break
+            return guided(Path(directory), asked.count)
+        try:
+            count_all(asked, Path(directory), total)
+        except KeyboardInterrupt:
+            print(f"stopped; go on with --first {asked.first + total.count}:\n{total}", flush=True)
     sys.exit(1 if total.faults else 0)
 
 

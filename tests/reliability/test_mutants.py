@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,25 @@ def test_a_child_that_dies_is_a_fault(tmp_path: Path, monkeypatch: pytest.Monkey
     (report,) = run(Material(), tmp_path, count=10, at_once=10)
     assert report.count == 10
     assert "mutant 7" in report.faults[0]
+
+
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM])
+def test_whoever_ends_it_hears_how_far_it_got(
+    blow: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def struck(*_: Any, **__: Any) -> Iterator[Report]:
+        yield Report(count=500)
+        os.kill(os.getpid(), blow)
+        yield Report(count=500)
+
+    monkeypatch.setattr(mutants, "run", struck)
+    monkeypatch.setattr("sys.argv", ["mutants", "header", "--first", "1000"])
+    before = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            mutants.main()
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+    assert ended.value.code == 0
+    assert "go on with --first 1500:\n500 mutants, 0 faults" in capsys.readouterr().out
