@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BeforeValidator,
@@ -125,10 +126,11 @@ class Settings(BaseSettings):
     )
     quota_store: str = _setting(
         "Where the requests and tokens of a tenant's minute are counted: here, or in a Redis that "
-        "several servers share (async+redis://host:6379).",
+        "several servers share (async+redis://host:6379, or async+rediss:// over TLS).",
         "Server",
         "async+memory://",
-        pattern=r"^async\+(memory|redis)://",
+        pattern=r"^async\+(memory|rediss?)://",
+        repr=False,
     )
     max_audit_bytes: Bytes = _setting(
         "Largest audit log; beyond it the oldest part of 64 MiB goes.",
@@ -393,8 +395,12 @@ class Settings(BaseSettings):
     @field_validator("quota_store")
     @classmethod
     def _countable(cls, store: str) -> str:
-        if store.startswith("async+redis:") and find_spec("redis") is None:
+        if store.startswith("async+redis") and find_spec("redis") is None:
             raise ValueError("needs a client of Redis: pip install 'nibble-serve[redis]'")
+        try:
+            _ = urlsplit(store).port
+        except ValueError:
+            raise ValueError("its port is no number of 0 to 65535") from None
         return store
 
     @field_validator("block_size")
@@ -527,6 +533,6 @@ def _explain_one(line: dict[str, Any], sources: Mapping[str, Source], path: Path
         return f"{origin}: there is no such setting" + (
             f"; did you mean {near[0]}?" if near else ""
         )
-    # A secret's value stays out of messages: they end up in logs.
-    value = "" if name in SECRETS else f" (got {line['input']!r})"
+    # A secret's value stays out of messages, as does a password in a URL: they end up in logs.
+    value = "" if name in SECRETS else f" (got {_masked(line['input'])!r})"
     return f"{origin}: {message}{value}"

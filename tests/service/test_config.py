@@ -106,6 +106,28 @@ def test_missing_and_broken_files_are_refused(tmp_path: Path) -> None:
         configure(file=broken)
 
 
+@pytest.mark.parametrize(
+    ("store", "said"),
+    [
+        ("redis://:canary@cache:6379", "should match pattern"),
+        ("async+redis://:canary@cache:six", "its port is no number"),
+    ],
+)
+def test_no_error_repeats_the_password_of_a_url(
+    monkeypatch: pytest.MonkeyPatch, store: str, said: str
+) -> None:
+    monkeypatch.setattr(config, "find_spec", lambda name: object())
+    monkeypatch.setenv("NIBBLE_QUOTA_STORE", store)
+    with pytest.raises(ConfigError, match=said) as refused:
+        configure()
+    assert "canary" not in str(refused.value)
+    assert f":{MASK}@cache" in str(refused.value)
+    monkeypatch.setenv("NIBBLE_QUOTA_STORE", "async+rediss://:canary@cache:6380/1")
+    settings = configure().settings
+    assert settings.shown()["quota_store"] == f"async+rediss://:{MASK}@cache:6380/1"
+    assert "canary" not in repr(settings)
+
+
 def test_secrets_are_masked_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIBBLE_HF_TOKEN", "canary")
     monkeypatch.setenv("NIBBLE_CATALOG", "postgresql://me:canary@host/db")
