@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,7 @@ def test_gpus_are_limits_of_servers_and_jobs_that_ask() -> None:
         ("store.catalog=postgresql://h/d,store.catalogSecret.name=s", "are both set"),
         ("store.catalog=postgresql://u:secret@h/d", "store/catalog"),
         ("settings.port=9", "the chart sets it"),
+        ("settings.max_num_seq=9", "max_num_seq"),
         ("settings.admin_key=aaaaaaaaaaaaaaaaaaaa", "it is a secret"),
         ("ingress.enabled=true,keys.open=true,ingress.host=a.b", "name in ingress.checkedBy"),
         ("keys.admin.name=", "keys/admin/name"),
@@ -217,6 +219,22 @@ def test_who_installs_it_is_told_of_the_first_key() -> None:
     assert "create secret generic mine --from-literal=key=" in told["keys.admin.name=mine"]
     assert "whoever reaches it" not in told["keys.admin.name=mine"]
     assert "whoever reaches it can generate" in told["keys.open=true"]
+
+
+def test_prometheus_gets_the_key_where_metrics_want_one() -> None:
+    monitor = "--set=serviceMonitor.enabled=true,keys.admin.name=mine"
+    (plain,) = only(rendered(monitor), "ServiceMonitor")["spec"]["endpoints"]
+    assert "authorization" not in plain
+    made = only(rendered(monitor, "--set=settings.protect_metrics=true"), "ServiceMonitor")
+    check_schema(made)
+    (endpoint,) = made["spec"]["endpoints"]
+    assert endpoint["authorization"]["credentials"] == {"name": "mine", "key": "key"}
+
+
+def test_settings_are_the_server_s() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    known = schema["properties"]["settings"]["propertyNames"]["enum"]
+    assert known == sorted(Settings.model_fields), "values.schema.json lists every setting"
 
 
 def test_jobs_that_publish_get_a_key() -> None:
