@@ -54,6 +54,8 @@ from service.api.connection import HEAD_BYTES, connection_class, room
 from service.api.deps import Desk, Serving
 from service.api.door import Bounds, Door
 from service.api.openai import chat, completions, embeddings, models
+from service.api.places import Places
+from service.api.spool import Spool
 from service.api.upload import FORM_BYTES, sweep
 from service.config import Settings
 from service.experiments import Experiments
@@ -74,6 +76,9 @@ if TYPE_CHECKING:
 
 NO_FAST = "products in 8 bits need a CPU, the C library, and rows that are multiples of 64"
 UPLOADS_AT_ONCE = 4
+UPLOADS_WAITING = 32
+UPLOADS_ARRIVING = 256  # each a file: half of what `connection.OWN_FILES` leaves them
+SPOOLED = 8  # of the largest bodies, on the disk at once
 SLOW_AT_ONCE = 8
 QUICK_AT_ONCE = 16  # look-ups and long prompts; the default would be six threads on two cores
 CANCEL_SECONDS = 2  # for replies that drain_seconds did not suffice for
@@ -91,7 +96,7 @@ def create_app(
     `when_failed` is called when the base could not be loaded: nothing will ever be served.
     `tracing` is used in place of what the settings and OpenTelemetry's variables say.
     """
-    model = _model_name(settings.base)
+    model, bounds = _model_name(settings.base), body_bounds(settings)
     app = FastAPI(
         title="Nibble",
         summary="One 4-bit base model, loaded once; every request names an adapter.",
@@ -107,12 +112,13 @@ def create_app(
         settings=settings,
         admission=Admission(settings.max_queue),
         metrics=Metrics(model),
-        uploads=asyncio.Semaphore(UPLOADS_AT_ONCE),
+        places=Places(UPLOADS_AT_ONCE, UPLOADS_WAITING),
+        spool=Spool(SPOOLED * bounds.largest, UPLOADS_ARRIVING),
         upload_directory=settings.home / "uploads",
         slow=ThreadPoolExecutor(SLOW_AT_ONCE, thread_name_prefix="nibble-slow"),
         tracing=tracing or open_tracing(settings.otlp_traces_endpoint, model, meta.own_version()),
     )
-    app.add_middleware(Door, bounds=body_bounds(settings), tracing=app.state.desk.tracing)
+    app.add_middleware(Door, bounds=bounds, tracing=app.state.desk.tracing)
     openapi.install(app)
     errors.register(app)
     for router in routers(settings):

@@ -19,7 +19,6 @@ from adapters.store import AdapterDescription
 from adapters.traffic import MAX_ARMS
 from service.api.access import Guarded, needs
 from service.api.deps import DeskDep, Serving, ServingDep
-from service.api.errors import Refused
 from service.api.upload import Upload, received
 from service.api.wire import Incoming, Outgoing, PathName, refusals
 from service.engine.request import AdapterRef
@@ -229,13 +228,17 @@ async def upload(request: Request, desk: DeskDep, serving: ServingDep) -> JSONRe
 
     The reply means: checked against this base, complete, and safe on the disk.
     """
+    tenant = serving.caller.tenant
     desk.admission.check()
-    if desk.uploads.locked():
-        raise Refused(503, "overloaded", "too many uploads are under way; try again in a moment")
-    async with desk.uploads, received(request, desk.upload_directory, serving.limits) as arrived:
-        # The commit is not undone when the client goes now: it may have seen nothing, but a
-        # repetition of the same upload finds the same version.
-        manifest = await desk.slowly(_add, arrived, serving)
+    desk.places.check(tenant)
+    with desk.spool.arriving(request, tenant) as arriving:
+        async with (
+            received(arriving, desk.upload_directory, serving.limits) as arrived,
+            desk.place(tenant, arriving),
+        ):
+            # The commit is not undone when the client goes now: it may have seen nothing, but a
+            # repetition of the same upload finds the same version.
+            manifest = await desk.slowly(_add, arrived, serving)
     return created(manifest)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
@@ -14,7 +16,7 @@ from pydantic import ConfigDict, Field, field_validator
 from service.api.access import Guarded, needs
 from service.api.deps import Desk, DeskDep, Serving, ServingDep, TenantDep, unless_gone
 from service.api.document_upload import FORM, received
-from service.api.errors import Refused, failure
+from service.api.errors import failure
 from service.api.ingestion import Ingestion, documents_of_body, documents_of_files
 from service.api.retrieval import (
     CollectionName,
@@ -268,9 +270,9 @@ async def add_documents(
     collection = await _writable(name, desk, serving, tenant)
     rows = [(one.id, one.text, one.metadata) for one in body.documents]
     documents = documents_of_body(rows, collection.character.fields)
-    await desk.uploads.acquire()
-    ingestion = Ingestion(collection, documents, serving, desk, desk.uploads.release)
-    return await _reply(ingestion, request)
+    place = await unless_gone(request, desk.places.take(tenant))
+    release = partial(desk.places.give_back, place)
+    return await _reply(Ingestion(collection, documents, serving, desk, release), request)
 
 
 @router.post(
@@ -285,19 +287,15 @@ async def add_files(
     """Add files, each a document by its name: txt, md, html, pdf, docx, csv; of a jsonl file, each
     row, as `{"id", "text", "metadata"}`. Replies and events are those of /documents."""
     collection = await _writable(name, desk, serving, tenant)
-    upload = await received(request, desk.upload_directory)
-    try:
+    with ExitStack() as stack:
+        arriving = stack.enter_context(desk.spool.arriving(request, tenant))
+        upload = await received(arriving, desk.upload_directory)
+        stack.callback(upload.remove)
         documents = documents_of_files(upload, collection.character.fields)
-        await desk.uploads.acquire()
-    except BaseException:
-        upload.remove()
-        raise
-
-    def close() -> None:
-        desk.uploads.release()
-        upload.remove()
-
-    return await _reply(Ingestion(collection, documents, serving, desk, close), request)
+        place = await unless_gone(arriving, desk.places.take(tenant))
+        stack.callback(desk.places.give_back, place)
+        close = stack.pop_all().close  # when nothing works on them any more
+    return await _reply(Ingestion(collection, documents, serving, desk, close), arriving)
 
 
 @router.get("/{name}/documents", responses={200: {"model": DocumentList}, **_ERRORS})
@@ -368,8 +366,7 @@ async def search(
 
 async def _writable(name: str, desk: Desk, serving: Serving, tenant: str) -> Collection:
     desk.admission.check()
-    if desk.uploads.locked():
-        raise Refused(503, "overloaded", "too many uploads are under way; try again in a moment")
+    desk.places.check(tenant)
     shelf: Shelf = serving.library.shelf(tenant)
     return await asyncio.to_thread(shelf.writable, name)
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
@@ -18,7 +18,6 @@ from adapters.manifest import AdapterManifest
 from service.api.access import Guarded, needs
 from service.api.adapters import AdapterView, created
 from service.api.deps import Desk, DeskDep, Serving, ServingDep
-from service.api.errors import Refused
 from service.api.upload import PREFIX
 from service.api.wire import Incoming, PathName, Reference, Seed, refusals
 from service.errors import InvalidRequest
@@ -86,15 +85,14 @@ class ComposeBody(Incoming):
 )
 @needs("adapters:write")
 async def compose(
-    name: PathName, body: ComposeBody, desk: DeskDep, serving: ServingDep
+    name: PathName, body: ComposeBody, request: Request, desk: DeskDep, serving: ServingDep
 ) -> JSONResponse:
     """Make a new version of `name` of stored LoRAs. It takes the road of every upload: checked,
     tried, and safe on the disk when the reply comes; what it is made of is in its provenance."""
     desk.admission.check()
-    if desk.uploads.locked():
-        raise Refused(503, "overloaded", "too many uploads are under way; try again in a moment")
+    desk.places.check(serving.caller.tenant)
     _check_options(body)
-    async with desk.uploads:
+    async with desk.place(serving.caller.tenant, request):
         manifest = await desk.slowly(_compose, name, body, desk, serving)
     return created(manifest)
 

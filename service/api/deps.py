@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from service.access.gate import Gate
 from service.access.quotas import Lease, Meter
 from service.admission import Admission
 from service.api.errors import Refused
+from service.api.places import Places
+from service.api.spool import Spool
 from service.config import Settings
 from service.engine.observer import StepReport
 from service.engine.request import AdapterRef
@@ -123,7 +125,8 @@ class Desk:
     settings: Settings
     admission: Admission
     metrics: Metrics
-    uploads: asyncio.Semaphore
+    places: Places
+    spool: Spool
     upload_directory: Path
     # What may take minutes (an upload's checks, a load, a delete that waits for what runs) has its
     # own threads, so that it never stands before the look-ups of requests.
@@ -131,6 +134,16 @@ class Desk:
     serving: Serving | None = None
     failure: str | None = None  # why it serves nothing: no base, or no engine any more
     tracing: Tracing = field(default_factory=Untraced)
+
+    @asynccontextmanager
+    async def place(self, tenant: str, request: Request) -> AsyncIterator[None]:
+        """A place for what came with `request`, unless its client goes while it waits. Raises
+        Overloaded, Refused."""
+        held = await unless_gone(request, self.places.take(tenant))
+        try:
+            yield
+        finally:
+            self.places.give_back(held)
 
     async def slowly(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Run something slow in a thread. Not undone when the client goes: it is shielded."""

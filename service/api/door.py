@@ -44,6 +44,12 @@ class Bounds:
     silence_seconds: float = 8.0
     bytes_per_second: float = 16384.0
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest body of any route."""
+        patterns = (limit for _, _, limit in self.by_pattern)
+        return max(self.max_body_bytes, *self.by_route.values(), *patterns)
+
     def of(self, scope: Scope) -> int:
         for method, path, limit in self.by_pattern:
             if method == scope["method"] and path.fullmatch(scope["path"]):

@@ -12,7 +12,6 @@ from pydantic import Field
 
 from service.api.access import Guarded, needs
 from service.api.deps import DeskDep, ServingDep
-from service.api.errors import Refused
 from service.api.file_upload import PURPOSE, Arrived, received
 from service.api.openai_errors import openai_refusals
 from service.api.wire import Outgoing, PathName
@@ -83,12 +82,15 @@ class FileDeleted(Outgoing):
 @needs("train")
 async def upload(request: Request, desk: DeskDep, serving: ServingDep) -> JSONResponse:
     """Upload a file to train with: purpose `fine-tune`. The reply means that it is on the disk."""
+    tenant, limit = serving.caller.tenant, desk.settings.max_file_bytes
     desk.admission.check()
-    if desk.uploads.locked():
-        raise Refused(503, "overloaded", "too many uploads are under way; try again in a moment")
-    limit = desk.settings.max_file_bytes
-    async with desk.uploads, received(request, desk.upload_directory, limit) as arrived:
-        found = await desk.slowly(_keep, serving.jobs.files, arrived)
+    desk.places.check(tenant)
+    with desk.spool.arriving(request, tenant) as arriving:
+        async with (
+            received(arriving, desk.upload_directory, limit) as arrived,
+            desk.place(tenant, arriving),
+        ):
+            found = await desk.slowly(_keep, serving.jobs.files, arrived)
     return JSONResponse(view(found))
 
 

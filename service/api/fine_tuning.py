@@ -111,10 +111,12 @@ async def resume(job_id: PathName, serving: ServingDep) -> JSONResponse:
     responses={200: {"model": JobView}, **openai_refusals(400, 404, 422, 503, 507)},
 )
 @needs("train")
-async def publish(job_id: PathName, desk: DeskDep, serving: ServingDep) -> JSONResponse:
+async def publish(
+    job_id: PathName, request: Request, desk: DeskDep, serving: ServingDep
+) -> JSONResponse:
     """Serve the adapter of a job that succeeded with `publish` false: checked and tried as an
     upload is. One that is published stays as it is."""
-    async with desk.uploads:
+    async with desk.place(serving.caller.tenant, request):
         job = await desk.slowly(serving.jobs.publish, job_id)
     return await _of(serving, lambda _: job, job_id)
 

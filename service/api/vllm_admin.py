@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import ConfigDict, Field
 
@@ -59,10 +59,10 @@ _ERRORS = openai_refusals(404, 413, 415, 422, 429, 500, 503)
 
 @router.post("/load_lora_adapter", responses={200: {"content": {"text/plain": {}}}, **_ERRORS})
 @needs("admin")
-async def load(body: LoadBody, desk: DeskDep, serving: ServingDep) -> Response:
+async def load(body: LoadBody, request: Request, desk: DeskDep, serving: ServingDep) -> Response:
     """Check an adapter and serve it under its name. The reply comes when it can be asked for."""
     directory = beneath(desk.settings.adapter_root, body.lora_path)
-    async with desk.uploads:
+    async with desk.place(serving.caller.tenant, request):
         await desk.slowly(_load, body, directory, serving)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 

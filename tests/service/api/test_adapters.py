@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -353,3 +354,26 @@ def test_a_client_that_goes_in_mid_upload_leaves_nothing(server: Running) -> Non
         connection.sendall(head.encode())
         until(lambda: len(leftovers(server)) == 1)
     until(lambda: leftovers(server) == [])
+
+
+def test_slow_uploads_hold_up_no_fast_one(
+    client: httpx.Client, server: Running, uploads: Path, fresh: str
+) -> None:
+    """Far more of them than have a place at a time; each has sent a part, and may take long."""
+    with ExitStack() as slow:
+        for path, part in 6 * [("/adapters", "weights"), ("/v1/files", "file")]:
+            head = (
+                f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
+                "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+                f'Content-Disposition: form-data; name="{part}"; filename="a.jsonl"\r\n\r\nwww'
+            )
+            one = slow.enter_context(socket.create_connection(server.address, timeout=60))
+            one.sendall(head.encode())
+        until(lambda: len(leftovers(server)) == 12)
+        assert push(client, fresh, uploads / "first").status_code == 201
+        file = ("rows.jsonl", b'{"prompt": "a", "completion": "b"}\n')
+        sent = client.post("/v1/files", files={"file": file}, data={"purpose": "fine-tune"})
+        assert sent.status_code == 200, sent.text
+        assert len(leftovers(server)) == 12
+    until(lambda: leftovers(server) == [])
+    client.delete(f"/v1/files/{sent.json()['id']}")
