@@ -21,6 +21,6 @@ class Limits:
     max_rank: int = 256
     max_scale: float = 1e4  # |alpha / r|
     max_value: float = 1e6  # of any weight: a larger one overflows once the scale is folded in
-    child_seconds: float = 30.0  # wall clock of the validating process
-    child_cpu_seconds: int = 20
+    child_cpu_seconds: int = 20  # of the validating process: what an upload may cost
+    child_seconds: float = 300.0  # wall clock: how long a busy machine may take to give them
     child_memory_bytes: int = GIB  # address space of the validating process

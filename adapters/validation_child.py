@@ -53,8 +53,9 @@ def validate_in_child(
 ) -> Validated:
     """`validate`, and a trial of the template, in a child under `limits`.
 
-    Raises InvalidAdapter, UnsupportedMedia or TooLarge; a child that crashes or runs out of time
-    or memory is an InvalidAdapter too. StoreUnavailable where no process can be started.
+    Raises InvalidAdapter, UnsupportedMedia or TooLarge; a child that crashes or runs out of
+    processor time or memory is an InvalidAdapter too. StoreUnavailable where no process can be
+    started, or the machine does not give it that time: nothing in an upload can make a child wait.
     """
     question = {
         "config": base64.b64encode(config).decode(),
@@ -79,7 +80,10 @@ def validate_in_child(
     except OSError as error:
         raise StoreUnavailable(f"the checks could not be started: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
-        raise InvalidAdapter(f"the checks did not end within {limits.child_seconds:g} s") from error
+        raise StoreUnavailable(
+            f"the checks did not end within {limits.child_seconds:g} s, and not for want of "
+            "processor time: this machine is too busy, or its disk does not answer; try again"
+        ) from error
     return _verdict(done, limits)
 
 

@@ -51,8 +51,8 @@ log = logging.getLogger(__name__)
 class ParseLimits:
     """What reading one file may cost."""
 
-    seconds: float = 60.0
     cpu_seconds: int = 60
+    seconds: float = 300.0  # wall clock: how long a busy machine may take to give them
     memory_bytes: int = 1024 * MIB
     max_characters: int = 16 * MIB  # of text that comes out
     max_rows: int = 100_000  # of a .jsonl file

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adapters import validation_child
-from adapters.errors import InvalidAdapter, TooLarge, UnsupportedMedia
+from adapters.errors import InvalidAdapter, StoreUnavailable, TooLarge, UnsupportedMedia
 from adapters.limits import GIB, Limits
 from adapters.validate import validate
 from adapters.validation_child import ROOT, validate_in_child
@@ -40,9 +40,16 @@ def test_a_regex_that_never_ends_is_a_refusal(save: Saver, spec: BaseSpec) -> No
     short = Limits(child_cpu_seconds=1)
     with pytest.raises(InvalidAdapter, match="processor time"):
         validate_in_child(config, saved.weights, spec, short)
-    patient = Limits(child_seconds=0.7)
-    with pytest.raises(InvalidAdapter, match="did not end within"):
-        validate_in_child(config, saved.weights, spec, patient)
+
+
+def test_time_that_the_machine_does_not_give_is_no_fault_of_the_upload(
+    save: Saver, spec: BaseSpec
+) -> None:
+    """The child waits for its turn on a busy machine, or for a disk: 503, and try again."""
+    saved = save(targets=["q_proj"])
+    with pytest.raises(StoreUnavailable, match="did not end within"):
+        validate_in_child(saved.config, saved.weights, spec, Limits(child_seconds=0.01))
+    assert Limits().child_seconds >= 10 * Limits().child_cpu_seconds
 
 
 def test_a_child_without_memory_is_a_refusal(save: Saver, spec: BaseSpec) -> None:
