@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import platform
 import shlex
@@ -34,7 +35,10 @@ def main() -> None:
         room, fit = (None, 0) if given.url else _room(given, headers)
         url = given.url or stack.enter_context(served(room, given.serve))
         http = stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=120))
-        info = http.get("/info")
+        try:
+            info = http.get("/info")
+        except httpx.TransportError as error:
+            raise SystemExit(f"{url} does not answer ({error}): is `make serve` on?") from error
         if info.is_error:
             raise SystemExit(
                 f"{url}/info answers HTTP {info.status_code}: is this a Nibble server?"
@@ -97,9 +101,14 @@ def _arguments() -> argparse.Namespace:
     add("--tpot-ms", type=float, default=100.0, help="SLO for each further one, on average")
     add("--out", type=Path, default=ROOT / "build" / "load")
     given = parser.parse_args()
-    for name in ("adapters", "resident", "requests", "rounds", "clients", "tokens"):
+    for name in ("adapters", "resident", "requests", "rounds", "clients", "prompt_words", "tokens"):
         if getattr(given, name) < 1:
-            parser.error(f"--{name} is {getattr(given, name)}; should be at least 1")
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} is {getattr(given, name)}; should be at least 1")
+    for name in ("rate", "ttft_ms", "tpot_ms"):
+        value = getattr(given, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} is {value}; should be more than 0")
     if not (given.adapter / WEIGHTS).is_file():
         parser.error(f"--adapter {given.adapter}: there is no {WEIGHTS}")
     return given

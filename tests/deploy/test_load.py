@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from deploy.load import configurations, report
+from deploy.load.__main__ import main
 from deploy.load.adapters import names, upload
 from deploy.load.client import Reply, ask
 from deploy.load.measure import Phase
@@ -106,6 +107,28 @@ def test_figures() -> None:
     assert mixed["hit_rate"] == 0.5
     assert mixed["cold_loads"] == 2
     assert mixed["cold_load_ms"] == {"p50": 100.0, "p90": 180.0, "p99": 198.0}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--rate", "0", "--rate is 0.0; should be more than 0"),
+        ("--ttft-ms", "nan", "--ttft-ms is nan"),
+        ("--prompt-words", "-1", "--prompt-words is -1; should be at least 1"),
+        ("--url", "http://127.0.0.1:1", "http://127.0.0.1:1 does not answer"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    value: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["load", flag, value])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert said in capsys.readouterr().err + str(ended.value)
 
 
 def test_requests_by_the_clock_have_no_slowdown() -> None:
