@@ -189,8 +189,11 @@ def _load(app: FastAPI, loop: asyncio.AbstractEventLoop) -> None:
     except Exception as error:
         expected = isinstance(error, UnservableBase | AdapterError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
-        logger.error("the base could not be loaded", reason=reason, exc_info=not expected)
-        _post(loop, lambda: _fail(app, f"the base could not be loaded: {reason}"))
+        what = "the base could not be loaded"
+        if isinstance(error, AdapterError):  # of the store
+            what = "the server could not start"
+        logger.error(what, reason=reason, exc_info=not expected)
+        _post(loop, lambda: _fail(app, f"{what}: {reason}"))
         return
     logger.info("ready", base=loaded.spec.id, seconds=round(time.monotonic() - started, 2))
     if not _post(loop, lambda: _open(desk, loaded)):
@@ -295,7 +298,7 @@ def assemble(settings: Settings, metrics: Metrics, tracing: Tracing) -> Serving:
         cache={
             "block_size": str(config.block_size),
             "num_gpu_blocks": str(engine.stats().blocks_total),
-            "cache_dtype": dtype,
+            "cache_dtype": dtype if settings.kv_dtype == "auto" else settings.kv_dtype,
             "enable_prefix_caching": "True",
         },
         build={"version": meta.own_version(), "kernels": native_status(), "base": base.spec.id},

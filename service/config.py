@@ -42,6 +42,7 @@ PREFIX = "NIBBLE_"
 FILE = "nibble.toml"
 SECRETS = frozenset({"hf_token", "admin_key", "embedder_key", "reranker_key"})
 MASK = "**********"
+CATALOGS = ("sqlite", "postgresql", "postgresql+psycopg")
 MAX_DRAFT_TOKENS = 64
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
@@ -201,7 +202,7 @@ class Settings(BaseSettings):
         le=1024 * TIB,
     )
     catalog: str = _setting(
-        "URL of the catalog's database; from home when unset.",
+        "URL of the catalog's database, sqlite:/// or postgresql://; from home when unset.",
         "Store",
         default_factory=lambda data: f"sqlite:///{data['home'] / 'catalog.db'}",
         repr=False,
@@ -391,6 +392,13 @@ class Settings(BaseSettings):
         if endpoint is not None and not can_trace():
             raise ValueError("needs OpenTelemetry: pip install 'nibble-serve[otel]'")
         return endpoint
+
+    @field_validator("catalog")
+    @classmethod
+    def _keeps_rows(cls, url: str) -> str:
+        if "://" in url and urlsplit(url).scheme not in CATALOGS:
+            raise ValueError("should begin with sqlite:/// or postgresql://")
+        return url
 
     @field_validator("quota_store")
     @classmethod

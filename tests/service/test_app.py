@@ -183,6 +183,17 @@ def test_a_base_that_cannot_be_loaded_ends_it(
         serve(settings)
 
 
+def test_a_store_that_does_not_answer_is_not_called_a_bad_base(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base_directory: Path
+) -> None:
+    monkeypatch.setattr("service.app.configure_logging", lambda level, layout: None)
+    (tmp_path / "rows").mkdir()
+    where = {"catalog": f"sqlite:///{tmp_path / 'rows'}", "adapters": None, "port": 0}
+    settings = Settings(base=str(base_directory), home=tmp_path, **where)
+    with pytest.raises(SystemExit, match="the server could not start: the catalog failed"):
+        serve(settings)
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory, base_directory: Path) -> Path:
     return make_adapter(tmp_path_factory.mktemp("adapters") / "a", base_directory, "lora", rank=2)

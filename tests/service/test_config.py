@@ -128,6 +128,14 @@ def test_no_error_repeats_the_password_of_a_url(
     assert "canary" not in repr(settings)
 
 
+def test_a_catalog_is_in_a_database_that_is_known() -> None:
+    with pytest.raises(ConfigError, match=r"sqlite:/// or postgresql://.*me:\*+@host") as refused:
+        configure({"catalog": "mysql://me:canary@host/db"})
+    assert "canary" not in str(refused.value)
+    for url in ("postgresql://host/db", "postgresql+psycopg://host/db", "sqlite:////data/rows.db"):
+        assert configure({"catalog": url}).settings.catalog == url
+
+
 def test_secrets_are_masked_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIBBLE_HF_TOKEN", "canary")
     monkeypatch.setenv("NIBBLE_CATALOG", "postgresql://me:canary@host/db")
