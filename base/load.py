@@ -269,7 +269,14 @@ def _linear_shape(layer: NF4Linear | nn.Linear) -> LinearShape:
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    found = torch.device(device)
+    there = torch.cuda.device_count() if found.type == "cuda" else 1
+    if (found.index or 0) >= there:
+        raise UnservableBase(
+            f"device {device}: torch {torch.__version__} sees {there} CUDA devices here; take cpu, "
+            "or auto, or install PyTorch's CUDA build"
+        )
+    return found
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

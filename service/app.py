@@ -274,6 +274,9 @@ def assemble(settings: Settings, metrics: Metrics, tracing: Tracing) -> Serving:
         logger.info("precision", asked=settings.precision, serving=base.precision, why=NO_FAST)
     if base.tokenizer is None:
         raise UnservableBase(f"{settings.base} has no tokenizer, so it cannot read a prompt")
+    if (settings.max_model_len or 0) > base.spec.max_positions:
+        what = {"asked": settings.max_model_len, "serving": base.spec.max_positions}
+        logger.warning("max_model_len", **what, why="the base has no more positions")
     limits = Limits(max_weights_bytes=settings.max_upload_bytes, max_rank=settings.max_rank)
     store = open_store(settings)
 

@@ -245,6 +245,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         load_base(directory, cache_dir=cache)
 
 
+def test_a_device_that_is_not_here_is_refused(directory: Path, cache: Path) -> None:
+    save_tiny(CONFIGS["qwen3"], directory)
+    with pytest.raises(UnservableBase, match=r"device cuda:63: torch .* sees \d+ CUDA devices"):
+        load_base(directory, device="cuda:63", cache_dir=cache)
+
+
 def test_logits_that_are_not_finite_are_refused(directory: Path, cache: Path) -> None:
     save_tiny(CONFIGS["llama"], directory)
     rewrite(directory, lambda t: {**t, "model.norm.weight": torch.full((64,), 1e30)})
