@@ -7,7 +7,7 @@ A version that was acknowledged once keeps its number for ever: deletion only ma
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -27,7 +27,7 @@ from adapters.errors import (
 )
 from adapters.manifest import DEFAULT_TENANT, AdapterManifest
 from adapters.room import check_room
-from adapters.sight import homes, visible
+from adapters.sight import homes, shared, visible
 from adapters.tables import adapters, arms, metadata, served, totals
 from adapters.traffic import Arm
 
@@ -40,6 +40,7 @@ HEAD = "0008"
 BUSY_SECONDS = 10  # for the one who writes
 EXCLUSIVE_SECONDS = 120  # for one who changes blobs and rows together
 ATTEMPTS = 5
+PAGE = 500  # names, where all are read
 # PostgreSQL's advisory locks: one writes at a time, as SQLite has it, migrations among them; and
 # one replica at a time changes blobs and rows together.
 WRITING_LOCK, EXCLUSIVE_LOCK = 0x6E62_0001, 0x6E62_0002
@@ -137,23 +138,32 @@ class Catalog:
         query = rows.where(adapters.c.digest == digest).order_by(*order)
         return self._one(query, f"sha256:{digest}")
 
+    def page(
+        self, after: str, limit: int, digests: Collection[str] | None = None
+    ) -> list[AdapterManifest]:
+        """The newest version of each name behind `after`, by name: of so many names at most.
+        With `digests`, only names that have one of these, as their newest version or not."""
+        mine, theirs = adapters.c.tenant == self.tenant, shared(self.tenant, "adapter")
+        which = [adapters.c.name > after]
+        if digests is not None:
+            which.append(adapters.c.digest.in_(digests))
+        both = sa.union(*(_names(limit, whose, *which) for whose in (mine, theirs)))
+        every = both.subquery()
+        query = sa.select(every.c.name).order_by(every.c.name).limit(limit)
+        found: dict[str, str] = {}
+        with self.reading() as connection:
+            names = connection.execute(query).scalars().all()
+            for whose in (theirs, mine):  # its own stands before another's of the same name
+                rows = connection.execute(_newest(whose, names))
+                found.update((row.name, row.manifest) for row in rows)
+        return [AdapterManifest.from_json(found[name]) for name in names if name in found]
+
     def all_latest(self) -> list[AdapterManifest]:
         """The newest version of every name, by name."""
-        columns = (adapters.c.tenant, adapters.c.name)
-        newest = (
-            sa.select(*columns, sa.func.max(adapters.c.version).label("version"))
-            .where(ALIVE, visible(self.tenant, "adapter"))
-            .group_by(*columns)
-            .subquery()
-        )
-        same = sa.and_(
-            newest.c.tenant == adapters.c.tenant,
-            newest.c.name == adapters.c.name,
-            newest.c.version == adapters.c.version,
-        )
-        others_first = sa.case((adapters.c.tenant == self.tenant, 1), else_=0)
-        query = _manifests().join(newest, same).order_by(adapters.c.name, others_first)
-        return list({one.name: one for one in self._many(query)}.values())
+        found: list[AdapterManifest] = []
+        while more := self.page(found[-1].name if found else "", PAGE):
+            found += more
+        return found
 
     def versions(self, name: str) -> list[AdapterManifest]:
         """Every living version of a name, oldest first."""
@@ -338,6 +348,23 @@ class Catalog:
 
 def _manifests() -> sa.Select[str]:
     return sa.select(adapters.c.manifest).where(ALIVE)
+
+
+def _names(limit: int, *which: sa.ColumnElement[bool]) -> sa.Select[tuple[str]]:
+    """The first of the living names."""
+    name = adapters.c.name
+    query = sa.select(name).where(ALIVE, *which).group_by(name).order_by(name)
+    return sa.select(query.limit(limit).subquery())
+
+
+def _newest(whose: sa.ColumnElement[bool], names: Sequence[str]) -> sa.Select[tuple[str, str]]:
+    """Of each name the newest living version."""
+    key = (adapters.c.tenant, adapters.c.name)
+    last = sa.func.max(adapters.c.version).label("version")
+    living = sa.select(*key, last).where(ALIVE, whose, adapters.c.name.in_(names))
+    newest = living.group_by(*key).subquery()
+    same = [column == newest.c[column.name] for column in (*key, adapters.c.version)]
+    return sa.select(adapters.c.name, adapters.c.manifest).join(newest, sa.and_(*same))
 
 
 def _insert(connection: sa.Connection, draft: AdapterManifest, tenant: str) -> AdapterManifest:

@@ -31,6 +31,13 @@ def homes(connection: sa.Connection, tenant: str, kind: Kind, name: str) -> Iter
             yield home
 
 
+def shared(tenant: str, kind: Kind) -> sa.ColumnElement[bool]:
+    """Of the rows of a kind: those that others share with one."""
+    table = NAMED[kind]
+    those = sa.select(shares.c.tenant, shares.c.name).where(*_to(tenant, kind))
+    return sa.tuple_(table.c.tenant, table.c.name).in_(those)
+
+
 def visible(tenant: str, kind: Kind) -> sa.ColumnElement[bool]:
     """Of the rows of a kind: one's own, and those that are shared with one."""
     table = NAMED[kind]

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -265,8 +265,15 @@ class AdapterStore:
             return self._catalog.version(name, int(tag))
 
     def list(self) -> list[AdapterManifest]:
-        """The newest version of every name."""
+        """The newest version of every name, by name."""
         return self._catalog.all_latest()
+
+    def page(
+        self, after: str, limit: int, digests: Collection[str] | None = None
+    ) -> Sequence[AdapterManifest]:
+        """The newest version of each name behind `after`, by name: of so many names at most.
+        With `digests`, only names that have one of these, as their newest version or not."""
+        return self._catalog.page(after, limit, digests)
 
     def describe(self, name: str) -> AdapterDescription:
         """Versions and aliases of one name. Raises AdapterNotFound."""

@@ -20,6 +20,7 @@ ADAPTER_HUB_NAME = "adapter.safetensors"  # what AdapterHub calls the same file
 TEMPLATE_NAME = "chat_template.jinja"
 JOBS = "/v1/fine_tuning/jobs"
 TOKENIZER_NAME = "tokenizer.json"
+ADAPTERS_PAGE = 1000
 
 
 class ClientError(Exception):
@@ -213,10 +214,19 @@ class Client:
             )
         return found
 
-    def adapters(self, resident: str | None = None) -> Any:
-        """`resident`: only those in this tier (slot, host, loading, store), or true or false."""
-        query = {} if resident is None else {"resident": resident}
-        return self._call("GET", "/adapters", params=query)
+    def adapters(self, resident: str | None = None) -> dict[str, list[dict[str, Any]]]:
+        """All, page by page. `resident`: only those in this tier (slot, host, loading, store), or
+        true or false."""
+        asked: dict[str, Any] = {"limit": ADAPTERS_PAGE} | (
+            {} if resident is None else {"resident": resident}
+        )
+        found: list[dict[str, Any]] = []
+        while True:
+            page = self._call("GET", "/adapters", params=asked)
+            found += page["adapters"]
+            if not page.get("has_more"):
+                return {"adapters": found}
+            asked["after"] = found[-1]["name"]
 
     def adapter(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self._call("GET", f"/adapters/{quote(name, safe='@:')}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict, Field
 
 from adapters import evaluation, origin
@@ -19,6 +20,7 @@ from adapters.store import AdapterDescription
 from adapters.traffic import MAX_ARMS
 from service.api.access import Guarded, needs
 from service.api.deps import DeskDep, Serving, ServingDep
+from service.api.paging import MAX_PAGE, Limit, listed, pieces
 from service.api.upload import Upload, received
 from service.api.wire import Incoming, Outgoing, PathName, refusals
 from service.engine.request import AdapterRef
@@ -83,6 +85,14 @@ _TIERS = ("slot", "host", "loading", "store")  # the nearest first
 ResidentQuery = Annotated[
     Literal["true", "false", "slot", "host", "loading", "store"] | None,
     Query(description="Only those in this tier; true: in memory or on its way there."),
+]
+
+After = Annotated[
+    str,
+    Query(
+        max_length=64,
+        description="Begin behind this name, in the order of names, whether it is there or not.",
+    ),
 ]
 
 
@@ -155,6 +165,7 @@ class AdapterDescriptionView(AdapterView):
 
 class AdapterList(Outgoing):
     adapters: list[AdapterView]
+    has_more: bool = Field(description="Whether `limit` cut some off: go on `after` the last.")
 
 
 class AliasDropped(Outgoing):
@@ -244,12 +255,24 @@ async def upload(request: Request, desk: DeskDep, serving: ServingDep) -> JSONRe
 
 @router.get("", responses={200: {"model": AdapterList}, **refusals(422, 503)})
 @needs("adapters:read")
-async def list_adapters(serving: ServingDep, resident: ResidentQuery = None) -> JSONResponse:
-    """The newest version of every adapter, and where each is now."""
-    manifests = await asyncio.to_thread(serving.store.list)
+async def list_adapters(
+    serving: ServingDep,
+    resident: ResidentQuery = None,
+    limit: Limit = None,
+    after: After = "",
+) -> Response:
+    """The newest version of every adapter by name, and where each is now."""
     residents = _by_digest(await asyncio.to_thread(serving.engine.residents))
-    views = [_view(one, residents.get(one.digest, ())) for one in manifests]
-    return JSONResponse({"adapters": [view for view in views if _wanted(view["tier"], resident)]})
+    near = residents if resident not in (None, "false", "store") else None
+    among = near if near is not None and len(near) <= MAX_PAGE else None
+
+    def views() -> Iterator[Sequence[dict[str, Any]]]:
+        read = partial(serving.store.page, digests=among)
+        for manifests in pieces(read, after, lambda one: one.name):
+            found = (_view(one, residents.get(one.digest, ())) for one in manifests)
+            yield [view for view in found if _wanted(view["tier"], resident)]
+
+    return await listed(views(), limit, "adapters")
 
 
 @router.get(

@@ -41,6 +41,28 @@ def test_versions_count_up(catalog: Catalog) -> None:
     assert [(m.name, m.version) for m in catalog.all_latest()] == [("other", 1), ("support", 3)]
 
 
+def test_pages_have_every_name_once_in_order(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["a", "a-b", "a.b", "a_b", "ab", "b2"]
+    for number, name in enumerate(reversed(names)):
+        add(catalog, "0", name)
+        add(catalog, f"{number + 1}", name)
+    add(catalog, "9", "gone")
+    catalog.delete("gone", None, "now")
+    monkeypatch.setattr("adapters.catalog.PAGE", 2)
+    every = catalog.all_latest()
+    assert {(one.name, one.version) for one in every} == {(name, 2) for name in names}
+    assert [one.name for one in catalog.page("", 100)] == [one.name for one in every]
+    for place, one in enumerate(every):
+        behind = catalog.page(one.name, 3)
+        assert behind == every[place + 1 : place + 4]
+    assert catalog.page("a-b0", 1) == [one for one in every if one.name > "a-b0"][:1]
+    assert [one.digest for one in catalog.page("", 9, ["3" * 64, "9" * 64])] == ["3" * 64]
+    old = catalog.page("", 2, ["0" * 64])  # a version of each, the newest of none
+    assert old == every[:2]
+
+
 def test_the_newest_again_adds_nothing(catalog: Catalog) -> None:
     assert [add(catalog, d) for d in "aab"] == [1, 1, 2]
     assert add(catalog, "a") == 3, "an older one again becomes the newest"

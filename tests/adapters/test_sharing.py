@@ -142,6 +142,12 @@ def test_an_own_name_hides_a_shared_one_whole(acme: Catalog, zeta: Catalog) -> N
     assert add(zeta, "c") == 1
     assert zeta.latest("support").digest == "c" * 64
     assert [one.digest for one in zeta.all_latest()] == ["c" * 64]
+    assert add(acme, "d", "another") == 1
+    assert add(zeta, "e", "zebra") == 1
+    Shares(zeta).set(Share("adapter", "acme", "another", ("zeta",)))
+    assert [one.digest[0] for one in zeta.all_latest()] == ["d", "c", "e"]
+    assert [one.digest[0] for one in zeta.page("another", 1)] == ["c"]
+    assert [one.digest[0] for one in zeta.page("", 9, ["d" * 64, "e" * 64])] == ["d", "e"]
     assert len(zeta.versions("support")) == 1
     assert zeta.aliases_of("support") == {}
     with pytest.raises(AdapterNotFound):  # acme's version 2 is not a version of zeta's adapter

@@ -80,6 +80,25 @@ def test_an_answer_of_some_other_server_is_an_error() -> None:
         nibble.adapters()
 
 
+def test_adapters_are_listed_page_by_page() -> None:
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(dict(request.url.params))
+        after = request.url.params.get("after", "")
+        names = [name for name in "abcde" if name > after][:2]
+        more = names[-1] < "e"
+        return httpx.Response(
+            200, json={"adapters": [{"name": n} for n in names], "has_more": more}
+        )
+
+    with client(answer) as nibble:
+        assert nibble.adapters("slot") == {"adapters": [{"name": name} for name in "abcde"]}
+    assert [one.get("after") for one in asked] == [None, "b", "d"]
+    assert {one["resident"] for one in asked} == {"slot"}
+    assert {one["limit"] for one in asked} == {"1000"}
+
+
 def test_nobody_there() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Path, Query
+from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from adapters.errors import AdapterNotFound, InvalidAdapter
@@ -19,6 +20,7 @@ from service.api.deps import DeskDep, Serving, ServingDep
 from service.api.openai.schema import MAX_MODEL
 from service.api.openai.served import not_found
 from service.api.openai_errors import openai_refusals
+from service.api.paging import Limit, listed, pieces
 from service.api.wire import Outgoing
 from service.engine.request import AdapterRef
 from service.errors import InvalidRequest
@@ -26,6 +28,10 @@ from service.errors import InvalidRequest
 router = APIRouter(prefix="/v1/models", tags=["openai"], route_class=Guarded)
 
 _STARTED = int(time.time())
+After = Annotated[
+    str,
+    Query(max_length=MAX_MODEL, description="Begin behind this id, in the order of the list."),
+]
 
 
 class ModelCard(Outgoing):
@@ -43,6 +49,7 @@ class ModelCard(Outgoing):
 class ModelList(Outgoing):
     object: Literal["list"]
     data: list[ModelCard]
+    has_more: bool = Field(description="Whether `limit` cut some off: go on `after` the last.")
 
 
 class ModelDeleted(Outgoing):
@@ -51,18 +58,22 @@ class ModelDeleted(Outgoing):
     deleted: bool
 
 
-@router.get("", responses={200: {"model": ModelList}, **openai_refusals(503)})
+@router.get("", responses={200: {"model": ModelList}, **openai_refusals(422, 503)})
 @needs("infer", "adapters:read")
-async def listed(serving: ServingDep) -> JSONResponse:
+async def list_models(
+    desk: DeskDep, serving: ServingDep, limit: Limit = None, after: After = ""
+) -> Response:
     """The base first, then the newest version of each adapter by name."""
-    newest: dict[str, AdapterManifest] = {}
-    for manifest in await asyncio.to_thread(serving.store.list):
-        known = newest.get(manifest.name)
-        if known is None or known.version < manifest.version:
-            newest[manifest.name] = manifest
-    cards = [_base(serving, serving.spec.id)]
-    cards += [_adapter(serving, name, newest[name]) for name in sorted(newest)]
-    return JSONResponse({"object": "list", "data": cards})
+    base = {serving.spec.id, *desk.settings.base_names}
+
+    def cards() -> Iterator[Sequence[dict[str, Any]]]:
+        if not after:
+            yield [_base(serving, serving.spec.id)]
+        begin = "" if after in base else after
+        for manifests in pieces(serving.store.page, begin, lambda one: one.name):
+            yield [_adapter(serving, one.name, one) for one in manifests]
+
+    return await listed(cards(), limit, "data", object="list")
 
 
 @router.get("/{model:path}", responses={200: {"model": ModelCard}, **openai_refusals(404, 503)})

@@ -1,0 +1,103 @@
+"""Long lists: in pages, or whole and piece by piece, so that nobody else waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.responses import StreamingResponse
+
+from service.api import paging
+from service.api.paging import listed, pieces
+
+
+def views(count: int, seconds: float = 0.0) -> Iterator[Sequence[dict[str, Any]]]:
+    """`count` of them, each third piece empty, as where a filter leaves nothing."""
+    names = [f"näme-{number}" for number in range(count)]
+    for begin in range(0, count, 4):
+        time.sleep(seconds)
+        yield [{"name": name} for name in names[begin : begin + 4]]
+        yield []
+
+
+async def body_of(made: Iterator[Sequence[dict[str, Any]]], limit: int | None) -> tuple[bool, Any]:
+    """Whether it was sent in pieces, and what it says."""
+    reply = await listed(made, limit, "data", object="list")
+    if not isinstance(reply, StreamingResponse):
+        return False, json.loads(bytes(reply.body))
+    chunks = [chunk async for chunk in reply.body_iterator]
+    assert all(chunks), "an empty chunk would end the reply"
+    return True, json.loads(b"".join(bytes(chunk) for chunk in chunks))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 8, 41])
+@pytest.mark.parametrize("limit", [None, 1, 4, 5, 40, 41, 100])
+def test_a_list_is_whole_or_says_that_there_is_more(count: int, limit: int | None) -> None:
+    _, found = asyncio.run(body_of(views(count), limit))
+    most = count if limit is None else min(limit, count)
+    assert found.keys() == {"object", "data", "has_more"}
+    assert [one["name"] for one in found["data"]] == [f"näme-{n}" for n in range(most)]
+    assert found["has_more"] == (most < count)
+
+
+def test_others_are_served_while_a_long_list_is_made() -> None:
+    async def run() -> tuple[bool, int, float]:
+        turns, longest, ended = 0, 0.0, asyncio.Event()
+
+        async def other() -> None:
+            nonlocal turns, longest
+            while not ended.is_set():
+                before = time.perf_counter()
+                await asyncio.sleep(0)
+                turns, longest = turns + 1, max(longest, time.perf_counter() - before)
+
+        beside = asyncio.ensure_future(other())
+        begun = time.perf_counter()
+        streamed, found = await body_of(views(40, 0.03), None)
+        took = time.perf_counter() - begun
+        ended.set()
+        await beside
+        assert len(found["data"]) == 40
+        return streamed, turns, longest / took
+
+    streamed, turns, share = asyncio.run(run())
+    assert streamed
+    assert turns > 50
+    assert share < 0.5, "the loop stood still while the list was made"
+
+
+def test_pieces_begin_behind_the_last() -> None:
+    asked = []
+
+    def read(after: str, limit: int) -> Sequence[str]:
+        asked.append((after, limit))
+        return [name for name in "abcde" if name > after][:2]
+
+    assert list(pieces(read, "a", str)) == [["b", "c"], ["d", "e"]]
+    assert asked == [(after, paging.PIECE) for after in "ace"]
+
+
+@pytest.mark.parametrize("path", ["/adapters", "/v1/models"])
+def test_pages_of_a_server_make_the_list(client: httpx.Client, path: str) -> None:
+    """OpenAI's SDK asks for no page, and gets all."""
+    key, name = ("adapters", "name") if path == "/adapters" else ("data", "id")
+    whole = client.get(path).json()
+    assert whole["has_more"] is False
+    found, after = [], ""
+    while True:
+        page = client.get(path, params={"limit": 1, "after": after}).json()
+        assert len(page[key]) == 1
+        found += page[key]
+        if not page["has_more"]:
+            break
+        after = found[-1][name]
+    assert [one[name] for one in found] == [one[name] for one in whole[key]]
+    assert len(found) >= 2
+    for wrong in ("0", "10001", "-1", "many"):
+        refused = client.get(path, params={"limit": wrong})
+        assert refused.status_code == (422 if path == "/adapters" else 400), refused.text
