@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from base.deferred import defer_torch
 from base.preload import preload_torch
 from service.commands.flags import with_settings
 from service.commands.installation import shadowed
@@ -27,6 +28,7 @@ def run(configuration: Configuration) -> None:
     if problem := shadowed():
         fail(problem, "Run `pip uninstall adapters`, then install nibble-serve again.")
     preload_torch()
+    defer_torch()
     from service.app import serve  # imports much: seconds, and only needed here
 
     try:
