@@ -49,6 +49,14 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(key)
         return tensor
 
+    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, a view like that of `read`: only their pages count."""
+        from safetensors import safe_open
+
+        with safe_open(self._file_of[key], framework="pt") as file:
+            rows: Tensor = file.get_slice(key)[start:stop]
+        return rows
+
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
     """The files that hold the weights: the shards of the index if there is one, else one file."""

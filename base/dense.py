@@ -9,6 +9,7 @@ copy, which both read. A table of its own stays as it was, since a step reads fe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -122,7 +123,9 @@ def is_copy(copy: Tensor, weight: Tensor | PanelWeight) -> bool:
     return True
 
 
-def round_head(model: Any) -> None:
+def round_head(
+    model: Any, quantize: Callable[[Tensor], PanelWeight] = PanelWeight.quantize8
+) -> None:
     """Put the output head, and the table that is tied to it, in 8 bits: the fast precision.
 
     They stay as they are without the C library, off the CPU, where a module is of a class that is
@@ -135,7 +138,7 @@ def round_head(model: Any) -> None:
     tied = weight is table._parameters.get("weight")
     if tied and not (type(table) is StoredEmbedding or keeps_dtype(model, table)):
         return
-    panels = PanelWeight.quantize8(weight)
+    panels = quantize(weight)
     place_rounded(model, head, panels)
     if tied:
         place_rounded(model, table, panels)

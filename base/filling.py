@@ -13,7 +13,7 @@ from base import heap
 from base.checkpoint import Checkpoint
 from base.dense import keeps_dtype, round_head, swap_stored
 from base.errors import UnservableBase
-from base.kernels import NF4Weight, Precision, with_precision
+from base.kernels import NF4Weight, PanelWeight, Precision, with_precision
 from base.nf4 import NF4Linear
 from base.prequantized import PrequantizedParts
 
@@ -47,6 +47,8 @@ class Filling:
         self.parts = PrequantizedParts(checkpoint)
         self.expected: dict[str, Tensor] = dict(model.state_dict())  # on the meta device
         self.filled: set[str] = set()
+        # Views of the mapped checkpoint that nobody has read yet: parameter and key, by its id.
+        self.unread: dict[int, tuple[nn.Parameter, str]] = {}
         conversions = get_model_conversion_mapping(model)
         self.converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self.renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
@@ -61,7 +63,7 @@ class Filling:
             if key in self.parts.weights:
                 self._place_prequantized(name, self.parts.read(key))
             else:
-                self._place(name, self.checkpoint.read(key))
+                self._place(name, key)
             self.filled.add(name)
         missing = set(self.expected) - self.filled
         # Ties what the config ties, symmetrically, and takes the tied ones off `missing`.
@@ -71,7 +73,8 @@ class Filling:
         if self.dtype is torch.float32 and self.quantize:
             swap_stored(self.model)
         if self.dtype is torch.float32 and self.precision == "fast":
-            round_head(self.model)
+            round_head(self.model, self._quantize8)
+        self._copy_unread()
 
     def _names(self) -> Iterator[tuple[str, str]]:
         """(key in the checkpoint, name in the model) of every tensor that is to be placed."""
@@ -107,7 +110,8 @@ class Filling:
             )
         return cast(str, name)
 
-    def _place(self, name: str, tensor: Tensor) -> None:
+    def _place(self, name: str, key: str) -> None:
+        tensor = self.checkpoint.read(key)
         if tensor.shape != self.expected[name].shape:
             raise UnservableBase(
                 f"{name} is {list(tensor.shape)} in the checkpoint, "
@@ -125,9 +129,47 @@ class Filling:
             weight = NF4Weight.quantize(rows.to(self.device), self.double_quant)
             self._swap(parent_path, parent, weight)
         else:
-            # A copy, or the parameter would keep the whole mapped file in memory.
-            copy = tensor.to(self.device, self._kept_dtype(parent, tensor), copy=True)
-            setattr(parent, leaf, nn.Parameter(copy, requires_grad=False))
+            self._place_float(parent, leaf, tensor, key)
+
+    def _place_float(self, parent: nn.Module, leaf: str, tensor: Tensor, key: str) -> None:
+        """A copy, or the parameter would keep the whole mapped file in memory. The table and the
+        head stay views until it is known whether they are kept in 8 bits."""
+        dtype = self._kept_dtype(parent, tensor)
+        if leaf == "weight" and tensor.dtype is dtype and self._may_be_rounded(parent):
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            self.unread[id(parameter)] = (parameter, key)
+        else:
+            copy = tensor.to(self.device, dtype, copy=True)
+            parameter = nn.Parameter(copy, requires_grad=False)
+        setattr(parent, leaf, parameter)
+
+    def _may_be_rounded(self, module: nn.Module) -> bool:
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        return (
+            self.precision == "fast"
+            and self.quantize
+            and self.device.type == "cpu"
+            and any(module is end for end in ends)
+        )
+
+    def _quantize8(self, weight: Tensor) -> PanelWeight:
+        """Of a view, by stretches of rows: neither the whole matrix nor its file is in memory."""
+        found = self.unread.get(id(weight))
+        if found is None:
+            return PanelWeight.quantize8(weight)
+        rows, width = weight.shape
+        key = found[1]
+        return PanelWeight.quantize8_rows(
+            (rows, width), lambda start, stop: self.checkpoint.read_rows(key, start, stop)
+        )
+
+    def _copy_unread(self) -> None:
+        """Those that stayed as they were."""
+        placed = {id(parameter) for parameter in self.model.parameters()}
+        for number, (parameter, _) in self.unread.items():
+            if number in placed:
+                parameter.data = parameter.data.clone()
+        self.unread.clear()
 
     def _place_prequantized(self, name: str, weight: NF4Weight) -> None:
         path = name.removesuffix(".weight")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from .weight import NF4_LEVELS, NF4Weight
 BLOCK = 64  # columns of one scale
 PANEL_ROWS = 32  # rows of W in a panel
 _SCALE_BYTES = 4 * PANEL_ROWS
-_AT_ONCE = 1 << 22  # weights laid out at a time: a bound on temporary memory
+_AT_ONCE = 1 << 20  # weights laid out at a time: a bound on temporary memory
 
 # `LEVELS8` and `NF4_UNIT` of csrc/fast.h: level c is about LEVELS8[c] * NF4_UNIT.
 LEVELS8 = (-112, -78, -59, -44, -32, -21, -10, 0, 9, 18, 28, 38, 49, 63, 81, 112)
@@ -77,17 +77,25 @@ class PanelWeight:
 
         The error of a weight is at most m / 254.
         """
-        out, width = weight.shape
-        kept = cls._empty((out, width), 8, weight.device)
-        for start, stop in _stretches((out, width)):
-            blocks = weight[start:stop].detach().float().view(stop - start, -1, BLOCK)
+        rows = weight.detach()
+        return cls.quantize8_rows((rows.shape[0], rows.shape[1]), lambda i, j: rows[i:j])
+
+    @classmethod
+    def quantize8_rows(
+        cls, shape: tuple[int, int], read: Callable[[int, int], Tensor]
+    ) -> PanelWeight:
+        """The same of a matrix that nobody holds whole: `read` gives its rows [start, stop)."""
+        width = shape[1]
+        kept = cls._empty(shape, 8, torch.device("cpu"))
+        for start, stop in _stretches(shape):
+            blocks = read(start, stop).float().view(stop - start, -1, BLOCK)
             largest = blocks.abs().amax(dim=-1)
             factor = torch.where(largest > 1e-36, 127 / largest, 0)
             bytes8 = (blocks * factor[..., None]).round() + 128
             bytes8 = bytes8.to(torch.uint8).view(stop - start, width)
             rows = slice(start // PANEL_ROWS, -(-stop // PANEL_ROWS))
             kept[rows] = torch.cat([_lines8(_full(bytes8, 128)), _scale_bytes(largest / 127)], -1)
-        return cls(kept, (out, width), 8)
+        return cls(kept, shape, 8)
 
     @staticmethod
     def _empty(shape: tuple[int, int], bits: int, device: torch.device) -> Tensor:
