@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from ipaddress import ip_address
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import structlog
 from fastapi import Request
@@ -15,6 +17,7 @@ from service.access.caller import SCOPES, Caller
 from service.access.caller import Scope as KeyScope
 from service.access.quotas import Lease
 from service.api.deps import Desk, loaded
+from service.api.errors import Refused
 from service.api.openai_errors import speaks_openai
 from service.api.wire import refusals
 from service.errors import Forbidden, KeysWanted
@@ -86,7 +89,10 @@ class Guarded(APIRoute):
         not counted, and nothing is where there are no keys."""
         desk: Desk = scope["app"].state.desk
         here = loaded(desk)
-        caller = await here.gate.caller(Headers(scope=scope).get("authorization"))
+        headers = Headers(scope=scope)
+        caller = await here.gate.caller(headers.get("authorization"))
+        if caller.key is None and desk.settings.local and not desk.settings.open:
+            check_host(headers.get("host", ""))
         scope["caller"], scope["said"] = caller, {}
         if caller.key is not None:
             structlog.contextvars.bind_contextvars(key=caller.key, tenant=caller.tenant)
@@ -108,6 +114,23 @@ class Keyed(Guarded):
         if caller.key is None:
             raise KeysWanted(self.scopes)
         super().check(caller)
+
+
+def check_host(host: str) -> None:
+    """Who asks a server of this machine's own, without keys, asks by one of its own names: a page
+    whose name was made to lead here (DNS rebinding) would else be at home. Raises Refused."""
+    try:
+        name = urlsplit(f"//{host}").hostname or "localhost"  # HTTP/1.0 says none
+        if name == "localhost" or name.endswith(".localhost") or ip_address(name):
+            return
+    except ValueError:
+        pass
+    raise Refused(
+        403,
+        "forbidden",
+        f"{host[:80]!r} is no name of this machine, and there are no keys: ask 127.0.0.1 or "
+        "localhost, make a key (`nibble keys create`), or say --open behind a proxy that checks",
+    )
 
 
 def caller_of(request: Request) -> Caller:

@@ -163,7 +163,7 @@ class _Passage:
         """A browser sends the page's origin with every write: foreign pages may not use the
         server of whoever looks at them."""
         origin = self._headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != self._headers.get("host"):
+        if origin is not None and _place(origin) != self._headers.get("host"):
             raise Refused(
                 403,
                 "forbidden",
@@ -234,3 +234,11 @@ class _Passage:
             said["client_request_id"] = _UNSAFE_ID.sub("?", theirs[:64])
         quiet = self._scope["path"] in ("/health", "/ready", "/metrics")
         (logger.debug if quiet else logger.info)("request", **said)
+
+
+def _place(origin: str) -> str | None:
+    """Host and port; None where it is no URL."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None

@@ -20,7 +20,7 @@ from fastapi.testclient import TestClient
 from service.app import create_app
 from service.config import Settings
 
-with TestClient(create_app(Settings())) as client:
+with TestClient(create_app(Settings()), "http://localhost") as client:
     while client.get("/ready").status_code != 200:
         time.sleep(0.25)
     body = {"inputs": "Hello", "parameters": {"max_new_tokens": 4}}

@@ -138,6 +138,34 @@ def test_each_scope_opens_its_routes_and_no_others(server: Running, closed: Keys
         closed.revoke(made.key.id)
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8080", 200),
+        ("nibble.localhost", 200),
+        ("127.0.0.1:1", 200),
+        ("[::1]:8080", 200),
+        ("evil.example:8080", 403),
+        ("localhost.evil.example", 403),
+        ("[::1", 403),
+    ],
+)
+def test_without_keys_a_name_that_was_led_here_opens_nothing(
+    server: Running, closed: Keys, client: httpx.Client, host: str, status: int
+) -> None:
+    """A page of evil.example, whose name now means this machine, has that as its own origin."""
+    server.desk.serving = replace(server.desk.serving, gate=Gate(closed))  # type: ignore[type-var]
+    headers = {"host": host, "origin": f"http://{host}"}
+    assert client.get("/adapters", headers=headers).status_code == status
+    body = {"inputs": "two boats", "parameters": {"max_new_tokens": 1}}
+    assert client.post("/generate", json=body, headers=headers).status_code == status
+    if status == 403:
+        made = closed.create("ci", "default", ["infer"])
+        server.desk.serving = replace(server.desk.serving, gate=Gate(closed))
+        headers = {"host": host, "authorization": f"Bearer {made.token}"}
+        assert client.post("/generate", json=body, headers=headers).status_code == 200
+
+
 def test_a_key_serves_and_its_revocation_ends_that_at_once(server: Running, closed: Keys) -> None:
     made = closed.create("ci", "default", ["infer"])
     body = {"inputs": "two boats", "parameters": {"max_new_tokens": 2}}

@@ -130,6 +130,7 @@ def test_cap_by_route() -> None:
     [
         ("POST", b"http://evil.example", 403),
         ("POST", b"null", 403),
+        ("POST", b"http://[::1", 403),
         ("DELETE", b"http://here.example:81", 403),
         ("POST", b"http://here.example", 200),
         ("GET", b"http://evil.example", 200),
