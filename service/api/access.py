@@ -120,8 +120,9 @@ def check_host(host: str) -> None:
     """Who asks a server of this machine's own, without keys, asks by one of its own names: a page
     whose name was made to lead here (DNS rebinding) would else be at home. Raises Refused."""
     try:
-        name = urlsplit(f"//{host}").hostname or "localhost"  # HTTP/1.0 says none
-        if name == "localhost" or name.endswith(".localhost") or ip_address(name):
+        name = urlsplit(f"//{host}").hostname or ""  # HTTP/1.0 says none
+        # Without a dot it is no domain that somebody could have.
+        if "." not in name or name.endswith(".localhost") or ip_address(name):
             return
     except ValueError:
         pass

@@ -143,6 +143,7 @@ def test_each_scope_opens_its_routes_and_no_others(server: Running, closed: Keys
     [
         ("localhost:8080", 200),
         ("nibble.localhost", 200),
+        ("nibble:8080", 200),
         ("127.0.0.1:1", 200),
         ("[::1]:8080", 200),
         ("evil.example:8080", 403),
