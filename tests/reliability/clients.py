@@ -30,7 +30,7 @@ class Lost(Exception):
 def request(path: str, body: Any = None, method: str | None = None, close: bool = False) -> bytes:
     content = b"" if body is None else json.dumps(body).encode()
     method = method or ("GET" if body is None else "POST")
-    head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(content)}\r\n"
     head += "content-type: application/json\r\n" if content else ""
     head += "connection: close\r\n" if close else ""
     return f"{head}\r\n".encode() + content

@@ -176,7 +176,7 @@ class Users:
             for name, content in parts.items()
         )
         body += b"--%b--\r\n" % boundary
-        head = b"POST /adapters HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n" % len(body)
+        head = b"POST /adapters HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n" % len(body)
         return head + b"content-type: multipart/form-data; boundary=%b\r\n\r\n" % boundary + body
 
 

@@ -220,7 +220,7 @@ def test_kill_in_the_middle_of_an_upload(
 
     host, port = httpx.URL(server.url).host, httpx.URL(server.url).port
     half = (
-        b"POST /adapters HTTP/1.1\r\nHost: x\r\nContent-Length: 4000000\r\n"
+        b"POST /adapters HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 4000000\r\n"
         b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
         b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\nhalf\r\n'
         b'--b\r\nContent-Disposition: form-data; name="weights"; filename="w"\r\n\r\n'

@@ -322,7 +322,7 @@ def _endless() -> Iterator[bytes]:
 
 def test_endless_upload_is_cut_off_at_the_cap(server: Running) -> None:
     head = (
-        "POST /adapters HTTP/1.1\nHost: x\nContent-Type: multipart/form-data; boundary=b\n"
+        "POST /adapters HTTP/1.1\nHost: 127.0.0.1\nContent-Type: multipart/form-data; boundary=b\n"
         "Transfer-Encoding: chunked\n\n"
     )
     received, sent = _send(server, head, _endless())
@@ -336,7 +336,7 @@ def test_endless_upload_is_cut_off_at_the_cap(server: Running) -> None:
 
 def test_too_long_a_length_is_refused_before_the_body(server: Running) -> None:
     head = (
-        "POST /adapters HTTP/1.1\nHost: x\nContent-Type: multipart/form-data; boundary=b\n"
+        "POST /adapters HTTP/1.1\nHost: 127.0.0.1\nContent-Type: multipart/form-data; boundary=b\n"
         f"Content-Length: {1 << 40}\nExpect: 100-continue\n\n"
     )
     received, _ = _send(server, head, iter(()))
@@ -346,8 +346,8 @@ def test_too_long_a_length_is_refused_before_the_body(server: Running) -> None:
 
 def test_a_client_that_goes_in_mid_upload_leaves_nothing(server: Running) -> None:
     head = (
-        "POST /adapters HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
-        "Content-Length: 1000000\r\n\r\n"
+        "POST /adapters HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\n\r\n"
         '--b\r\nContent-Disposition: form-data; name="weights"; filename="w"\r\n\r\nwww'
     )
     with socket.create_connection(server.address, timeout=60) as connection:
@@ -363,7 +363,7 @@ def test_slow_uploads_hold_up_no_fast_one(
     with ExitStack() as slow:
         for path, part in 6 * [("/adapters", "weights"), ("/v1/files", "file")]:
             head = (
-                f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
+                f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n"
                 "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
                 f'Content-Disposition: form-data; name="{part}"; filename="a.jsonl"\r\n\r\nwww'
             )
