@@ -7,7 +7,7 @@ A version that was acknowledged once keeps its number for ever: deletion only ma
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -41,6 +41,8 @@ BUSY_SECONDS = 10  # for the one who writes
 EXCLUSIVE_SECONDS = 120  # for one who changes blobs and rows together
 ATTEMPTS = 5
 PAGE = 500  # names, where all are read
+IN_ONE_QUERY = 500  # values
+CACHE_KIB = 256  # of SQLite's pages, for each connection: the system caches the file as well
 # PostgreSQL's advisory locks: one writes at a time, as SQLite has it, migrations among them; and
 # one replica at a time changes blobs and rows together.
 WRITING_LOCK, EXCLUSIVE_LOCK = 0x6E62_0001, 0x6E62_0002
@@ -190,6 +192,23 @@ class Catalog:
         with self.reading() as connection:
             rows = connection.execute(sa.select(*columns).where(ALIVE)).all()
         return {address for row in rows for address in row if address is not None}
+
+    def blobs_needed(self, by: Iterable[AdapterManifest]) -> set[str]:
+        """Of the blobs that these need, those that a living row needs too, whosever. By index: a
+        deletion does not read the rows of all that were ever deleted."""
+        manifests = list(by)
+        own = {one.tokenizer_sha256 for one in manifests} - {None}
+        asked = (
+            (adapters.c.weights_sha256, {one.weights_sha256 for one in manifests}),
+            (adapters.c.tokenizer_sha256, own),  # no index, but few have one
+        )
+        found: set[str] = set()
+        with self.reading() as connection:
+            for column, addresses in asked:
+                for some in _pieces(sorted(filter(None, addresses)), IN_ONE_QUERY):
+                    living = sa.select(column).where(ALIVE, column.in_(some)).distinct()
+                    found.update(connection.execute(living).scalars())
+        return found
 
     # Writing
 
@@ -346,6 +365,10 @@ class Catalog:
             command.upgrade(config, HEAD)
 
 
+def _pieces(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (values[at : at + size] for at in range(0, len(values), size))
+
+
 def _manifests() -> sa.Select[str]:
     return sa.select(adapters.c.manifest).where(ALIVE)
 
@@ -427,6 +450,7 @@ def _tune_sqlite(engine: sa.Engine) -> None:
         cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss
         cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
         cursor.close()
 
     @sa.event.listens_for(engine, "begin")

@@ -318,9 +318,11 @@ class AdapterStore:
 
     def _drop(self, unneeded: Iterable[AdapterManifest]) -> None:
         """`discard`, while the store is held."""
-        needed = self._catalog.blobs_in_use()
-        for sha256 in {address for one in unneeded for address in _addresses(one)} - needed:
+        manifests = list(unneeded)
+        needed = self._catalog.blobs_needed(manifests)
+        for sha256 in {address for one in manifests for address in _addresses(one)} - needed:
             self._blobs.delete(sha256)
+            self._verified.discard(sha256)
 
     def set_alias(self, name: str, alias: str, shares: Mapping[int, float]) -> None:
         """Point `name@alias` to versions: version -> weight. Raises InvalidAdapter (the alias),

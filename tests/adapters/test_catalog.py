@@ -1,8 +1,12 @@
+import _sqlite3
+import ctypes
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -12,7 +16,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from adapters.catalog import HEAD, MIGRATIONS, Catalog, check_alias, check_name, metadata
+from adapters.catalog import CACHE_KIB, HEAD, MIGRATIONS, Catalog, check_alias, check_name, metadata
 from adapters.errors import AdapterInUse, AdapterNotFound, InvalidAdapter, StoreUnavailable
 from tests.adapters.test_manifest import MANIFEST
 
@@ -176,6 +180,61 @@ def test_blobs_of_living_rows_are_in_use(catalog: Catalog) -> None:
     assert catalog.blobs_in_use() == {"1" * 64, "2" * 64, "3" * 64}
     catalog.delete("support", 1, "now")
     assert catalog.blobs_in_use() == {"2" * 64}
+
+
+def test_of_what_is_deleted_the_blobs_that_others_need_are_found(catalog: Catalog) -> None:
+    add(catalog, "a", weights_sha256="1" * 64, tokenizer_sha256="3" * 64)
+    add(catalog, "b", weights_sha256="1" * 64, tokenizer_sha256=None)
+    add(catalog, "c", weights_sha256="2" * 64, tokenizer_sha256="3" * 64)
+    first, second, third = catalog.versions("support")
+    assert catalog.blobs_needed([first]) == {"1" * 64, "3" * 64}
+    catalog.delete("support", 1, "now")
+    assert catalog.blobs_needed([first, second]) == {"1" * 64, "3" * 64}
+    catalog.delete("support", 2, "now")
+    assert catalog.blobs_needed([first, second]) == {"3" * 64}
+    catalog.delete("support", 3, "now")
+    assert catalog.blobs_needed([first, second, third]) == set()
+    many = [replace(first, weights_sha256=f"{n:064x}") for n in range(1001)]
+    assert catalog.blobs_needed(many) == set()
+
+
+def test_a_deletion_reads_only_the_rows_of_its_blobs(tmp_path: Path) -> None:
+    """A million rows may have been deleted before."""
+    catalog = Catalog(str(tmp_path / "catalog.db"))
+    asked: list[str] = []
+
+    def note(*said: Any) -> None:
+        asked.append(said[2])
+
+    sa.event.listen(sa.engine.Engine, "before_cursor_execute", note)
+    try:
+        catalog.blobs_needed([replace(MANIFEST, tokenizer_sha256=None)])
+    finally:
+        sa.event.remove(sa.engine.Engine, "before_cursor_execute", note)
+    (query,) = [text for text in asked if text.startswith("SELECT")]
+    with catalog.reading() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {query}", ("x",)).all()
+    assert "USING INDEX ix_adapters_weights_sha256" in plan[0].detail
+    catalog.close()
+
+
+def test_connections_keep_few_pages(tmp_path: Path) -> None:
+    """SQLite keeps 2 MB for each connection unless it is told otherwise: a server's memory would
+    grow with its catalog for hours, by as much as it has connections."""
+    used = ctypes.CDLL(_sqlite3.__file__).sqlite3_memory_used
+    used.restype = ctypes.c_int64
+    catalog = Catalog(str(tmp_path / "catalog.db"))
+    row = {"tenant": "default", "version": 1, "digest": "d", "weights_sha256": "a", "created": ""}
+    with catalog.writing() as connection:
+        rows = [{**row, "name": f"n{n}", "manifest": "x" * 3000} for n in range(1000)]
+        connection.execute(sa.insert(metadata.tables["adapters"]), rows)
+    with ExitStack() as held:
+        readers = [held.enter_context(catalog.reading()) for _ in range(8)]
+        before = used()
+        for reader in readers:
+            assert len(reader.execute(sa.text("SELECT manifest FROM adapters")).all()) == 1000
+        assert (used() - before) / len(readers) < 1.5 * CACHE_KIB * 1024
+    catalog.close()
 
 
 def test_many_threads_and_two_processes_worth_of_catalogs(tmp_path: Path) -> None:
