@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -47,6 +49,7 @@ def empty_model(config_json: Mapping[str, Any], dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    _import_losses()
     config = read_config(config_json)
     _refuse_unservable(config, config_json)
     try:
@@ -58,6 +61,21 @@ def empty_model(config_json: Mapping[str, Any], dtype: torch.dtype) -> Any:
         ) from error
     _refuse_experts(model)
     return model.eval().requires_grad_(False)
+
+
+def _import_losses() -> None:
+    """transformers' losses, which every model imports, without SciPy: those for object detection
+    want it, and it takes 36 MiB and a second.
+    """
+    from transformers import utils
+
+    known = utils.is_scipy_available
+    utils.is_scipy_available = lambda: False
+    try:
+        with suppress(ImportError):  # another version may have none; its models import as ever
+            import_module("transformers.loss.loss_utils")
+    finally:
+        utils.is_scipy_available = known
 
 
 def another(model: Any) -> Any:

@@ -289,7 +289,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _tokenizer(directory: Path, cache: Path | None) -> Any:
-    """transformers' own; with a `cache` the one that is kept there, and it is kept."""
+    """transformers' own; with a `cache` the one that is kept there, first made where it must be."""
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
     file = None if cache is None else TokenizerFile(cache, directory)
@@ -303,9 +303,11 @@ def _tokenizer(directory: Path, cache: Path | None) -> Any:
         )
     except Exception as error:  # each tokenizer class fails in its own way
         raise UnservableBase(f"the tokenizer cannot be loaded: {error}") from error
-    if file is not None:
-        file.save(tokenizer)
-    return tokenizer
+    if file is None:
+        return tokenizer
+    file.save(tokenizer)
+    # What transformers made has every word twice, once as an object of Python.
+    return file.read() or tokenizer
 
 
 def _eos_token_ids(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:

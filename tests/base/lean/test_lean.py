@@ -134,8 +134,10 @@ def test_another_dtype_has_no_outline() -> None:
 
 
 def test_the_kept_tokenizer_is_transformers(tmp_path: Path) -> None:
-    theirs = load(MINI, tmp_path, lean=True).tokenizer
+    theirs = load(MINI, tmp_path).tokenizer
+    first = load(MINI, tmp_path, lean=True).tokenizer
     ours = load(MINI, tmp_path, lean=True).tokenizer
+    assert isinstance(first, KeptTokenizer)
     assert not isinstance(theirs, KeptTokenizer)
     assert isinstance(ours, KeptTokenizer)
     for text in TEXTS:
