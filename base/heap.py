@@ -1,9 +1,14 @@
-"""Giving freed memory back to the system."""
+"""Giving memory back to the system."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
+from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
+
+_MAPS = Path("/proc/self/smaps")
 
 
 def trim() -> None:
@@ -14,3 +19,31 @@ def trim() -> None:
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def drop_library_pages() -> None:
+    """Unmap the pages of libraries' files that lie here unchanged; only on Linux.
+
+    Linking and a library's own start read far more of it than work does, and what was read once
+    stays resident. What is needed again comes from the page cache: a microsecond for 64 KiB.
+    """
+    with suppress(AttributeError, OSError, ValueError):
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for start, stop in list(_unchanged(_MAPS.read_text())):
+            madvise(start, stop - start, mmap.MADV_DONTNEED)
+
+
+def _unchanged(smaps: str) -> Iterator[tuple[int, int]]:
+    """Private mappings of shared libraries that nobody can write to and nobody has written to:
+    without their relocated data, which has pages of our own and would be lost.
+    """
+    found: tuple[int, int] | None = None
+    for line in smaps.splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            start, _, stop = first.partition("-")
+            library = ".so" in rest[-1].rpartition("/")[2] and rest[0] in ("r--p", "r-xp")
+            found = (int(start, 16), int(stop, 16)) if library else None
+        elif first == "Anonymous:" and rest[0] == "0" and found is not None:
+            yield found

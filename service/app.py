@@ -7,6 +7,7 @@ imported there too. SIGTERM: nothing new is admitted (503), what runs finishes, 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import threading
@@ -195,9 +196,22 @@ def _load(app: FastAPI, loop: asyncio.AbstractEventLoop) -> None:
         logger.error(what, reason=reason, exc_info=not expected)
         _post(loop, lambda: _fail(app, f"{what}: {reason}"))
         return
+    _settle()
     logger.info("ready", base=loaded.spec.id, seconds=round(time.monotonic() - started, 2))
     if not _post(loop, lambda: _open(desk, loaded)):
         _close(loaded)
+
+
+def _settle() -> None:
+    """What only the start needed goes back to the system. What it made the collector never walks
+    again, which `nibble serve` has kept from running until now."""
+    from base import heap
+
+    heap.trim()
+    heap.drop_library_pages()
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def _post(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import typer
 
 from base.deferred import defer_torch
@@ -27,6 +29,7 @@ def run(configuration: Configuration) -> None:
     _check_closed(configuration.settings)
     if problem := shadowed():
         fail(problem, "Run `pip uninstall adapters`, then install nibble-serve again.")
+    gc.disable()  # imports make much and drop little; it runs again once the server is ready
     preload_torch()
     defer_torch()
     from service.app import serve  # imports much: seconds, and only needed here

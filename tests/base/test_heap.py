@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""Memory that is not needed goes back to the system."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+
+from base.heap import _unchanged
 
 # In a process of its own: what other tests left in the heap would take some of the holes.
 HOLES = """
@@ -26,3 +28,44 @@ def test_what_is_free_between_live_tensors_is_given_back() -> None:
     """Holes of a size that the heap keeps, with live tensors between them."""
     ran = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
     assert int(ran.stdout) > 64, f"{ran.stdout} MiB of 128 were given back"
+
+
+LIBRARIES = """
+import psutil, torch
+from base import heap
+
+rows = torch.randn(64, 64)
+wanted = torch.linalg.inv(rows)
+before = psutil.Process().memory_info().rss
+heap.drop_library_pages()
+print(before - psutil.Process().memory_info().rss >> 20)
+assert torch.equal(torch.linalg.inv(rows), wanted)
+import torch.utils.benchmark, sqlite3, numpy.linalg
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells its maps")
+def test_libraries_work_without_the_pages_that_their_start_read() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", LIBRARIES], capture_output=True, text=True, check=True
+    )
+    assert int(ran.stdout) > 20, f"{ran.stdout} MiB of torch's files were unmapped"
+
+
+def test_only_what_nobody_wrote_is_dropped() -> None:
+    def mapping(start: str, access: str, file: str, anonymous: int) -> str:
+        return (
+            f"{start}000-{start}fff {access} 00000000 fe:00 12 {file}\nRss: 8 kB\n"
+            f"Anonymous: {anonymous} kB\nVmFlags: rd mr mw me\n"
+        )
+
+    smaps = (
+        mapping("1", "r-xp", "/lib/libtorch_cpu.so", 0)
+        + mapping("2", "r--p", "/lib/libtorch_cpu.so", 4)  # relocated: its pages are our own
+        + mapping("3", "rw-p", "/lib/libtorch_cpu.so", 0)  # somebody may be writing
+        + mapping("4", "r--s", "/lib/libtorch_cpu.so", 0)
+        + mapping("5", "r--p", "/lib/libc.so.6", 0)
+        + mapping("6", "r--p", "/home/bases/kept.safetensors", 0)
+        + "7000-7fff r--p 00000000 00:00 0\nRss: 8 kB\nAnonymous: 0 kB\n"
+    )
+    assert list(_unchanged(smaps)) == [(0x1000, 0x1FFF), (0x5000, 0x5FFF)]
