@@ -144,8 +144,9 @@ def connection_class(max_open: int) -> type[Connection]:
 def _envelope(status: str, message: str, error_type: str) -> bytes:
     """A whole reply for what never became a request: it has no id."""
     body = json.dumps({"error": message, "error_type": error_type, "request_id": ""})
+    again = "retry-after: 5\r\n" if status.startswith("503") else ""
     head = (
-        f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\nretry-after: 5\r\n"
+        f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n{again}"
         f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     return (head + body).encode()

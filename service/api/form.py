@@ -9,6 +9,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.errors import InvalidRequest
 
+MAX_BOUNDARY = 70  # RFC 2046, section 5.1.1
+
 
 class StreamedForm(ABC):
     """Feeds a streaming parser. A part that is not among `names`, or comes twice, is refused.
@@ -17,6 +19,10 @@ class StreamedForm(ABC):
     """
 
     def __init__(self, boundary: bytes, names: Collection[str], known: str) -> None:
+        if len(boundary) > MAX_BOUNDARY:
+            raise InvalidRequest(
+                f"the form's boundary has {len(boundary)} bytes; should have at most {MAX_BOUNDARY}"
+            )
         self._names, self._known = names, known
         self._seen: set[str] = set()
         self._part = ""

@@ -104,6 +104,7 @@ def test_what_is_no_request_gets_the_envelope(running: Running, bad: bytes) -> N
         reply = b"".join(iter(lambda: connection.recv(4096), b""))
     head, _, body = reply.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"retry-after" not in head, "the same again is refused again"
     assert json.loads(body)["error_type"] == "validation"
 
 

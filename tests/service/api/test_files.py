@@ -56,6 +56,14 @@ def test_what_is_refused(
     assert not list(server.desk.upload_directory.iterdir())
 
 
+@pytest.mark.parametrize(("path", "status"), [("/v1/files", 400), ("/adapters", 422)])
+def test_a_boundary_that_is_too_long(client: httpx.Client, path: str, status: int) -> None:
+    headers = {"content-type": f"multipart/form-data; boundary={'b' * 300}"}
+    refused = client.post(path, content=b"--b", headers=headers)
+    assert refused.status_code == status, refused.text
+    assert "boundary has 300 bytes; should have at most 70" in refused.text
+
+
 def test_a_body_that_is_no_form(client: httpx.Client) -> None:
     refused = client.post("/v1/files", content=b"x", headers={"content-type": "text/plain"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (415, "unsupported_media")
