@@ -386,6 +386,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         max_sequences=settings.max_num_seqs,
         max_step_tokens=settings.max_step_tokens,
         max_waiting=settings.max_queue,
+        max_waiting_tokens=settings.max_queue_tokens,
         host_cache_bytes=settings.host_cache_bytes,
         slot_bytes=settings.slot_bytes,
         max_loads=settings.max_cold_loads,

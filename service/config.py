@@ -326,6 +326,14 @@ class Settings(BaseSettings):
         le=MAX_DRAFT_TOKENS,
     )
     max_queue: int = _setting("Requests that may wait.", "Engine", 1024, ge=1, le=100_000)
+    max_queue_tokens: int | None = _setting(
+        "Tokens of the prompts that may wait, so that nobody waits long behind long ones: the "
+        "seconds that a first token may take, times the prompt tokens a second. Unset: any.",
+        "Engine",
+        None,
+        ge=1,
+        le=1 << 40,
+    )
     slot_bytes: Bytes = _setting(
         "Budget for adapters on the device.", "Engine", 2 * GIB, ge=MIB, le=TIB
     )

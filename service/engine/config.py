@@ -27,6 +27,7 @@ class EngineConfig:
     max_sequences: int = 64  # that run at once
     max_step_tokens: int = 512  # of all chunks in one step
     max_waiting: int = 1024  # sequences in the queue
+    max_waiting_tokens: int | None = None  # of their prompts; None: any
     host_cache_bytes: int = 2 * GIB
     slot_bytes: int = 2 * GIB
     max_loads: int = 64  # adapters on their way to memory, before requests for others are refused

@@ -73,7 +73,7 @@ class Engine:
         )
         self._observer = observer or Silent()
         self._thread = threading.Thread(target=self._main, name="nibble-engine", daemon=True)
-        self._door = Door(config.max_waiting)
+        self._door = Door(config.max_waiting, config.max_waiting_tokens)
         self._mailbox = Mailbox(self._thread, lambda: self._door.failure)
         recorder = recorder_for(base.device) if config.cuda_graphs == "auto" else None
         sizes = sizes_for(config.max_sequences) if recorder else ()
@@ -153,7 +153,7 @@ class Engine:
         request_ids: list[int] = []
         stream = Stream(request.n, lambda: self._mailbox.post(lambda: self._cancel(request_ids)))
         with self._door.lock:
-            self._door.enter(request.adapter, request.n)
+            self._door.enter(request.adapter, request.n, len(request.prompt))
             if request.adapter is not None:
                 self._tiers.claims.take(request.adapter, request.n)
             # Within the door, so that an engine that closes it still sees the request.
@@ -397,7 +397,7 @@ class Engine:
         if sequence.adapter is not None:
             self._tiers.claims.drop(sequence.adapter)
         if not output.scheduled:
-            self._door.leave_queue()
+            self._door.leave_queue(sequence.prompt_length)
         finished = output.end(reason, error)
         self._observer.finished(finished, time.perf_counter() - output.submitted)
 
@@ -485,7 +485,7 @@ class Engine:
             output = self._live[chunk.sequence.id]
             if not output.scheduled:
                 output.scheduled = now
-                self._door.leave_queue()
+                self._door.leave_queue(chunk.sequence.prompt_length)
 
     def _tell(self, step: Schedule, generated: int, seconds: float) -> None:
         scheduler = self._scheduler

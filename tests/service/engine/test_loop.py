@@ -200,6 +200,23 @@ def test_a_full_queue_refuses_and_serves_on(zoo: Zoo) -> None:
     engine.stop()
 
 
+def test_a_queue_of_long_prompts_refuses_before_it_is_full(zoo: Zoo) -> None:
+    engine = start(zoo.base, zoo, max_waiting_tokens=100, max_sequences=1)
+    for _ in range(2):  # what has left, cancelled or served, counts no more
+        streams = [engine.submit(greedy(str(i), prompt(30), new=20)) for i in range(3)]
+        refused = 0
+        for i in range(10):
+            try:
+                streams.append(engine.submit(greedy(f"x{i}", prompt(30), new=20)))
+            except Overloaded as error:
+                refused += "tokens wait already" in str(error)
+        assert refused >= 6
+        streams[-1].cancel()
+        for stream in streams:
+            collect(stream)
+    engine.stop()
+
+
 @pytest.mark.parametrize(
     ("tokens", "says"),
     [([], "no tokens"), ([1] * 4096, "has room for|have room for"), ([10**6], "vocabulary")],
