@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from adapters import evaluation
 from adapters.errors import (
@@ -24,6 +24,7 @@ from adapters.errors import (
     InvalidAdapter,
     StoreFull,
     StoreUnavailable,
+    Unkeepable,
 )
 from adapters.manifest import DEFAULT_TENANT, AdapterManifest
 from adapters.room import check_room
@@ -305,6 +306,8 @@ class Catalog:
             yield
         except IntegrityError:
             raise
+        except DataError as error:  # of PostgreSQL, which has texts without NUL
+            raise Unkeepable(f"the catalog cannot keep such a value: {error.orig}") from error
         except SQLAlchemyError as error:
             # The driver's own words; SQLAlchemy's would carry the statement and its values.
             words = str(getattr(error, "orig", None) or type(error).__name__)

@@ -88,6 +88,10 @@ class TemplateInUse(AdapterInUse):
     """The prompt template cannot be removed now; the message names what needs it."""
 
 
+class Unkeepable(AdapterError):
+    """The database has no place for such a value, so no row has it either."""
+
+
 class StoreUnavailable(AdapterError):
     """The store could not complete a write or a read; nothing was acknowledged."""
 

@@ -41,6 +41,7 @@ from adapters.errors import (
     StoreUnavailable,
     TemplateNotFound,
     TooLarge,
+    Unkeepable,
     UnsupportedMedia,
 )
 from service.admission import Loading
@@ -157,6 +158,7 @@ _STATUS: Sequence[tuple[type[Exception], int, str]] = (
     (StoreFull, 507, "store_full"),
     (StoreUnavailable, 503, "store_unavailable"),
     (QuotaReached, 429, "quota_exceeded"),
+    (Unkeepable, 422, "validation"),
     (AdapterError, 500, "adapter"),
     (InvalidRequest, 422, "validation"),
     (CollectionNotFound, 404, "not_found"),

@@ -18,7 +18,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 
 from adapters.catalog import HEAD, MIGRATIONS, Catalog, metadata
-from adapters.errors import AdapterInUse, AdapterNotFound, StoreUnavailable
+from adapters.errors import AdapterInUse, AdapterNotFound, StoreUnavailable, Unkeepable
 from adapters.store import AdapterStore
 from tests.adapters.test_manifest import MANIFEST
 
@@ -193,6 +193,16 @@ def test_a_writer_that_hangs_is_said(
     assert other.add(draft).version == 1
     for each in (one, other):
         each.close()
+
+
+@pytest.mark.slow
+def test_a_text_that_no_row_can_have_is_no_fault_of_the_store(postgresql_database: str) -> None:
+    catalog = Catalog(postgresql_database)
+    named = sa.select(metadata.tables["adapters"]).where(sa.column("name") == "a\0b")
+    with pytest.raises(Unkeepable, match="NUL"), catalog.reading() as connection:
+        connection.execute(named)
+    assert catalog.all_latest() == []
+    catalog.close()
 
 
 @pytest.mark.slow

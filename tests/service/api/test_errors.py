@@ -248,6 +248,7 @@ def test_all_faults_of_a_body_are_listed(client: httpx.Client) -> None:
         (adapter_errors.StoreUnavailable("db"), 503, "store_unavailable", "5"),
         (adapter_errors.StoreFull("disk"), 507, "store_full", None),
         (OSError(errno.ENOSPC, "no space"), 507, "store_full", None),
+        (adapter_errors.Unkeepable("NUL"), 422, "validation", None),
         (OSError(errno.EIO, "broken"), 503, "store_unavailable", None),
         (OSError(errno.EMFILE, "files"), 503, "store_unavailable", None),
         (HTTPException(418, "tea"), 418, "http", None),
