@@ -1,7 +1,8 @@
 """Starts of `nibble serve`, and what it then holds: time until /ready, resident memory, peaks.
 
 The first start finds nothing kept, so it reads the checkpoint and quantises; the others map what
-the first has left. Each is a new process, its files in the page cache as after any recent start.
+the first has left, and open its catalog. Each is a new process, its files in the page cache as
+after any recent start.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ def measure_starts(model: Path, precision: str, threads: int, ask: Job) -> Figur
     """The first start of a base, and the median of `SECOND_STARTS` more."""
     with tempfile.TemporaryDirectory(prefix="nibble-start-") as scratch:
         environment = {"NIBBLE_HOME": f"{scratch}/cache", "OMP_NUM_THREADS": str(threads)}
+        home = Path(scratch) / "home"
+        home.mkdir()
         first, *later = (
-            _start(model, Path(scratch) / str(number), precision, environment, ask)
-            for number in range(1 + SECOND_STARTS)
+            _start(model, home, precision, environment, ask) for _ in range(1 + SECOND_STARTS)
         )
     seconds = [one.seconds for one in later]
     last = later[-1].memory
@@ -58,7 +60,7 @@ def measure_starts(model: Path, precision: str, threads: int, ask: Job) -> Figur
 
 
 def floor_seconds() -> float:
-    """`import torch` alone, in a new process: no start is faster. The best of three."""
+    """`import torch` alone, all of it, in a new process: the best of three."""
     return round(min(_import_torch() for _ in range(3)), 2)
 
 
@@ -70,7 +72,6 @@ def budget(memory: Mapping[str, int], kv_bytes: int) -> int:
 def _start(
     model: Path, home: Path, precision: str, environment: Mapping[str, str], ask: Job
 ) -> Held:
-    home.mkdir()
     with nibble_server(model, home, ["--precision", precision], environment) as running:
         ask_completions(running.url, ask)
         return Held(running.seconds, resident(running.pid))

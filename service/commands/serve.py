@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from importlib import import_module
 
 import typer
 
@@ -32,12 +33,25 @@ def run(configuration: Configuration) -> None:
     gc.disable()  # imports make much and drop little; it runs again once the server is ready
     preload_torch()
     defer_torch()
+    _import_fastapi()
     from service.app import serve  # imports much: seconds, and only needed here
 
     try:
         serve(configuration.settings)
     except SystemExit as stop:
         _explain(stop.code, configuration.settings)
+
+
+def _import_fastapi() -> None:
+    """Its models of an OpenAPI document are finished when somebody asks for one: 0.1 s later."""
+    from pydantic import BaseModel, ConfigDict
+
+    own = BaseModel.model_config
+    BaseModel.model_config = ConfigDict(defer_build=True)
+    try:
+        import_module("fastapi.openapi.models")
+    finally:
+        BaseModel.model_config = own
 
 
 def _explain(status: object, settings: Settings) -> None:
