@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
-from pathlib import Path
 from statistics import median
 
 from tests.reliability.clients import Load, closed_loop, generate, open_loop, quantile
-from tests.reliability.served import Served, serving
+from tests.reliability.served import Served, scratch, serving
 
 RUNNING, QUEUE, TIMES = 8, 8, 10
 FLAGS = (
@@ -66,22 +64,21 @@ def main() -> None:
     parser.add_argument("--base", help="directory or name of a model; default: a tiny random one")
     asked = parser.parse_args()
     ratios, refusals, wrong = [], [], []
-    with tempfile.TemporaryDirectory() as directory:
-        from tests.oracle import make_base
-
-        base = asked.base or make_base(Path(directory) / "base", "llama")
-        with serving(Path(directory) / "run", "--base", str(base), *FLAGS) as served:
-            measure(served, 8, 2)
-            for _ in range(asked.rounds):
-                full, over, cost = measure(served, asked.tokens, asked.seconds)
-                wrong += wrong_with(full, over)
-                ratios.append(quantile(over.times(200), 0.99) / quantile(full.times(200), 0.99))
-                refusals += over.times(503)
-                print(told("at capacity", full, 200), told("; admitted", over, 200), sep="")
-                print(
-                    f"  {told('refused', over, 503)}, {1e3 * cost:.2f} ms of CPU each; admitted "
-                    f"p99 over that at capacity {ratios[-1]:.2f}"
-                )
+    with (
+        scratch(asked.base) as (work, base),
+        serving(work / "run", "--base", base, *FLAGS) as served,
+    ):
+        measure(served, 8, 2)
+        for _ in range(asked.rounds):
+            full, over, cost = measure(served, asked.tokens, asked.seconds)
+            wrong += wrong_with(full, over)
+            ratios.append(quantile(over.times(200), 0.99) / quantile(full.times(200), 0.99))
+            refusals += over.times(503)
+            print(told("at capacity", full, 200), told("; admitted", over, 200), sep="")
+            print(
+                f"  {told('refused', over, 503)}, {1e3 * cost:.2f} ms of CPU each; admitted "
+                f"p99 over that at capacity {ratios[-1]:.2f}"
+            )
     print(f"admitted p99 over at capacity: {median(ratios):.2f}, {min(ratios):.2f} to", end=" ")
     print(f"{max(ratios):.2f}; refusals p50 {1e3 * quantile(refusals, 0.5):.1f} ms", end=", ")
     print(f"p99 {1e3 * quantile(refusals, 0.99):.1f} ms", *wrong, sep="\n")

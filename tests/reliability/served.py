@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -121,6 +122,18 @@ def serving(work: Path, *flags: str, **environment: str) -> Iterator[Served]:
         yield found
     finally:
         found.kill()
+
+
+@contextmanager
+def scratch(base: str | None = None) -> Iterator[tuple[Path, str]]:
+    """A directory to serve from, gone afterwards, and a base: the one that is given, by its
+    directory or name, or else a tiny random one."""
+    with tempfile.TemporaryDirectory() as directory:
+        if base is None:
+            from tests.oracle import make_base  # it brings torch
+
+            base = str(make_base(Path(directory) / "base", "llama"))
+        yield Path(directory), base
 
 
 # In the process ----------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 from tests.reliability.clients import Client, Lost, generate
-from tests.reliability.served import Served, serving
+from tests.reliability.served import Served, scratch, serving
 
 CLIENTS, TOKENS = 8, 24
 
@@ -58,17 +57,17 @@ async def _crowd(
     return counted, ended[0] - struck[0]
 
 
-def terminated(work: Path, base: Path, after: float) -> Counter[str]:
+def terminated(work: Path, base: str, after: float) -> Counter[str]:
     """One life: what its clients heard, and its exit status."""
-    with serving(work, "--base", str(base), "--kv-cache-bytes", "8MiB") as served:
+    with serving(work, "--base", base, "--kv-cache-bytes", "8MiB") as served:
         counted, _ = asyncio.run(_crowd(served, served.process.terminate, after))
         counted[f"exit {served.process.wait(60)}"] += 1
     return counted
 
 
-def broken(work: Path, base: Path) -> tuple[Counter[str], float]:
+def broken(work: Path, base: str) -> tuple[Counter[str], float]:
     """One life that ends with its engine, and how long that took."""
-    with serving(work, "--base", str(base), "--kv-cache-bytes", "8MiB") as served:
+    with serving(work, "--base", base, "--kv-cache-bytes", "8MiB") as served:
         counted, seconds = asyncio.run(_crowd(served, served.break_engine, 0.5))
         counted[f"exit {served.process.wait(60)}"] += 1
     return counted, seconds
@@ -89,11 +88,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after")
     asked = parser.parse_args()
     chance, total, wrong, began = Random(7), Counter[str](), [], time.monotonic()
-    with tempfile.TemporaryDirectory() as directory:
-        from tests.oracle import make_base
-
-        work = Path(directory)
-        base = make_base(work / "base", "llama")
+    with scratch() as (work, base):
         counted, seconds = broken(work / "run", base)
         wrong += wrong_with(counted, 1, BROKEN)
         print(f"a broken engine: {dict(counted)}, gone after {seconds:.1f} s", flush=True)

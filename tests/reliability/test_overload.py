@@ -19,9 +19,13 @@ def test_ten_times_its_load(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
     with serving(tmp_path / "run", "--base", str(base), *FLAGS) as served:
         measure(served, 8, 2)
-        full, over, cost = measure(served, 128, 8)
-    assert wrong_with(full, over) == []
-    assert len(over.times(503)) > 2 * len(over.times(200))
-    assert cost < 0.01, "a refusal costs too much"
-    # On a machine of two cores, shared with whatever runs beside the tests.
-    assert quantile(over.times(200), 0.5) < 3 * quantile(full.times(200), 0.99)
+        rounds = [measure(served, 128, 4) for _ in range(4)]
+    for full, over, _ in rounds:
+        assert wrong_with(full, over) == []
+        assert len(over.times(503)) > 2 * len(over.times(200))
+    assert min(cost for *_, cost in rounds) < 0.005, "a refusal costs too much"
+    # What else runs here takes its time in one round or another; refusals would in all of them.
+    ratios = [
+        quantile(over.times(200), 0.5) / quantile(full.times(200), 0.99) for full, over, _ in rounds
+    ]
+    assert min(ratios) < 2, ratios

@@ -61,4 +61,7 @@ def test_a_hundred_stalled_clients(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_thousand_stalled_clients(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
     with serving(tmp_path / "run", "--base", str(base)) as served:
-        assert measure(served, 1000, 15, 2)
+        longest = measure(served, 1000, 15, 1)
+    # Within ten seconds on a machine that has the time: stalls.py judges that. Here as on one with
+    # a dozen others who want it; who is not cut at all is watched for a minute.
+    assert longest < 30

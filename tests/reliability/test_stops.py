@@ -128,10 +128,10 @@ def test_an_engine_that_fails_answers_and_ends_the_process(serving: Serving) -> 
 @pytest.mark.timeout(900)
 def test_the_process_ends_as_it_should(base: Path, tmp_path: Path) -> None:
     """An orchestrator sees 1 where the engine broke, and 0 after SIGTERM."""
-    counted, _ = broken(tmp_path, base)
+    counted, _ = broken(tmp_path, str(base))
     assert wrong_with(counted, 1, BROKEN) == []
     assert counted["exit 1"] == 1
     for after in (0.2, 0.5, 0.9):
-        counted = terminated(tmp_path, base, after)
+        counted = terminated(tmp_path, str(base), after)
         assert wrong_with(counted, 0, TERMINATED) == []
         assert counted["exit 0"] == 1
