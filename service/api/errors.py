@@ -25,6 +25,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Scope
@@ -190,6 +191,8 @@ _HTTP = {
     405: "method_not_allowed",
     413: "too_large",
 }
+# A driver's words name the database's host and user: they are for the log.
+_WITHOUT_WORDS = "the catalog failed; the server's log has the cause under this id"
 _INTERNAL = Failure(500, "internal", "the server failed; its log has the cause under this id")
 
 
@@ -212,7 +215,9 @@ def failure(error: BaseException) -> Failure:
         return Failure(503, "store_unavailable", reason)
     for cause, status, error_type in _STATUS:
         if isinstance(error, cause):
-            return Failure(status, error_type, str(error), _field(error), _headers(error, status))
+            of_driver = status >= 500 and isinstance(error.__cause__, SQLAlchemyError)
+            words = _WITHOUT_WORDS if of_driver else str(error)
+            return Failure(status, error_type, words, _field(error), _headers(error, status))
     return _INTERNAL
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 from adapters import errors as adapter_errors
@@ -278,4 +279,18 @@ def test_every_error_class_is_known() -> None:
 def test_an_unexpected_error_says_nothing_of_its_own() -> None:
     found = failure(RuntimeError(CANARY))
     assert (found.status, found.error_type) == (500, "internal")
+    assert CANARY not in found.message
+
+
+def test_what_a_database_s_driver_said_is_for_the_log() -> None:
+    words = f'connection to server at "{CANARY}" failed: no password for user "{CANARY}"'
+    try:
+        try:
+            raise OperationalError("SELECT 1", {}, Exception(words))
+        except OperationalError as error:
+            raise adapter_errors.StoreUnavailable(f"the catalog failed: {words}") from error
+    except adapter_errors.StoreUnavailable as error:
+        found = failure(error)
+    assert (found.status, found.error_type) == (503, "store_unavailable")
+    assert "the catalog failed" in found.message
     assert CANARY not in found.message
