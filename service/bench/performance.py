@@ -138,7 +138,8 @@ def _starts(rows: Sequence[Figures]) -> str:
             "nothing kept; a second one maps what the first left. `import torch` alone takes "
             f"{rows[0]['import_torch_seconds']:.2f} s here. Memory is that of the process after "
             "its first request; the budget is NF4 × 1.15, embeddings, keys and values in use, and "
-            "250 MB.",
+            "250 MB. Once ready, a server unmaps the pages of libraries that only its start read: "
+            "they stay in the page cache, and count here when they are read again.",
             table(
                 (
                     "base",

