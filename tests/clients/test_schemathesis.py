@@ -4,6 +4,7 @@ operator: no route answers with a 500, or with anything that it does not describ
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from service.app import create_app
 from service.config import SAMPLES, Settings
 from tests.service.api.conftest import Running, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+EACH = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "10"))  # requests drawn for each operation
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180 * EACH)]
 
 pytest.importorskip("schemathesis")
 
@@ -32,7 +35,6 @@ CHECKS = (
     "ignored_auth",
     "use_after_free",
 )
-EACH = 10  # requests of the phase that draws them, for each operation
 
 
 @pytest.fixture(scope="module")
