@@ -62,6 +62,6 @@ def test_a_thousand_stalled_clients(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
     with serving(tmp_path / "run", "--base", str(base)) as served:
         longest = measure(served, 1000, 15, 1)
-    # Within ten seconds on a machine that has the time: stalls.py judges that. Here as on one with
-    # a dozen others who want it; who is not cut at all is watched for a minute.
-    assert longest < 30
+    # All are, within the minute that they are watched. Within ten seconds on a machine that has the
+    # time: stalls.py judges that.
+    assert longest < 60
