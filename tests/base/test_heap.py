@@ -65,7 +65,7 @@ def test_only_what_nobody_wrote_is_dropped() -> None:
         + mapping("3", "rw-p", "/lib/libtorch_cpu.so", 0)  # somebody may be writing
         + mapping("4", "r--s", "/lib/libtorch_cpu.so", 0)
         + mapping("5", "r--p", "/lib/libc.so.6", 0)
-        + mapping("6", "r--p", "/home/bases/kept.safetensors", 0)
+        + mapping("6", "r--p", "/srv/bases/kept.safetensors", 0)
         + "7000-7fff r--p 00000000 00:00 0\nRss: 8 kB\nAnonymous: 0 kB\n"
     )
     assert list(_unchanged(smaps)) == [(0x1000, 0x1FFF), (0x5000, 0x5FFF)]
