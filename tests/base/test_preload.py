@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from base.deferred import TESTED
+
 PROGRAM = """
 import sys, threading
 from base.preload import preload_torch
@@ -24,3 +26,9 @@ def test_the_library_is_in_memory_before_torch_is_imported() -> None:
         [sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True
     )
     assert done.stdout.strip() == "True"
+
+
+def test_the_torch_whose_modules_are_deferred_is_the_one_that_is_pinned() -> None:
+    """Whoever pins another one runs tests/base/test_deferred.py on it, slow ones too."""
+    pinned = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+    assert f"torch=={TESTED}" in [line.split()[0] for line in pinned if line.startswith("torch==")]
