@@ -3,6 +3,7 @@ are cancelled: no token differs from what the same request says alone."""
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from tests.zoo import Zoo, collect, greedy, specimen, start
 NAME = "support"  # of every adapter: each replaces the others
 AT_ONCE = 24
 TOKENS = 12
+MANY = int(os.environ.get("CHURN_REQUESTS", "10000"))  # of the slow form
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def read(stream: Stream) -> tuple[list[int], Finished]:
     return [token.id for token in tokens], end
 
 
-@pytest.mark.parametrize("requests", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [300, pytest.param(MANY, marks=pytest.mark.slow)])
 @pytest.mark.timeout(3600)
 def test_no_token_of_another_adapter(
     engine: tuple[Engine, list[AdapterRef]], requests: int
