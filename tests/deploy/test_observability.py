@@ -103,7 +103,7 @@ def promtool(*arguments: str) -> str:
 
 
 def test_promtool_takes_the_rules() -> None:
-    assert "8 rules found" in promtool("check", "rules", str(RULES))
+    assert "9 rules found" in promtool("check", "rules", str(RULES))
 
 
 def test_each_alert_fires_where_it_should_and_only_there() -> None:
