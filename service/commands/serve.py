@@ -8,6 +8,7 @@ from importlib import import_module
 import typer
 
 from base.deferred import defer_torch
+from base.heap import few_heaps
 from base.preload import preload_torch
 from service.commands.flags import with_settings
 from service.commands.installation import shadowed
@@ -30,6 +31,7 @@ def run(configuration: Configuration) -> None:
     _check_closed(configuration.settings)
     if problem := shadowed():
         fail(problem, "Run `pip uninstall adapters`, then install nibble-serve again.")
+    few_heaps()
     gc.disable()  # imports make much and drop little; it runs again once the server is ready
     preload_torch()
     defer_torch()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +71,51 @@ def test_only_what_nobody_wrote_is_dropped() -> None:
         + "7000-7fff r--p 00000000 00:00 0\nRss: 8 kB\nAnonymous: 0 kB\n"
     )
     assert list(_unchanged(smaps)) == [(0x1000, 0x1FFF), (0x5000, 0x5FFF)]
+
+
+HEAPS = """
+import ctypes, os, sys, threading
+from base.heap import few_heaps
+
+if sys.argv[1] == "few":
+    few_heaps()
+libc = ctypes.CDLL(None)
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+number = 2 * max(2, os.cpu_count()) + 8  # more than there may be heaps
+all_there = threading.Barrier(number)
+
+def allocate() -> None:
+    all_there.wait()  # all live at once, so that none has the heap of one that ended
+    libc.malloc(1000)
+    all_there.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(number)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+libc.fopen.restype = ctypes.c_void_p
+out = ctypes.c_void_p(libc.fopen(sys.argv[2].encode(), b"w"))
+libc.malloc_info(0, out)
+libc.fclose(out)
+"""
+
+
+CORES = max(2, os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+@pytest.mark.parametrize(
+    ("heaps", "by_user", "least", "most"),
+    [
+        ("few", {}, 2, 2 * CORES),
+        ("many", {}, 2 * CORES + 1, 8 * CORES),
+        ("few", {"MALLOC_ARENA_MAX": "3"}, 2, 3),
+    ],
+)
+def test_threads_share_heaps(
+    tmp_path: Path, heaps: str, by_user: dict[str, str], least: int, most: int
+) -> None:
+    made = tmp_path / "info.xml"
+    own = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+    command = [sys.executable, "-c", HEAPS, heaps, str(made)]
+    subprocess.run(command, check=True, env=own | by_user)
+    assert least <= made.read_text().count("<heap ") <= most
