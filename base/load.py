@@ -118,6 +118,8 @@ def load_base(
 
     asked = digest(double_quant)
     kept = KeptBase(cache, asked, compute, precision) if keep and where.type == "cpu" else None
+    # Before the weights: as transformers reads it the first time it takes 100 MB for a moment.
+    tokenizer = _tokenizer(found.directory, cache if kept is not None and lean else None)
     model = kept.lean() if kept is not None and lean and not always_probe else None
     if model is None:
         model = empty_model(config_json, compute)
@@ -129,7 +131,6 @@ def load_base(
             if kept is not None:
                 kept.save(model, outline)
     attention = _probed(model, where, kept, always_probe)
-    tokenizer = _tokenizer(found.directory, cache if kept is not None and lean else None)
     layers = _Layers.of(model)
     actual = asked if layers.double_quant == double_quant else digest(layers.double_quant)
     return Base(
