@@ -154,7 +154,7 @@ def order(
     A slow peer has one row warmed up for all: it takes many seconds for each and gains nothing.
     """
     warmed = set()
-    for number in range(max(rounds.values()) + 1):
+    for number in range(max(rounds.values(), default=0) + 1):
         for row in rows if number % 2 == 0 else reversed(rows):
             if number > rounds[row.peer]:
                 continue

@@ -67,6 +67,10 @@ def test_peers_that_are_slow_and_further_precisions_have_fewer_rounds() -> None:
     assert exact.rounds_of("nibble exact") == 3
 
 
+def test_nobody_takes_part_where_only_starts_are_asked_for() -> None:
+    assert list(order([], {})) == []
+
+
 def test_transformers_serves_no_adapters_and_servers_are_asked_over_http() -> None:
     rows = contestants(FULL, ["nibble fast", "transformers", "nibble serve", "llama-server"])
     adapters = {a for row in rows if row.peer == "transformers" for a in row.scenario.adapters}
