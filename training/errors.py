@@ -4,6 +4,7 @@ TrainingError
 ├── ConfigError   a field of the run's configuration is wrong
 ├── DataError     a row cannot be learnt from: names file, line and field
 ├── MethodError   the method does not fit this base
+├── RunError      a run that had begun cannot go on
 └── PublishError  the adapter is made, and did not get to where it was to be served
 """
 
@@ -28,6 +29,10 @@ class DataError(TrainingError):
 
 class MethodError(TrainingError):
     """The method cannot be applied to this base."""
+
+
+class RunError(TrainingError):
+    """The run cannot go on; the message says at which step, and what would help."""
 
 
 class PublishError(TrainingError):

@@ -20,7 +20,7 @@ from training.data import Example, length_of
 from training.data.batches import Batches, TrainBatch, collate, pad_id
 from training.data.packing import refuse_if_mixed
 from training.distributed import ALONE, World, part_of, whole
-from training.errors import ConfigError
+from training.errors import ConfigError, RunError
 from training.loss import batch_loss, head_of
 from training.methods import METHODS, Attached
 from training.optimizers import optimizer
@@ -121,7 +121,12 @@ class Run:
             total = loss if penalty is None else loss + penalty / world.size
             (total * world.gain).backward()  # type: ignore[no-untyped-call]
         world.add_up(self.parameters)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm)
+        most = self.config.optim.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, most)
+        if not math.isfinite(
+            float(whole(norm))
+        ):  # alike in all processes: no update spoils a weight
+            raise RunError(self._diverged(f"gradients that are not finite, loss {loss.item():.4g}"))
         self.optimizer.step()
         progress.step += 1
         self.adapter.after_update(progress.step)
@@ -138,6 +143,13 @@ class Run:
             progress.step, progress.losses[-1], learning_rate, progress.tokens, progress.seconds
         )
 
+    def _diverged(self, found: str) -> str:
+        rate = float(self.schedule.get_last_lr()[0])
+        return (
+            f"step {self.progress.step + 1:,} has {found}: the run diverged at a rate of "
+            f"{rate:.3g}; a lower optim.learning_rate is needed, or a longer optim.warmup"
+        )
+
     def _attention(self, batch: TrainBatch) -> AbstractContextManager[None]:
         """Virtual tokens come with a mask, and with positions of their own."""
         if self.adapter.virtual_tokens:
@@ -152,6 +164,8 @@ class Run:
         """The loss on `held_out`; the best weights so far are kept."""
         progress = self.progress
         loss = self.loss_on(held_out)
+        if not math.isfinite(loss):
+            raise RunError(self._diverged(f"a held-out loss of {loss}"))
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
             self.best = self.adapter.state()

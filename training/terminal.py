@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
@@ -20,12 +22,13 @@ from rich.progress import (
 )
 
 from base.errors import UnservableBase
-from training.errors import TrainingError
+from training.errors import RunError, TrainingError
 
 if TYPE_CHECKING:
     from training.config import TrainConfig
     from training.recipe import Step
 
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.I)
 _REMEMBERED = 0.9  # of the speed so far, at each step
 
 console = Console()
@@ -62,12 +65,23 @@ def refusals(as_json: bool = False) -> Iterator[None]:
     """What the user can put right ends in one line, not in a traceback."""
     try:
         yield
+    except RunError as error:
+        fail(str(error), as_json)
     except (TrainingError, UnservableBase) as error:
         if as_json:
             field = getattr(error, "field", None)
             print_json({"error": {"message": str(error), "next": "", "field": field}})
             raise typer.Exit(2) from None
         refuse(str(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), as_json)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        why = str(error).partition("\n")[0]
+        fail(f"{why}: out of memory. nibble train plan says what would fit", as_json)
 
 
 @contextmanager
@@ -87,5 +101,20 @@ def print_json(value: object) -> None:
 
 def refuse(message: str) -> NoReturn:
     """Say why, and end with 2."""
-    Console(stderr=True).print(f"[bold red]refused:[/] {escape(message)}", highlight=False)
+    _say("refused", message)
     raise typer.Exit(2)
+
+
+def fail(message: str, as_json: bool = False) -> NoReturn:
+    """Say why what was begun did not end well, and end with 1."""
+    if as_json:
+        print_json({"error": {"message": message, "next": "", "field": None}})
+        sys.stdout.flush()
+    _say("failed", message)
+    raise typer.Exit(1)
+
+
+def _say(what: str, message: str) -> None:
+    """On one line, however long: a log is searched by line."""
+    stderr = Console(stderr=True)
+    stderr.print(f"[bold red]{what}:[/] {escape(message)}", highlight=False, soft_wrap=True)

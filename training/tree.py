@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,28 @@ from torch import Tensor
 _KEY = "tree"
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Within it, where to write what is to stand at `path`: whole or not at all. Raises OSError,
+    for safetensors too."""
+    written = path.with_name(f".{path.name}.tmp")
+    try:
+        yield written
+        with written.open("rb+") as file:
+            os.fsync(file.fileno())
+        written.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from None
+    finally:
+        written.unlink(missing_ok=True)
+
+
 def write_tree(path: Path, value: Any) -> None:
     """Dicts of any plain keys, lists, tuples, tensors and plain values; whole or not at all."""
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_packed(value, tensors))
-    written = path.with_suffix(".tmp")
-    save_file(tensors, written, metadata={_KEY: tree})
-    with written.open("rb+") as file:
-        os.fsync(file.fileno())
-    written.replace(path)
+    with replacing(path) as written:
+        save_file(tensors, written, metadata={_KEY: tree})
 
 
 def read_tree(path: Path) -> Any:

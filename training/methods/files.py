@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from base.load import Base
+from training.tree import replacing
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -28,14 +29,15 @@ def write_config(out: Path, fields: dict[str, Any]) -> None:
 
 
 def write_weights(out: Path, base: Base, tensors: Mapping[str, Tensor]) -> None:
-    """The tensors, and which base they are for, in the directory `out`."""
-    save_file(
-        {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-        out / WEIGHTS,
-        metadata={"format": "pt", "base_fingerprint": base.spec.fingerprint},
-    )
-    _sort_metadata(out / WEIGHTS)
-    (out / WEIGHTS).chmod(0o644)  # safetensors makes it private, which no other file here is
+    """The tensors, and which base they are for, in the directory `out`: whole or not at all."""
+    with replacing(out / WEIGHTS) as written:
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            written,
+            metadata={"format": "pt", "base_fingerprint": base.spec.fingerprint},
+        )
+        _sort_metadata(written)
+        written.chmod(0o644)  # safetensors makes it private, which no other file here is
 
 
 @torch.no_grad()

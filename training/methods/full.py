@@ -21,6 +21,7 @@ from training.distributed import leads, part_of, whole
 from training.errors import MethodError
 from training.methods.attached_model import AttachedModel
 from training.methods.method import Method
+from training.tree import replacing
 
 WEIGHTS = "model.safetensors"
 TEMPLATE = "chat_template.jinja"
@@ -86,10 +87,9 @@ class FullWeights(AttachedModel):
         fields["dtype"] = self.config.store
         text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
         (out / "config.json").write_text(text, encoding="utf-8")
-        written = out / f".{WEIGHTS}"
-        save_file(tensors, written, metadata={"format": "pt"})
-        written.chmod(0o644)
-        written.replace(out / WEIGHTS)
+        with replacing(out / WEIGHTS) as written:
+            save_file(tensors, written, metadata={"format": "pt"})
+            written.chmod(0o644)
 
     def _tensors(self) -> dict[str, Tensor]:
         """By name, in the dtype that is stored; what is tied is stored once."""
