@@ -51,7 +51,7 @@ from service.api import (
     tenants,
     vllm_admin,
 )
-from service.api.connection import HEAD_BYTES, connection_class, room
+from service.api.connection import connection_class, room
 from service.api.deps import Desk, Serving
 from service.api.door import Bounds, Door
 from service.api.openai import chat, completions, embeddings, models
@@ -491,7 +491,6 @@ def serve(settings: Settings) -> None:
         proxy_headers=False,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=CANCEL_SECONDS,
-        h11_max_incomplete_event_size=HEAD_BYTES,
     )
     server = Server(config, desk)
     server.run()

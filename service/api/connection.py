@@ -1,4 +1,4 @@
-"""One HTTP connection, with the deadlines and bounds that uvicorn leaves open."""
+"""One HTTP connection, with the deadlines and bounds that uvicorn and httptools leave open."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ import socket
 import struct
 import sys
 import termios
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.api.door import LINGER_BYTES, LINGER_SECONDS
 
 HEAD_BYTES = 16384  # of one request line and its headers
+PIPELINED = 128  # requests that a client may send ahead of their replies
 MAX_CONNECTIONS = 4096
 OWN_FILES = 512  # descriptors that are for files, threads' pipes and other servers
 LOOKS = 10  # at who takes little, in the time that is given to who takes nothing
@@ -23,16 +28,33 @@ LOOKS = 10  # at who takes little, in the time that is given to who takes nothin
 _TOO_MANY = "too many connections are open"
 
 
-class Connection(H11Protocol):
+class BadRequest(Exception):
+    """What came is no request that this server takes; `status` and its reason."""
+
+    def __init__(self, message: str, status: str = "400 Bad Request") -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Connection(HttpToolsProtocol):
     """A request's head must be complete `head_seconds` after the connection was made, or after
     the first byte that follows the reply before. Who takes nothing of a reply for `stall_seconds`
-    is cut off. Connections over `max_open` are refused."""
+    is cut off. Connections over `max_open` are refused.
+
+    httptools checks the syntax and lets everything else pass: what two readers of one request could
+    understand differently is refused here, as is a head without end.
+    """
 
     head_seconds: ClassVar[float] = 10.0
     stall_seconds: ClassVar[float] = 10.0
     max_open: ClassVar[int] = 1024
     _deadline: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
+    _went_on = False  # a request, or a piece of its body, began or ended in what came last
+    _endless = 0  # bytes since then, of a head, of trailers or of a chunk's extensions
+    _begun = 0  # requests in what came last
+    _upgrades = False  # the head asks for another protocol, and is read again without
+    _unheard: int | None = None  # of an ended connection: bytes that may come before it is closed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -50,19 +72,137 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._ended(data):
             return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._begun = 0
+        try:
+            for start in range(0, len(data), HEAD_BYTES):
+                self._feed(memoryview(data)[start : start + HEAD_BYTES])
+        except (BadRequest, httptools.HttpParserError) as error:
+            self._refuse(error)
+            return
         if self.cycle is None or self.cycle.response_complete:
             self._expect_head()
         else:
             self._got_head()
 
-    def send_400_response(self, msg: str) -> None:
-        # In the middle of a reply there is no place for another one.
+    def _feed(self, data: memoryview) -> None:
+        """Raises BadRequest, HttpParserError."""
+        self._went_on = False
+        self._parse(data)
+        self._endless = 0 if self._went_on else self._endless + len(data)
+        if self._endless > HEAD_BYTES:
+            self._refuse_size()
+
+    def _parse(self, rest: memoryview) -> None:
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+                self._without_upgrade()
+            except httptools.HttpParserCallbackError as error:
+                raise error.__context__ or error from None
+
+    def _without_upgrade(self) -> None:
+        """Read the head again without its wish for another protocol, which nobody has to grant:
+        with it the parser takes what follows for that protocol, the request's own body too."""
+        version = self.parser.get_http_version().encode()
+        head = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        for name, value in self.headers:
+            if name == b"connection":
+                words = (word.strip() for word in value.split(b","))
+                value = b", ".join(word for word in words if word.lower() != b"upgrade")
+            if name != b"upgrade":
+                head.append(name + b": " + value)
+        self._upgrades = False
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.parser.feed_data(b"\r\n".join([*head, b"", b""]))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._went_on = True
+
+    def on_headers_complete(self) -> None:
+        self._went_on = True
+        self._check_head()
+        if self.parser.should_upgrade():
+            self._upgrades = True
+            return
+        self._begun += 1
+        if max(self._begun, len(self.pipeline) + 1) > PIPELINED:
+            raise BadRequest(f"more than {PIPELINED} requests wait for the reply to another")
+        super().on_headers_complete()
+        self.headers = []  # of trailers, which nobody reads
+
+    def on_body(self, body: bytes) -> None:
+        self._went_on = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._went_on = True
+        if not self._upgrades:
+            super().on_message_complete()
+
+    def _check_head(self) -> None:
+        """Raises BadRequest."""
+        version, size, hosts = self.parser.get_http_version(), len(self.url), []
+        for name, value in self.headers:
+            size += len(name) + len(value) + 4
+            if name == b"host":
+                hosts.append(value)
+            elif name == b"transfer-encoding" and (value.lower() != b"chunked" or version == "1.0"):
+                raise BadRequest("the only Transfer-Encoding is `chunked`, of HTTP/1.1")
+        if size > HEAD_BYTES:
+            self._refuse_size()
+        if version not in ("1.1", "1.0"):
+            raise BadRequest("this server speaks HTTP/1.1", "505 HTTP Version Not Supported")
+        if len(hosts) > 1 or (not hosts and version == "1.1"):
+            raise BadRequest(f"a request names its host once, and this {len(hosts)} times")
+        if version == "1.0":
+            self.expect_100_continue = False  # it could not read that answer
+        if not self.url.startswith(b"/"):
+            self._check_target(hosts)
+
+    def _check_target(self, hosts: Sequence[bytes]) -> None:
+        """A whole URL, as a proxy is asked, must name the same host as the header."""
+        found = None if self.parser.get_method() == b"CONNECT" else httptools.parse_url(self.url)
+        if found is None or not found.path or not found.host:
+            raise BadRequest("the target of a request is a path, beginning with `/`")
+        port = b"" if found.port is None else b":%d" % found.port
+        if any(host.lower() != found.host.lower() + port for host in hosts):
+            raise BadRequest("the URL and the Host header name different hosts")
+
+    def _refuse_size(self) -> NoReturn:
+        most = f"a request's head may have {HEAD_BYTES} bytes, and so may its trailers"
+        raise BadRequest(most, "431 Request Header Fields Too Large")
+
+    def _refuse(self, error: Exception) -> None:
         if self.cycle is None or self.cycle.response_complete:
-            self.transport.write(_envelope("400 Bad Request", msg, "validation"))
-        self.transport.close()
+            status = error.status if isinstance(error, BadRequest) else "400 Bad Request"
+            self._end(_envelope(status, f"no HTTP request: {error}", "validation"))
+        else:  # in the middle of a reply there is no place for another one
+            self.transport.close()
+
+    def _end(self, reply: bytes) -> None:
+        """Say this and no more. What still comes is read for a little while: with bytes unread the
+        connection would be reset, and the client may lose the reply with it."""
+        self.transport.write(reply)
+        self.transport.write_eof()
+        self._unheard = LINGER_BYTES
+        self._got_head()
+        self._deadline = self.loop.call_later(LINGER_SECONDS, self._too_slow)
+
+    def _ended(self, data: bytes) -> bool:
+        if self._unheard is None:
+            return False
+        self._unheard -= len(data)
+        if self._unheard < 0:
+            self.transport.close()
+        return True
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -13,7 +13,7 @@ import httpx
 import uvicorn
 
 from adapters.manifest import AdapterManifest
-from service.api.connection import HEAD_BYTES, connection_class
+from service.api.connection import connection_class
 from service.api.deps import Desk, Serving
 from service.app import create_app
 from service.config import MIB, Settings
@@ -89,7 +89,6 @@ def live(base: Path, home: Path) -> Iterator[Live]:
         lifespan="on",
         log_config=None,
         access_log=False,
-        h11_max_incomplete_event_size=HEAD_BYTES,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="nibble-conformance", daemon=True)

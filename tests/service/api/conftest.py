@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from service.api.connection import HEAD_BYTES, connection_class
+from service.api.connection import connection_class
 from service.api.deps import Desk
 from service.app import create_app
 from service.config import Settings
@@ -34,7 +34,6 @@ class Running:
             lifespan="on",
             log_config=None,
             access_log=False,
-            h11_max_incomplete_event_size=HEAD_BYTES,
         )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)

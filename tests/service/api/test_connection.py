@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import re
 import resource
 import select
 import socket
@@ -185,3 +187,163 @@ def test_room_for_connections_leaves_files_their_own(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(resource, "getrlimit", lambda what, limits=limits: limits)
         assert connections.room() == found
         assert asked == ([wanted] if wanted else [])
+
+
+# What came as a request -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def echoing() -> Iterator[Running]:
+    """An application that says what it understood; each reply is one line of JSON."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            while (await receive())["type"] != "lifespan.shutdown":
+                await send({"type": "lifespan.startup.complete"})
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message["body"], message["more_body"]
+        names = [name.decode() for name, _ in scope["headers"]]
+        told = json.dumps([scope["method"], scope["path"], names, body.decode()]).encode()
+        length = str(len(told)).encode()
+        head = {"status": 200, "headers": [(b"content-length", length)]}
+        await send({"type": "http.response.start", **head})
+        await send({"type": "http.response.body", "body": told})
+
+    found = Running(app)  # type: ignore[arg-type]
+    yield found
+    found.stop()
+
+
+def replies(running: Running, *pieces: bytes) -> list[tuple[int, Any]]:
+    """Everything that the server says to these bytes, until it closes or half a second passes."""
+    with dial(running) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(0.01 * (len(pieces) > 1))
+        came = b""
+        with contextlib.suppress(TimeoutError):
+            while piece := connection.recv(1 << 16):
+                came += piece
+                connection.settimeout(0.2)
+    found = []
+    while came:
+        head, _, came = came.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        size = int(length[1]) if length else 0
+        found.append((int(head.split()[1]), json.loads(came[:size]) if size else None))
+        came = came[size:]
+    return found
+
+
+HEAD = b"POST /a HTTP/1.1\r\nHost: x\r\n"
+SECOND = b"GET /b HTTP/1.1\r\nHost: x\r\n\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"POST /a HTTP/1.1\r\nContent-Length: 0\r\n\r\n",  # no host
+        HEAD + b"Host: y\r\n\r\n",
+        HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        HEAD + b"Content-Length: 2, 2\r\n\r\nab",
+        HEAD + b"Content-Length: +2\r\n\r\nab",
+        HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        CHUNKED + b"Content-Length: 2\r\n\r\n0\r\n\r\n",
+        CHUNKED + b"Transfer-Encoding: identity\r\n\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        b"POST /a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        HEAD + b"X : a\r\n\r\n",
+        HEAD + b"X: a\r\n b\r\n\r\n",
+        HEAD + b"X: a\nY: b\r\n\r\n",
+        HEAD + b"X: a\x00b\r\n\r\n",
+        CHUNKED + b"\r\n0x2\r\nab\r\n0\r\n\r\n",
+        CHUNKED + b"\r\n2\r\nabXX0\r\n\r\n",
+        CHUNKED + b"\r\n2\nab\r\n0\r\n\r\n",
+        b"GET http://y/a HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET * HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /a HTTP/2.0\r\nHost: x\r\n\r\n",
+        b"GET /a\r\n\r\n",
+    ],
+)
+def test_what_two_readers_could_take_differently_is_refused(echoing: Running, bad: bytes) -> None:
+    """And nothing of it, nor what follows, is taken for another request."""
+    said = replies(echoing, bad + SECOND)
+    assert len([status for status, _ in said if status == 200]) == 0
+    assert len(said) <= 1
+    assert all(status in (400, 505) and "request_id" in told for status, told in said)
+
+
+def test_a_head_is_bounded_whole_or_in_pieces(echoing: Running) -> None:
+    long = [b"X%d: %s\r\n" % (n, b"a" * 990) for n in range(20)]
+    # In both, more comes after what is refused: the refusal is heard nevertheless.
+    for pieces in ([HEAD + b"".join(long) + b"\r\n"], [HEAD, *long, b"\r\n"]):
+        ((status, told),) = replies(echoing, *pieces)
+        assert status == 431
+        assert str(connections.HEAD_BYTES) in told["error"]
+    ((status, _),) = replies(echoing, HEAD, *long[:15], b"\r\n")
+    assert status == 200
+
+
+@pytest.mark.parametrize("endless", [b"0\r\n" + b"T: t\r\n" * 9000, b"1;" + b"a" * 40_000])
+def test_trailers_and_extensions_are_bounded(echoing: Running, endless: bytes) -> None:
+    with dial(echoing) as connection:
+        connection.sendall(CHUNKED + b"\r\n")
+        with contextlib.suppress(ConnectionError):
+            for start in range(0, len(endless), 4000):
+                connection.sendall(endless[start : start + 4000])
+                time.sleep(0.002)
+            assert connection.recv(100) == b""
+
+
+def test_trailers_are_no_headers(echoing: Running) -> None:
+    trailers = b"\r\n2\r\nab\r\n0\r\nAuthorization: Bearer x\r\nExpect: 100-continue\r\n\r\n"
+    (first, second) = replies(echoing, CHUNKED + trailers + SECOND)
+    assert first == (200, ["POST", "/a", ["host", "transfer-encoding"], "ab"])
+    assert second[1][1] == "/b"
+
+
+def test_a_wish_for_another_protocol_is_not_granted(echoing: Running) -> None:
+    """As Java's client asks with its first request; the body is the request's all the same."""
+    wish = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAM\r\n"
+    post = HEAD + wish + b"Content-Length: 30\r\n\r\n" + b"GET /smuggled HTTP/1.1\r\n\r\nabcd"
+    for pieces in ([post + SECOND], [post[:20], post[20:90], post[90:], SECOND]):
+        (first, second) = replies(echoing, *pieces)
+        assert (first[1][:2], first[1][3]) == (["POST", "/a"], post[-30:].decode())
+        assert "upgrade" not in first[1][2]
+        assert second[1][1] == "/b"
+
+
+def test_a_whole_url_of_this_host_is_taken(echoing: Running) -> None:
+    ((status, told),) = replies(echoing, b"GET http://X:81/a?b HTTP/1.1\r\nHost: x:81\r\n\r\n")
+    assert (status, told[1]) == (200, "/a")
+
+
+def test_requests_ahead_of_their_replies_are_answered_in_order(echoing: Running) -> None:
+    asked = [b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n" % number for number in range(100)]
+    said = replies(echoing, b"".join(asked))
+    assert [told[1] for _, told in said] == [f"/{number}" for number in range(100)]
+
+
+def test_as_many_are_not_kept(echoing: Running) -> None:
+    """Each would be an object or two, and a piece of a quarter megabyte has thousands."""
+    came = b""
+    with dial(echoing) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(SECOND * 5000)
+        while piece := connection.recv(1 << 16):
+            came += piece
+    assert came.count(b"HTTP/1.1 200") <= connections.PIPELINED
+
+
+def test_a_body_is_asked_for_when_it_is_wanted(echoing: Running) -> None:
+    with dial(echoing) as connection:
+        connection.sendall(HEAD + b"Content-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"ab")
+        assert b'"ab"]' in connection.recv(1000)
