@@ -50,7 +50,9 @@ class Comparison:
     served: Measured
 
 
-def build(config: BuildConfig, resume: bool = False) -> tuple[Trained, list[Comparison]]:
+def build(
+    config: BuildConfig, resume: bool = False, overwrite: bool = False
+) -> tuple[Trained, list[Comparison]]:
     """Train the new base into `config.out`; the table is empty where the run was interrupted."""
     seen: list[Prepared] = []
     note = config.out / "run" / "before.json"
@@ -66,7 +68,7 @@ def build(config: BuildConfig, resume: bool = False) -> tuple[Trained, list[Comp
             note.parent.mkdir(parents=True, exist_ok=True)
             _write_json(note, [asdict(row) for row in started])
 
-    done = session.run(config, resume, before=before)
+    done = session.run(config, resume, overwrite=overwrite, before=before)
     if done.ended == "asked" or not seen:  # without `seen`, another process writes
         return done, []
     console.print("measuring what came out")

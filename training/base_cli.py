@@ -47,6 +47,9 @@ Settings = Annotated[
     typer.Option("--set", help="Any field of the schema: --set data.max_length=256."),
 ]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Begin anew where --out holds an earlier base.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 
 
@@ -67,6 +70,7 @@ def _command(defaults: Mapping[str, Any]) -> Callable[..., None]:
         task: Tasks = None,
         settings: Settings = None,
         resume: Resume = False,
+        overwrite: Overwrite = False,
         as_json: Json = False,
     ) -> None:
         _build(locals(), defaults)
@@ -113,7 +117,7 @@ def _build(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         found = read_schema(BuildConfig, given["config"], wanted, defaults)
         from training.base_build import build, lines
 
-        done, table = build(found, given["resume"])
+        done, table = build(found, given["resume"], given["overwrite"])
     if as_json:
         print_json({"out": found.out, **done.figures(), "table": [asdict(row) for row in table]})
     elif table:

@@ -66,6 +66,9 @@ def run(
     go_on: Annotated[
         bool, typer.Option("--continue", help="The same where there is one; else begin.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew where --out holds an earlier run.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train one adapter and write it in PEFT's format (method full: a new base).
@@ -78,7 +81,7 @@ def run(
     with refusals(as_json), quiet(as_json):
         flags = _flags(locals())
         found = read_config(config, {**flags, **assignments(settings or [])})
-        done = session.run(found, resume, go_on)
+        done = session.run(found, resume, go_on, overwrite)
     if as_json and leads():
         print_json({"out": found.out, **done.figures()})
     if done.ended == "asked":

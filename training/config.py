@@ -434,6 +434,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def flat(fields: Mapping[str, Any], under: str = "") -> dict[str, Any]:
+    """{"optim": {"steps": 3}} as {"optim.steps": 3}."""
+    found: dict[str, Any] = {}
+    for key, value in fields.items():
+        inner = isinstance(value, Mapping)
+        found |= flat(value, f"{under}{key}.") if inner else {f"{under}{key}": value}
+    return found
+
+
 def _merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
     for key, value in over.items():
         inner = values.get(key)

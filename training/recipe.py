@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from training.attention import by_document
 from training.config import OptimConfig, TrainConfig
 from training.data import Example, length_of
 from training.data.batches import Batches, TrainBatch, collate, pad_id
+from training.data.corpus import digest_of
 from training.data.packing import refuse_if_mixed
 from training.distributed import ALONE, World, part_of, whole
 from training.errors import ConfigError, RunError
@@ -255,6 +256,9 @@ def train(
     processes only the first reports and keeps.
     """
     torch.manual_seed(config.seed + world.rank)  # each drops out other elements
+    rows = {"data.train": digest_of(data), "what is held out": digest_of(held_out)}
+    if resume is not None:
+        refuse_other_rows(rows, resume.get("rows", {}))
     run = Run(base, adapter, data, config, world)
     if resume is not None:
         run.restore(resume)
@@ -267,10 +271,22 @@ def train(
             report(step)
         stopped = world.any(asked_to_stop())
         if step.number % config.checkpoint_every == 0 or stopped or run.ended:
-            state = run.state()
+            state = {**run.state(), "rows": rows}
             if world.leads:
                 keep(state)
     return _finished(run, held_out, "asked" if stopped and run.ended is None else run.ended or "")
+
+
+def refuse_other_rows(rows: Mapping[str, str], kept: Mapping[str, str]) -> None:
+    """Raises ConfigError where a checkpoint was made with other rows: to go on with these would
+    show some twice and others never. One that is older than this says nothing of its rows."""
+    for name, digest in rows.items():
+        if kept.get(name, digest) != digest:
+            raise ConfigError(
+                f"{name} is not what the checkpoint was made with: bring back those rows, or begin "
+                "anew with --overwrite",
+                "data.train",
+            )
 
 
 def _due(step: int, config: TrainConfig) -> bool:

@@ -19,10 +19,16 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from training.config import TrainConfig, as_now
+from adapters import evaluation, origin
+from base.checkpoint import INDEX
+from base.checkpoint import WEIGHTS as BASE_WEIGHTS
+from training.config import TrainConfig, as_now, flat
 from training.errors import ConfigError
+from training.methods.files import CONFIG, WEIGHTS
 from training.recipe import Step
 from training.tree import read_tree, write_tree
+
+MADE = (WEIGHTS, BASE_WEIGHTS, INDEX)
 
 
 class RunDirectory:
@@ -44,12 +50,33 @@ class RunDirectory:
     def events(self) -> Path:
         return self.path / "events.jsonl"
 
+    def refuse_to_overwrite(self) -> None:
+        """Raises ConfigError where `out` holds what an earlier run made, or could go on from."""
+        out = self.path.parent
+        if self.checkpoint.exists():
+            raise ConfigError(
+                f"{out} holds a run: --resume goes on from its checkpoint, --overwrite begins "
+                "anew in its place, and another out leaves it alone",
+                "out",
+            )
+        made = [out / name for name in MADE if (out / name).exists()]
+        if made:
+            raise ConfigError(
+                f"{made[0]} is there already: --overwrite puts another in its place, and another "
+                "out leaves it alone",
+                "out",
+            )
+
     def begin(self, config: TrainConfig) -> None:
-        """A new run: what an earlier one left here is removed."""
+        """A new run: what an earlier one left here is removed, so that nobody takes its adapter
+        for the new one's. A base stays until another is whole: it may be what is trained."""
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        for left in (self.checkpoint, self.log, self.events):
+        out = self.path.parent
+        ours = [out / name for name in (CONFIG, WEIGHTS, evaluation.FILE, origin.FILE)]
+        adapter = ours if (out / CONFIG).exists() else []
+        for left in (self.checkpoint, self.log, self.events, *adapter):
             left.unlink(missing_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
@@ -62,13 +89,11 @@ class RunDirectory:
             raise ConfigError(f"{self.checkpoint}: no checkpoint to resume from") from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.checkpoint}: {error}") from None
-        now, then = _decisive(config), _filled(kept["config"])
-        unlike = sorted(key for key in now if then.get(key) != now[key])
+        now, then = flat(_decisive(config)), flat(_filled(kept["config"]))
+        unlike = sorted(key for key in now | then if then.get(key) != now.get(key))
         if unlike:
-            raise ConfigError(
-                f"{self.checkpoint} was made with another {unlike[0]}: "
-                f"{then.get(unlike[0])!r}, now {now[unlike[0]]!r}"
-            )
+            said = "; ".join(f"{key} {then.get(key)!r}, now {now.get(key)!r}" for key in unlike)
+            raise ConfigError(f"{self.checkpoint} was made with another {said}", unlike[0])
         self._cut_log(kept["run"]["progress"]["step"])
         state: dict[str, Any] = kept["run"]
         return state

@@ -32,11 +32,13 @@ def run(
     config: TrainConfig,
     resume: bool = False,
     go_on: bool = False,
+    overwrite: bool = False,
     before: Callable[[Base, Prepared], None] = lambda base, found: None,
 ) -> Trained:
     """Train as `config` says and save what came out in `config.out`.
 
     `resume` from its last checkpoint, which must be there; `go_on` from it where there is one.
+    Without these, what an earlier run left there is replaced only to `overwrite` it.
     `before` sees the base as it is loaded, in the process that writes.
     """
     here = world()
@@ -45,6 +47,8 @@ def run(
     asked_for(config)
     resume = resume or (go_on and has_begun(here, directory))
     state = directory.resume(config) if resume else None
+    if state is None and not overwrite:
+        directory.refuse_to_overwrite()
     if here.sharded:
         check_sharding(config)
     base = load_for(config)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from training.config import TrackerName, TrainConfig
+from training.config import TrackerName, TrainConfig, flat
 from training.errors import ConfigError
 from training.recipe import Step
 
@@ -89,7 +89,7 @@ def _mlflow(config: TrainConfig, directory: Path, started_at: int) -> Iterator[N
     with mlflow.start_run(run_id=_kept(directory / "mlflow.run", started_at)) as run:
         (directory / "mlflow.run").write_text(run.info.run_id, encoding="utf-8")
         if not started_at:
-            mlflow.log_params(_flat(config.model_dump(mode="json")))
+            mlflow.log_params(flat(config.model_dump(mode="json")))
 
         def note(step: Step) -> None:
             mlflow.log_metrics(figures(step), step=step.number)
@@ -130,11 +130,3 @@ _TRACKERS: Mapping[TrackerName, Callable[..., Any]] = {
 def _kept(file: Path, started_at: int) -> str | None:
     """The tracker's own name of the run that goes on."""
     return file.read_text(encoding="utf-8") if started_at and file.is_file() else None
-
-
-def _flat(fields: Mapping[str, Any], under: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in fields.items():
-        inner = isinstance(value, Mapping)
-        found |= _flat(value, f"{under}{key}.") if inner else {f"{under}{key}": value}
-    return found

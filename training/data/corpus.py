@@ -11,12 +11,33 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import overload
 
 from training.data.encoding import Example
 
 IN_MEMORY = 16 * 1024 * 1024  # tokens, of four bytes each
 _WIDTH = array("i").itemsize
+
+
+def _begun() -> blake2b:
+    return blake2b(digest_size=16)
+
+
+def _note(found: blake2b, example: Example) -> None:
+    tokens = array("i", example.tokens)
+    found.update(array("i", (len(tokens), example.answer_start)).tobytes())
+    found.update(tokens.tobytes())
+
+
+def digest_of(data: Sequence[Example]) -> str:
+    """The digest of any sequence of examples, as a corpus keeps its own."""
+    if isinstance(data, Corpus):
+        return data.digest
+    found = _begun()
+    for example in data:
+        _note(found, example)
+    return found.hexdigest()
 
 
 class Corpus(Sequence[Example]):
@@ -32,13 +53,20 @@ class Corpus(Sequence[Example]):
         self._rest = array("i")  # those after them
         self._ends = array("q", [0])  # example i is tokens ends[i] to ends[i + 1]
         self._answers = array("i")
+        self._hash = _begun()
 
     def append(self, example: Example) -> None:
         self._rest.extend(example.tokens)
         self._ends.append(self._ends[-1] + len(example.tokens))
         self._answers.append(example.answer_start)
+        _note(self._hash, example)
         if len(self._rest) > self._in_memory:
             self._spill()
+
+    @property
+    def digest(self) -> str:
+        """Of all examples in their order: is it the data that a run began with?"""
+        return self._hash.hexdigest()
 
     @property
     def in_memory(self) -> int:

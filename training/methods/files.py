@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters import evaluation
 from base.load import Base
 from training.tree import replacing
 
@@ -37,6 +39,7 @@ def write_weights(out: Path, base: Base, tensors: Mapping[str, Tensor]) -> None:
             metadata={"format": "pt", "base_fingerprint": base.spec.fingerprint},
         )
         _sort_metadata(written)
+        _forget_other_figures(out, written)
         written.chmod(0o644)  # safetensors makes it private, which no other file here is
 
 
@@ -52,6 +55,13 @@ def fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str |
     for name, tensor in expected.items():
         tensor.copy_(tensors[name])
     return None
+
+
+def _forget_other_figures(out: Path, written: Path) -> None:
+    """An evaluation that lies in `out` is of the weights there: it may not speak for others."""
+    there = out / WEIGHTS
+    if not there.is_file() or not filecmp.cmp(there, written, shallow=False):
+        (out / evaluation.FILE).unlink(missing_ok=True)
 
 
 def _sort_metadata(path: Path) -> None:
