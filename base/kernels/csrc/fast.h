@@ -67,9 +67,11 @@ INLINE i32v dot4(i32v sum, w8 w, int32_t x) {
     return sum;
 }
 INLINE void keep8(uint8_t *p, w8 w) { _mm512_storeu_si512(p, w); }
-INLINE void add_block(float *sums, i32v n, float x_scale, const float *w_scale) {
-    const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(n), _mm512_set1_ps(x_scale));
-    _mm512_storeu_ps(sums, _mm512_fmadd_ps(value, _mm512_loadu_ps(w_scale), _mm512_loadu_ps(sums)));
+INLINE f32v scales(const float *p) { return _mm512_loadu_ps(p); }
+INLINE f32v scale_(float scale) { return _mm512_set1_ps(scale); }
+INLINE void add_block(float *sums, i32v n, f32v x_scale, f32v w_scale) {
+    const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(n), x_scale);
+    _mm512_storeu_ps(sums, _mm512_fmadd_ps(value, w_scale, _mm512_loadu_ps(sums)));
 }
 
 #elif defined(FAST_AVX2)
@@ -79,6 +81,7 @@ INLINE void add_block(float *sums, i32v n, float x_scale, const float *w_scale) 
 #define FAST_TILE 4 /* of one line: 8 sums, 2 w, 1 x, 1 constant */
 typedef __m256i w8;
 typedef __m256i i32v;
+typedef __m256 f32v;
 INLINE i32v start_(int32_t sum) { (void)sum; return _mm256_setzero_si256(); }
 INLINE w8 line8(const uint8_t *p) {
     return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)p), _mm256_set1_epi8(-128));
@@ -100,9 +103,11 @@ INLINE i32v dot4(i32v sum, w8 w, int32_t x) {
 INLINE void keep8(uint8_t *p, w8 w) {
     _mm256_storeu_si256((__m256i *)p, _mm256_xor_si256(w, _mm256_set1_epi8(-128)));
 }
-INLINE void add_block(float *sums, i32v n, float x_scale, const float *w_scale) {
-    const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(n), _mm256_set1_ps(x_scale));
-    _mm256_storeu_ps(sums, _mm256_fmadd_ps(value, _mm256_loadu_ps(w_scale), _mm256_loadu_ps(sums)));
+INLINE f32v scales(const float *p) { return _mm256_loadu_ps(p); }
+INLINE f32v scale_(float scale) { return _mm256_set1_ps(scale); }
+INLINE void add_block(float *sums, i32v n, f32v x_scale, f32v w_scale) {
+    const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(n), x_scale);
+    _mm256_storeu_ps(sums, _mm256_fmadd_ps(value, w_scale, _mm256_loadu_ps(sums)));
 }
 
 #elif defined(FAST_NEON)
@@ -111,6 +116,7 @@ INLINE void add_block(float *sums, i32v n, float x_scale, const float *w_scale) 
 #define FAST_TILE 6 /* of one line: 12 sums, 4 w, 1 x, 2 constants */
 typedef int8x16_t w8;
 typedef int32x4_t i32v;
+typedef float32x4_t f32v;
 INLINE i32v start_(int32_t sum) { (void)sum; return vdupq_n_s32(0); }
 INLINE w8 line8(const uint8_t *p) {
     return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(128)));
@@ -127,9 +133,11 @@ INLINE i32v dot4(i32v sum, w8 w, int32_t x) {
 INLINE void keep8(uint8_t *p, w8 w) {
     vst1q_u8(p, veorq_u8(vreinterpretq_u8_s8(w), vdupq_n_u8(128)));
 }
-INLINE void add_block(float *sums, i32v n, float x_scale, const float *w_scale) {
-    const float32x4_t value = vmulq_n_f32(vcvtq_f32_s32(n), x_scale);
-    vst1q_f32(sums, vfmaq_f32(vld1q_f32(sums), value, vld1q_f32(w_scale)));
+INLINE f32v scales(const float *p) { return vld1q_f32(p); }
+INLINE f32v scale_(float scale) { return vdupq_n_f32(scale); }
+INLINE void add_block(float *sums, i32v n, f32v x_scale, f32v w_scale) {
+    const float32x4_t value = vmulq_f32(vcvtq_f32_s32(n), x_scale);
+    vst1q_f32(sums, vfmaq_f32(vld1q_f32(sums), value, w_scale));
 }
 
 #else /* four rows of W at a time, 16 bit products where the compiler finds them */
@@ -137,6 +145,7 @@ INLINE void add_block(float *sums, i32v n, float x_scale, const float *w_scale) 
 #define FAST_TILE 2
 typedef struct { int8_t at[16]; } w8;
 typedef struct { int32_t at[4]; } i32v;
+typedef struct { float at[4]; } f32v;
 INLINE i32v start_(int32_t sum) { (void)sum; return (i32v){{0}}; }
 INLINE w8 line8(const uint8_t *p) {
     w8 w;
@@ -160,8 +169,10 @@ INLINE i32v dot4(i32v sum, w8 w, int32_t x) {
 INLINE void keep8(uint8_t *p, w8 w) {
     for (int i = 0; i < 16; i++) p[i] = (uint8_t)(w.at[i] + 128);
 }
-INLINE void add_block(float *sums, i32v n, float x_scale, const float *w_scale) {
-    for (int r = 0; r < 4; r++) sums[r] += ((float)n.at[r] * x_scale) * w_scale[r];
+INLINE f32v scales(const float *p) { return (f32v){{p[0], p[1], p[2], p[3]}}; }
+INLINE f32v scale_(float scale) { return (f32v){{scale, scale, scale, scale}}; }
+INLINE void add_block(float *sums, i32v n, f32v x_scale, f32v w_scale) {
+    for (int r = 0; r < 4; r++) sums[r] += ((float)n.at[r] * x_scale.at[r]) * w_scale.at[r];
 }
 #endif
 
@@ -265,12 +276,16 @@ INLINE void fast_tile(const uint8_t *panel, const int bits, const far_panel *far
                             for (int g = 0; g < GROUP; g++)
                                 n[t][g] = dot4(n[t][g], w[g], four_(x8 + t * BLOCK + k + 4 * i));
                     }
+            f32v own[GROUP];
+#pragma GCC unroll 2
+            for (int g = 0; g < GROUP; g++) own[g] = scales(w_scale + (v + g) * LINE_ROWS);
 #pragma GCC unroll 16
-            for (int t = 0; t < tile; t++)
+            for (int t = 0; t < tile; t++) {
+                const f32v all = scale_(x_scale[t]);
 #pragma GCC unroll 2
                 for (int g = 0; g < GROUP; g++)
-                    add_block(sums[t] + (v + g) * LINE_ROWS, n[t][g], x_scale[t],
-                              w_scale + (v + g) * LINE_ROWS);
+                    add_block(sums[t] + (v + g) * LINE_ROWS, n[t][g], all, own[g]);
+            }
         }
         panel += bytes;
         x += tile * X_BYTES;

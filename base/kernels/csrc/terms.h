@@ -249,12 +249,16 @@ INLINE void term_tile(const uint8_t *panel, int64_t rank, const uint8_t *u, int6
                     for (int g = 0; g < GROUP; g++)
                         n[t][g] = dot4(n[t][g], w[g], four_((const int8_t *)u + t * ldu + 4 * k));
             }
+            f32v own[GROUP];
+#pragma GCC unroll 2
+            for (int g = 0; g < GROUP; g++) own[g] = scales(scale + (v + g) * LINE_ROWS);
 #pragma GCC unroll 4
-            for (int t = 0; t < rows; t++)
+            for (int t = 0; t < rows; t++) {
+                const f32v all = scale_(*(const float *)(u + t * ldu + BLOCK));
 #pragma GCC unroll 2
                 for (int g = 0; g < GROUP; g++)
-                    add_block(sums[t] + (v + g) * LINE_ROWS, n[t][g],
-                              *(const float *)(u + t * ldu + BLOCK), scale + (v + g) * LINE_ROWS);
+                    add_block(sums[t] + (v + g) * LINE_ROWS, n[t][g], all, own[g]);
+            }
         }
         panel += fours * 4 * ROWS + 2 * ROWS;
     }
