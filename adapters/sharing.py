@@ -46,7 +46,9 @@ class Shares:
         with self._catalog.writing() as connection:
             if share.audience:
                 self._check(connection, share)
-            connection.execute(sa.delete(shares).where(*mine))
+            dropped = connection.execute(sa.delete(shares).where(*mine)).rowcount
+            if not share.audience and not dropped:  # of what is deleted a share may be left
+                _check_there(connection, share)
             own = {"kind": share.kind, "tenant": share.tenant, "name": share.name}
             for audience in sorted(set(share.audience)):
                 connection.execute(sa.insert(shares).values(**own, audience=audience))
@@ -61,13 +63,7 @@ class Shares:
         return [Share(*key, tuple(audience)) for key, audience in found.items()]
 
     def _check(self, connection: sa.Connection, share: Share) -> None:
-        table = NAMED[share.kind]
-        living = sa.select(table.c.name).where(
-            table.c.deleted.is_(None), table.c.tenant == share.tenant, table.c.name == share.name
-        )
-        if connection.execute(living.limit(1)).first() is None:
-            missing = AdapterNotFound if share.kind == "adapter" else TemplateNotFound
-            raise missing(share.name)
+        _check_there(connection, share)
         same = sa.select(shares.c.tenant).where(
             shares.c.kind == share.kind, shares.c.name == share.name
         )
@@ -79,3 +75,13 @@ class Shares:
                 f"tenant {other!r} shares {share.kind} {share.name!r} with some of them already",
                 "audience",
             )
+
+
+def _check_there(connection: sa.Connection, share: Share) -> None:
+    table = NAMED[share.kind]
+    living = sa.select(table.c.name).where(
+        table.c.deleted.is_(None), table.c.tenant == share.tenant, table.c.name == share.name
+    )
+    if connection.execute(living.limit(1)).first() is None:
+        missing = AdapterNotFound if share.kind == "adapter" else TemplateNotFound
+        raise missing(share.name)

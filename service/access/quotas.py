@@ -13,12 +13,14 @@ import asyncio
 import json
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from adapters.catalog import Catalog
+from adapters.manifest import DEFAULT_TENANT
 from adapters.tables import tenants
 from service.errors import NotFound, QuotaExceeded
 
@@ -39,7 +41,7 @@ class Quotas:
     tokens_per_minute: int | None = None  # of prompts and of outputs
     concurrency: int | None = None  # requests at the same time, on each server
     adapters: int | None = None  # versions
-    bytes: int | None = None  # of adapters and training files
+    bytes: int | None = None  # of adapters, training files and collections
     train_minutes: int | None = None  # in thirty days
 
     def to_json(self) -> str:
@@ -76,6 +78,15 @@ class Tenants:
         with self._catalog.reading() as connection:
             rows = connection.execute(sa.select(tenants).order_by(tenants.c.name)).all()
         return [Tenant(row.name, row.created, Quotas.from_json(row.quotas)) for row in rows]
+
+    def check(self, names: Iterable[str], field: str) -> None:
+        """Raises NotFound for one that is not there."""
+        wanted = set(names) - {DEFAULT_TENANT}
+        query = sa.select(tenants.c.name).where(tenants.c.name.in_(wanted))
+        with self._catalog.reading() as connection:
+            missing = wanted.difference(connection.execute(query).scalars())
+        if missing:
+            raise NotFound(f"tenant {min(missing)[:80]!r} has no keys yet: make one first", field)
 
     def quotas(self, name: str) -> Quotas:
         """None at all for a tenant that is not there."""

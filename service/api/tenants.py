@@ -12,12 +12,10 @@ from pydantic import ConfigDict, Field
 from adapters.sharing import Share, Shares
 from adapters.sight import EVERYONE
 from service.access.caller import TENANT
-from service.access.keys import check_tenant
 from service.access.quotas import Tenant, checked
 from service.api.access import Guarded, needs
 from service.api.deps import ServingDep
 from service.api.wire import Incoming, Outgoing, PathName, refusals
-from service.errors import NotFound
 
 router = APIRouter(prefix="/tenants", tags=["admin"], route_class=Guarded)
 
@@ -37,7 +35,7 @@ class QuotasBody(Incoming):
     tokens_per_minute: Limit = Field(default=0, description="Of prompts and outputs.")
     concurrency: Limit = Field(default=0, description="Requests at the same time, on each server.")
     adapters: Limit = Field(default=0, description="Versions.")
-    bytes: Limit = Field(default=0, description="Of adapters and training files.")
+    bytes: Limit = Field(default=0, description="Of adapters, training files and collections.")
     train_minutes: Limit = Field(default=0, description="Of training in thirty days.")
 
 
@@ -124,15 +122,18 @@ async def set_share(
     serving: ServingDep,
 ) -> JSONResponse:
     """Let others read an adapter or a template of a tenant, and never write it. A tenant that has
-    one of this name itself keeps to its own."""
-    if not TENANT.fullmatch(tenant):
-        raise NotFound(f"tenant {tenant[:80]!r} does not exist", "tenant")
-    audience = body.audience if EVERYONE not in body.audience else [EVERYONE]
-    for one in audience:
-        if one != EVERYONE:
-            check_tenant(one, "audience")
+    one of this name itself keeps to its own. All tenants have to be there: whoever got a key under
+    a misspelt name one day would read what was meant for another."""
+    readers = [one for one in body.audience if one != EVERYONE]
+    audience = readers if len(readers) == len(body.audience) else [EVERYONE]
     share = Share(kind, tenant, name, tuple(dict.fromkeys(audience)))
-    await asyncio.to_thread(Shares(serving.store.catalog).set, share)
+
+    def put() -> None:
+        serving.meter.tenants.check([tenant], "tenant")
+        serving.meter.tenants.check(readers, "audience")
+        Shares(serving.store.catalog).set(share)
+
+    await asyncio.to_thread(put)
     return JSONResponse(shown(share))
 
 

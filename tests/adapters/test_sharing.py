@@ -181,10 +181,20 @@ def test_two_tenants_share_no_name_with_one(
 
 
 def test_what_is_not_there_is_not_shared(acme: Catalog) -> None:
-    with pytest.raises(AdapterNotFound):
-        Shares(acme).set(Share("adapter", "acme", "nothing", ("*",)))
+    for audience in (("*",), ()):
+        with pytest.raises(AdapterNotFound):
+            Shares(acme).set(Share("adapter", "acme", "nothing", audience))
     with pytest.raises(TemplateNotFound):
         Shares(acme).set(Share("template", "acme", "support", ("*",)))
+
+
+def test_a_share_of_what_was_deleted_can_be_taken_back(acme: Catalog) -> None:
+    Shares(acme).set(Share("adapter", "acme", "support", ("zeta",)))
+    acme.drop_alias("support", "prod")
+    acme.delete("support", None, "now")
+    assert len(Shares(acme).list()) == 1
+    Shares(acme).set(Share("adapter", "acme", "support", ()))
+    assert Shares(acme).list() == []
 
 
 def test_templates(catalog: Catalog) -> None:
