@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from adapters.delta import Delta, PrivateNorm
@@ -20,10 +19,12 @@ class AdaptedNorm(AdaptedLayer):
 
     def __init__(self, path: str, inner: nn.Module, context: OperatorContext) -> None:
         super().__init__(path, inner, context)
-        # `functional_call` puts the own scale into the module while it runs, and another thread
-        # may be running `inner`. In a tuple, so that it is no module of the model.
+        # The own scale is the spare's `weight` while it runs: another thread may be running
+        # `inner`. In a tuple, so that it is no module of the model.
         weight = inner.get_parameter("weight")
-        self._spare = (copy.deepcopy(inner, {id(weight): weight}),)
+        spare = copy.deepcopy(inner, {id(weight): weight})
+        del spare._parameters["weight"]
+        self._spare = (spare,)
 
     def forward(self, x: Tensor) -> Tensor:
         plan = self.context.plans.get(self.path)
@@ -35,8 +36,9 @@ class AdaptedNorm(AdaptedLayer):
         y = y.clone()
         (spare,) = self._spare
         for start, stop, weight in plan:
-            own = {"weight": weight}
-            y[:, start:stop] = torch.func.functional_call(spare, own, (x[:, start:stop],))
+            spare.weight = weight
+            y[:, start:stop] = spare(x[:, start:stop])
+        del spare.weight  # an adapter that goes takes it along
         return y
 
     def put(self, part: Any, table: AdapterTable, place: int) -> bool:

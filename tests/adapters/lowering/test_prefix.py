@@ -189,3 +189,4 @@ def test_an_own_norm_never_shows_in_the_base_s_module() -> None:
     assert all(weight is inner.weight for ours, weight in seen if ours)
     assert {ours for ours, _ in seen} == {True, False}
     assert list(layer.state_dict()) == ["inner.weight"]
+    assert not hasattr(layer._spare[0], "weight")  # no hold on an adapter that was evicted
