@@ -66,10 +66,22 @@ def only(manifests: list[Manifest], kind: str) -> Manifest:
     return found
 
 
-def front(manifests: list[Manifest]) -> Manifest:
-    """The Service that clients ask; one without an address only names the pods of a run."""
+def server(manifests: list[Manifest]) -> Manifest:
+    """The Deployment of the servers; a gateway's picker has one too."""
     (found,) = (
-        one for one in of_kind(manifests, "Service") if one["spec"].get("clusterIP") != "None"
+        one
+        for one in of_kind(manifests, "Deployment")
+        if one["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"] == "server"
+    )
+    return found
+
+
+def front(manifests: list[Manifest]) -> Manifest:
+    """The Service that clients ask; others name the pods of a run, or a gateway's picker."""
+    (found,) = (
+        one
+        for one in of_kind(manifests, "Service")
+        if one["spec"]["selector"].get("app.kubernetes.io/component") == "server"
     )
     return found
 
@@ -138,6 +150,7 @@ def check_references(manifests: list[Manifest]) -> None:
         spec = one.get("spec", {})
         selector = {
             "Service": spec.get("selector"),
+            "InferencePool": spec.get("selector", {}).get("matchLabels"),
             "PodDisruptionBudget": spec.get("selector", {}).get("matchLabels"),
             "NetworkPolicy": spec.get("podSelector", {}).get("matchLabels"),
         }.get(one["kind"])
@@ -151,6 +164,22 @@ def check_references(manifests: list[Manifest]) -> None:
         for rule in ingress["spec"]["rules"]:
             for path in rule["http"]["paths"]:
                 assert path["backend"]["service"]["name"] in services
+    pools = {one["metadata"]["name"]: one["spec"] for one in of_kind(manifests, "InferencePool")}
+    for route in of_kind(manifests, "HTTPRoute"):
+        for rule in route["spec"]["rules"]:
+            for backend in rule["backendRefs"]:
+                known = pools if backend.get("kind") == "InferencePool" else services
+                assert backend["name"] in known
+    for pool in pools.values():
+        assert pool["endpointPickerRef"]["name"] in services
+    for kind in ("InferenceObjective", "InferenceModelRewrite"):
+        for one in of_kind(manifests, kind):
+            assert one["spec"]["poolRef"]["name"] in pools
+    accounts = {one["metadata"]["name"] for one in of_kind(manifests, "ServiceAccount")}
+    for binding in of_kind(manifests, "RoleBinding"):
+        assert {one["name"] for one in binding["subjects"]} <= accounts
+        roles = {one["metadata"]["name"] for one in of_kind(manifests, binding["roleRef"]["kind"])}
+        assert binding["roleRef"]["name"] in roles
     deployments = {one["metadata"]["name"] for one in of_kind(manifests, "Deployment")}
     for kind in ("ScaledObject", "HorizontalPodAutoscaler"):
         for scaler in of_kind(manifests, kind):
@@ -162,17 +191,19 @@ def check_references(manifests: list[Manifest]) -> None:
             ports = {one["name"] for one in container.get("ports", [])}
             assert {one["name"] for one in container["volumeMounts"]} == volumes
             for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-                if probe in container:
+                if "httpGet" in container.get(probe, {}):
                     assert container[probe]["httpGet"]["port"] in ports
 
 
 def check_restricted(pod: Manifest) -> None:
-    """Kubernetes' Pod Security Standard `restricted`, a read-only root, and no token."""
+    """Kubernetes' Pod Security Standard `restricted`, a read-only root, and no token but for the
+    picker of a gateway, which watches pods."""
     inside = pod["securityContext"]
     assert inside["runAsNonRoot"] is True
-    assert inside["runAsUser"] == 10001
     assert inside["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert pod["automountServiceAccountToken"] is False
+    picker = [one["name"] for one in pod["containers"]] == ["picker"]
+    assert inside["runAsUser"] == (65532 if picker else 10001)
+    assert pod["automountServiceAccountToken"] is picker
     assert pod["enableServiceLinks"] is False, "a Service named nibble would set NIBBLE_PORT"
     assert not any("hostPath" in volume for volume in pod["volumes"])
     for container in pod["containers"]:
@@ -181,4 +212,4 @@ def check_restricted(pod: Manifest) -> None:
         assert limits["readOnlyRootFilesystem"] is True
         assert limits["capabilities"] == {"drop": ["ALL"]}
         mounted = {one["mountPath"] for one in container["volumeMounts"]}
-        assert {"/data", "/tmp"} <= mounted
+        assert picker or {"/data", "/tmp"} <= mounted

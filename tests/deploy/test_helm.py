@@ -22,11 +22,13 @@ from tests.deploy.manifests import (
     pod_specs,
     rendered,
     secrets,
+    server,
     variables,
 )
 from training.config import TrainConfig
 
-EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
+GATEWAY = ("--values", str(CHART / "examples" / "gateway.yaml"))  # on top of the fleet's
+EXAMPLES = sorted(path for path in (CHART / "examples").glob("*.yaml") if path.stem != "gateway")
 SHARED = (
     "--set=store.blobs=s3://adapters/prod,store.catalogSecret.name=catalog,"
     "persistence.enabled=false"
@@ -38,10 +40,13 @@ MATRIX = {
     "claim": ("--set=persistence.existingClaim=mine,image.digest=sha256:" + "a" * 64,),
     "ingress": (
         "--set=ingress.enabled=true,ingress.checkedBy=oauth2-proxy,ingress.host=n.example.org,"
-        "ingress.className=nginx,ingress.tlsSecret=tls,ingress.annotations.a/b=c",
+        "ingress.className=haproxy,ingress.tlsSecret=tls,ingress.annotations.a/b=c",
     ),
     "replicas": (SHARED, "--set=replicas=3,migration.enabled=false"),
-    "open": ("--set=keys.open=true,ingress.enabled=true,ingress.host=a.b,ingress.checkedBy=x",),
+    "open": (
+        "--set=keys.open=true,ingress.enabled=true,ingress.host=a.b,ingress.checkedBy=x,"
+        "ingress.tlsBy=aws-alb",
+    ),
     "keda": (SHARED, "--set=autoscaling.kind=keda,serviceMonitor.enabled=true"),
     "hpa": (SHARED, "--set=autoscaling.kind=hpa,envSecrets={s3},podDisruptionBudget.enabled=false"),
     "placement": (
@@ -55,6 +60,12 @@ MATRIX = {
         "training[1].config.data.train=/data/b.jsonl,training[1].gpu=true,"
         "training[1].output.claim=out",
     ),
+    "identity": (
+        SHARED,
+        "--set=serviceAccount.create=true,serviceAccount.annotations.a/b=c,priorityClass=high,"
+        "rollout.maxSurge=0,rollout.maxUnavailable=25%,replicas=4",
+    ),
+    "gateway": ("--values", str(CHART / "examples" / "fleet.yaml"), *GATEWAY),
     **{path.stem: ("--values", str(path)) for path in EXAMPLES},
 }
 
@@ -80,7 +91,7 @@ def test_a_cluster_takes_them(manifests: list[dict[str, Any]]) -> None:
 
 
 def test_the_server_takes_its_variables(manifests: list[dict[str, Any]], tmp_path: Path) -> None:
-    (container,) = only(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    (container,) = server(manifests)["spec"]["template"]["spec"]["containers"]
     ours = {k: v for k, v in variables(container).items() if k.startswith(PREFIX)}
     assert not set(ours) & OTHER_VARIABLES
     settings = Settings(**{k.removeprefix(PREFIX).lower(): v for k, v in ours.items()})
@@ -90,7 +101,7 @@ def test_the_server_takes_its_variables(manifests: list[dict[str, Any]], tmp_pat
 
 
 def test_grace_is_longer_than_the_longest_generation(manifests: list[dict[str, Any]]) -> None:
-    pod = only(manifests, "Deployment")["spec"]["template"]["spec"]
+    pod = server(manifests)["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     drain = float(variables(container)["NIBBLE_DRAIN_SECONDS"])
     sleep = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
@@ -107,8 +118,8 @@ def test_it_stays_inside(manifests: list[dict[str, Any]]) -> None:
     }
     for policy in of_kind(manifests, "NetworkPolicy"):
         assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
-        assert all(rule.get("from") for rule in policy["spec"]["ingress"])
-    (container,) = only(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+        assert all(rule.get("from") for rule in policy["spec"].get("ingress", []))
+    (container,) = server(manifests)["spec"]["template"]["spec"]["containers"]
     first = {"name": "nibble-admin", "key": "key"}
     if variables(container).get("NIBBLE_OPEN") == "true":
         for ingress in of_kind(manifests, "Ingress"):
@@ -121,7 +132,7 @@ def test_probes_ask_routes_that_are_there(manifests: list[dict[str, Any]]) -> No
     from service.api.meta import router
 
     routes = {route.path for route in router.routes}  # type: ignore[attr-defined]
-    (container,) = only(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    (container,) = server(manifests)["spec"]["template"]["spec"]["containers"]
     asked = {
         name: container[name]["httpGet"]["path"]
         for name in ("startupProbe", "readinessProbe", "livenessProbe")
@@ -145,16 +156,16 @@ def test_runs_are_ones_that_the_trainer_takes(manifests: list[dict[str, Any]]) -
 
 
 def test_a_volume_of_its_own_is_never_shared_by_two_servers() -> None:
-    alone = only(rendered(), "Deployment")["spec"]
+    alone = server(rendered())["spec"]
     assert (alone["replicas"], alone["strategy"]["type"]) == (1, "Recreate")
-    fleet = only(rendered(SHARED, "--set=replicas=3"), "Deployment")["spec"]
+    fleet = server(rendered(SHARED, "--set=replicas=3"))["spec"]
     assert fleet["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
 
 
 def test_a_fleet_takes_no_training_over_http() -> None:
     fleet = rendered(*MATRIX["fleet"])
-    (server,) = only(fleet, "Deployment")["spec"]["template"]["spec"]["containers"]
-    assert variables(server)["NIBBLE_FINE_TUNING"] == "false", "a job would live on one pod"
+    (container,) = server(fleet)["spec"]["template"]["spec"]["containers"]
+    assert variables(container)["NIBBLE_FINE_TUNING"] == "false", "a job would live on one pod"
 
 
 def test_the_catalog_is_migrated_once_before_servers_start() -> None:
@@ -165,9 +176,9 @@ def test_the_catalog_is_migrated_once_before_servers_start() -> None:
 
 def test_gpus_are_limits_of_servers_and_jobs_that_ask() -> None:
     made = rendered(*MATRIX["gpu"], *MATRIX["training"])
-    (server,) = only(made, "Deployment")["spec"]["template"]["spec"]["containers"]
-    assert server["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert variables(server)["NIBBLE_DEVICE"] == "cuda"
+    (container,) = server(made)["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert variables(container)["NIBBLE_DEVICE"] == "cuda"
     first, second = (pod["containers"][0] for pod in pod_specs(of_kind(made, "Job")))
     assert "nvidia.com/gpu" not in first["resources"]["limits"]
     assert second["resources"]["limits"]["nvidia.com/gpu"] == 1
@@ -186,6 +197,21 @@ def test_gpus_are_limits_of_servers_and_jobs_that_ask() -> None:
         ("settings.max_num_seq=9", "max_num_seq"),
         ("settings.admin_key=aaaaaaaaaaaaaaaaaaaa", "it is a secret"),
         ("ingress.enabled=true,keys.open=true,ingress.host=a.b", "name in ingress.checkedBy"),
+        ("ingress.enabled=true,ingress.host=a.b", "ingress.enabled without TLS"),
+        ("gateway.enabled=true", "set gateway.parent.name"),
+        ("gateway.enabled=true,gateway.parent.name=g", "where the gateway's pods are"),
+        (
+            "gateway.enabled=true,gateway.parent.name=g,networkPolicy.enabled=false,"
+            "settings.protect_metrics=true",
+            "reads /metrics without a key",
+        ),
+        ("gateway.rewrites[0].name=a,gateway.rewrites[0].model=a", "gateway/rewrites/0"),
+        ("store.blobs=s3://a/b,persistence.enabled=false", "one half of the store would be lost"),
+        (
+            "store.catalogSecret.name=c,persistence.enabled=false",
+            "one half of the store would be lost",
+        ),
+        ("rollout.maxSurge=0", "both 0: no pod could ever be replaced"),
         ("keys.admin.name=", "keys/admin/name"),
         ("settings.open=true", "the chart sets it"),
         ("ingress.enabled=true,ingress.checkedBy=x", "ingress/host"),
@@ -229,12 +255,110 @@ def test_prometheus_gets_the_key_where_metrics_want_one() -> None:
     check_schema(made)
     (endpoint,) = made["spec"]["endpoints"]
     assert endpoint["authorization"]["credentials"] == {"name": "mine", "key": "key"}
+    other = ("--set=settings.protect_metrics=true,keys.metrics.name=reads",)
+    (endpoint,) = only(rendered(monitor, *other), "ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint["authorization"]["credentials"]["name"] == "reads"
 
 
 def test_settings_are_the_server_s() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     known = schema["properties"]["settings"]["propertyNames"]["enum"]
     assert known == sorted(Settings.model_fields), "values.schema.json lists every setting"
+
+
+def test_a_gateway_s_pool_is_the_servers_and_uploads_pass_by_it() -> None:
+    made = rendered(*MATRIX["gateway"])
+    pod = server(made)["spec"]["template"]
+    pool = only(made, "InferencePool")["spec"]
+    assert pool["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    (container,) = pod["spec"]["containers"]
+    assert pool["targetPorts"] == [{"number": container["ports"][0]["containerPort"]}]
+    by_model, rest = only(made, "HTTPRoute")["spec"]["rules"]
+    from service.api.openai import chat, completions, embeddings
+
+    routes = {
+        route.path  # type: ignore[attr-defined]
+        for module in (chat, completions, embeddings)
+        for route in module.router.routes
+    }
+    assert {one["path"]["value"] for one in by_model["matches"]} == routes
+    assert all(one["method"] == "POST" for one in by_model["matches"])
+    assert rest["backendRefs"][0]["name"] == front(made)["metadata"]["name"]
+    assert "kind" not in rest["backendRefs"][0], "uploads go to the Service"
+    (config,) = (one for one in of_kind(made, "ConfigMap") if "picker.yaml" in one["data"])
+    picker = yaml.safe_load(config["data"]["picker.yaml"])
+    known = {one["type"] for one in picker["plugins"]}
+    (profile,) = picker["schedulingProfiles"]
+    assert {one["pluginRef"] for one in profile["plugins"]} <= known
+    assert "lora-affinity-scorer" in known
+
+
+def test_the_picker_may_read_pods_and_pools_and_nothing_else() -> None:
+    rules = only(rendered(*MATRIX["gateway"]), "Role")["rules"]
+    assert all(set(rule["verbs"]) == {"get", "list", "watch"} for rule in rules)
+    assert {each for rule in rules for each in rule["resources"]} == {
+        *("pods", "inferencepools", "inferenceobjectives", "inferencemodelrewrites")
+    }
+
+
+def test_no_figure_is_not_a_figure_of_none() -> None:
+    (trigger,) = only(rendered(*MATRIX["keda"]), "ScaledObject")["spec"]["triggers"]
+    assert trigger["metadata"]["ignoreNullValues"] == "false", "KEDA takes an empty answer for 0"
+
+
+def test_a_base_that_loads_for_long_is_no_failed_rollout(
+    manifests: list[dict[str, Any]],
+) -> None:
+    spec = server(manifests)["spec"]
+    startup = spec["template"]["spec"]["containers"][0]["startupProbe"]
+    allowed = startup["periodSeconds"] * startup["failureThreshold"]
+    assert spec["progressDeadlineSeconds"] > allowed
+
+
+def test_a_pod_that_keeps_all_on_its_node_asks_for_the_room() -> None:
+    for way, asked in (("ephemeral", "20Gi"), ("defaults", None)):
+        (container,) = server(rendered(*MATRIX[way]))["spec"]["template"]["spec"]["containers"]
+        assert container["resources"]["requests"].get("ephemeral-storage") == asked
+
+
+def test_a_migration_has_a_policy_before_it_starts() -> None:
+    made = rendered(SHARED)
+    job = only(made, "Job")
+    (policy,) = (
+        one
+        for one in of_kind(made, "NetworkPolicy")
+        if one["metadata"]["name"] == job["metadata"]["name"]
+    )
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+    assert int(policy["metadata"]["annotations"]["helm.sh/hook-weight"]) < 0
+    assert "ingress" not in policy["spec"], "nobody asks it"
+
+
+def test_a_drained_node_is_no_failure_of_a_run() -> None:
+    for job in of_kind(rendered(*MATRIX["training"]), "Job"):
+        (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+        assert (rule["action"], rule["onPodConditions"]) == (
+            "Ignore",
+            [{"type": "DisruptionTarget", "status": "True"}],
+        )
+        assert job["spec"]["podReplacementPolicy"] == "Failed", "two would write one checkpoint"
+
+
+def test_who_runs_it_can_be_said() -> None:
+    made = rendered(*MATRIX["identity"], *MATRIX["training"])
+    account = only(made, "ServiceAccount")
+    assert account["metadata"]["annotations"] == {"a/b": "c"}
+    assert account["automountServiceAccountToken"] is False
+    pods = [
+        one["spec"]["template"]["spec"]
+        for one in (server(made), *of_kind(made, "Job"))
+        if "-migrate" not in one["metadata"]["name"]
+    ]
+    assert {pod["serviceAccountName"] for pod in pods} == {account["metadata"]["name"]}
+    assert {pod["priorityClassName"] for pod in pods} == {"high"}
+    rolling = server(made)["spec"]["strategy"]["rollingUpdate"]
+    assert rolling == {"maxSurge": 0, "maxUnavailable": "25%"}
 
 
 def test_jobs_that_publish_get_a_key() -> None:

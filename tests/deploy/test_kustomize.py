@@ -9,6 +9,7 @@ import pytest
 
 from service.config import PREFIX, Settings
 from tests.deploy.manifests import (
+    CHART,
     KUSTOMIZE,
     check_references,
     check_restricted,
@@ -18,6 +19,7 @@ from tests.deploy.manifests import (
     pod_specs,
     read,
     rendered,
+    server,
     tool,
     variables,
 )
@@ -77,20 +79,26 @@ def test_what_kubectl_makes_fits_together(where: str) -> None:
 
 
 def test_the_pod_is_the_chart_s() -> None:
-    chart, plain = (
-        only(made, "Deployment")["spec"]["template"]["spec"] for made in (rendered(), lying_there())
-    )
+    whole = [only(made, "Deployment")["spec"] for made in (rendered(), lying_there())]
+    chart, plain = (spec.pop("template")["spec"] for spec in whole)
     spread = "topologySpreadConstraints"  # selects by labels, and the chart has one more
     assert chart.pop(spread)[0]["topologyKey"] == plain.pop(spread)[0]["topologyKey"]
     assert plain == chart
+    chart, plain = whole
+    assert plain | {"selector": {}} == chart | {"selector": {}}
 
 
 def test_gpu_and_fleet_change_what_they_say() -> None:
-    (server,) = only(built("overlays/gpu"), "Deployment")["spec"]["template"]["spec"]["containers"]
-    assert server["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert variables(server)["NIBBLE_DEVICE"] == "cuda"
+    (one,) = only(built("overlays/gpu"), "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert one["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert variables(one)["NIBBLE_DEVICE"] == "cuda"
     fleet = built("overlays/fleet")
     deployment = only(fleet, "Deployment")["spec"]
     assert "replicas" not in deployment, "the autoscaler's"
     assert deployment["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
     assert only(fleet, "HorizontalPodAutoscaler")["spec"]["minReplicas"] >= 2
+    (chart, plain) = (
+        server(made)["spec"]["template"]["spec"]["containers"][0]["resources"]
+        for made in (rendered("--values", str(CHART / "examples" / "fleet.yaml")), fleet)
+    )
+    assert plain == chart

@@ -27,11 +27,19 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if ne .Values.autoscaling.kind "none" }}yes{{ end }}
 {{- end }}
 
+{{/* Empty: the namespace's own. */}}
+{{- define "nibble.serviceAccount" -}}
+{{- .Values.serviceAccount.name | default (ternary (include "nibble.name" .) "" .Values.serviceAccount.create) }}
+{{- end }}
+
 {{/* Said before anything is rendered: what would start, and then lose adapters. */}}
 {{- define "nibble.check" -}}
 {{- $many := or (gt (int .Values.replicas) 1) (include "nibble.scaled" .) }}
 {{- if and $many (not (and .Values.store.blobs (include "nibble.catalogOutside" .))) }}
 {{- fail "several replicas need one store: set store.blobs (s3://…) and store.catalog or store.catalogSecret, or replicas: 1 and autoscaling.kind: none" }}
+{{- end }}
+{{- if and (ne (ternary "yes" "" (ne .Values.store.blobs "")) (include "nibble.catalogOutside" .)) (not .Values.persistence.enabled) }}
+{{- fail "one half of the store would be lost with the pod: without persistence.enabled set both store.blobs and store.catalog (or store.catalogSecret), or neither" }}
 {{- end }}
 {{- if and .Values.store.catalog .Values.store.catalogSecret.name }}
 {{- fail "store.catalog and store.catalogSecret are both set: take one" }}
@@ -41,6 +49,21 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 {{- if and .Values.ingress.enabled .Values.keys.open (not .Values.ingress.checkedBy) }}
 {{- fail "keys.open and ingress.enabled: name in ingress.checkedBy what checks who asks, or leave keys.open off" }}
+{{- end }}
+{{- if and .Values.ingress.enabled (not .Values.ingress.tlsSecret) (not .Values.ingress.tlsBy) }}
+{{- fail "ingress.enabled without TLS: keys would go over the network as they are. Set ingress.tlsSecret, or name in ingress.tlsBy what ends TLS before it" }}
+{{- end }}
+{{- if and .Values.gateway.enabled (not .Values.gateway.parent.name) }}
+{{- fail "gateway.enabled: set gateway.parent.name, the Gateway that the route belongs to" }}
+{{- end }}
+{{- if and .Values.gateway.enabled .Values.networkPolicy.enabled (not .Values.networkPolicy.from) }}
+{{- fail "gateway.enabled: say in networkPolicy.from where the gateway's pods are, or none reaches a replica" }}
+{{- end }}
+{{- if and .Values.gateway.enabled .Values.settings.protect_metrics }}
+{{- fail "gateway.enabled and settings.protect_metrics: the endpoint picker reads /metrics without a key; leave protect_metrics off, the NetworkPolicy says who reaches it" }}
+{{- end }}
+{{- if and (eq (toString .Values.rollout.maxSurge) "0") (eq (toString .Values.rollout.maxUnavailable) "0") }}
+{{- fail "rollout.maxSurge and rollout.maxUnavailable are both 0: no pod could ever be replaced" }}
 {{- end }}
 {{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}
 {{- fail (printf "autoscaling.minReplicas (%d) is more than maxReplicas (%d)" (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas)) }}
