@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -31,6 +31,7 @@ from service.bench.compare import Figures, compare
 from service.bench.device import DEVICE, Asked
 from service.bench.device import markdown as device_page
 from service.bench.device import measure as measure_device
+from service.bench.isa import BEYOND, VARIABLES, CannotHold, hold
 from service.bench.options import Options
 from service.bench.performance import write_page
 from service.bench.registered import REGISTERED
@@ -95,6 +96,13 @@ def bench(
         list[str] | None,
         typer.Option(help="Of nibble's products: exact or fast, once for each. Default: both."),
     ] = None,
+    isa: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Hold every peer to {' or '.join(VARIABLES)}, on a CPU that has more. llama.cpp "
+            "has to be built for it. Default: the best that each can use."
+        ),
+    ] = None,
     suite: Annotated[
         str,
         typer.Option(
@@ -155,13 +163,17 @@ def bench(
         )
         return
     scenarios, parts = _asked(suite, only)
+    server = _llama_server(llama_server) if llama else None
+    machine = inspect()
+    if isa is not None:
+        machine = _held(isa, machine, llama=llama, server=server)
     options = Options(
         model=model,
         scenarios=scenarios,
         parts=parts,
-        peft_dtypes=_dtypes(peft_dtype, inspect()) if peft else (),
+        peft_dtypes=_dtypes(peft_dtype, machine) if peft else (),
         precisions=_precisions(precision),
-        llama_server=_llama_server(llama_server) if llama else None,
+        llama_server=server,
         directory=directory_of(model, cache),  # may take minutes, so last of what can be wrong
         rounds=rounds,
         prompt_tokens=prompt_tokens,
@@ -171,6 +183,7 @@ def bench(
         minutes=minutes,
         transformers=transformers,
         gguf=_gguf_of(model, cache) if llama else None,
+        isa=isa or "",
         command=command,
     )
     figures = _compare(options)
@@ -226,6 +239,15 @@ def _llama_server(wanted: Path | None) -> Path | None:
     if not (wanted.is_file() and os.access(wanted, os.X_OK)):
         raise typer.BadParameter(f"--llama-server {wanted}: a program is needed")
     return wanted.absolute()
+
+
+def _held(isa: str, machine: Machine, *, llama: bool, server: Path | None) -> Machine:
+    """The machine as those see it that are held to an instruction set."""
+    try:
+        hold(isa, machine, llama=llama, server=server)
+    except CannotHold as error:
+        raise typer.BadParameter(str(error), param_hint="--isa") from error
+    return replace(machine, features=tuple(f for f in machine.features if not f.startswith(BEYOND)))
 
 
 def _write_json(figures: Figures, path: Path | None) -> None:

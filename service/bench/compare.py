@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -23,7 +23,7 @@ from service.bench.llama_peer import missing
 from service.bench.nibble_peer import ENGINE, NibblePeer
 from service.bench.options import Options, Report
 from service.bench.peer import PeerProcess
-from service.bench.plan import NIBBLE, PEFT, Contestant, contestants, measure, order
+from service.bench.plan import NIBBLE, PEFT, SLOW, Contestant, contestants, measure, order
 from service.bench.random_adapters import random_adapters
 from service.bench.report import own_ratios, ratios_of, row_of
 from service.bench.roster import Roster
@@ -55,10 +55,12 @@ def compare(options: Options, report: Report) -> Figures:
     limits = better(limits, measure_limits(options.threads))
     rows = [row_of(row, rounds, options.prompt_tokens) for row, rounds in found.items()]
     return {
-        **_setting(options, list(peers)),
+        **_setting(options),
         "limits": asdict(limits),
         "results": [
-            row | {"limit": _distance(options, each, row, facts, spec, limits)}
+            row
+            | {"rounds": options.rounds_of(each)}
+            | {"limit": _distance(options, each, row, facts, spec, limits)}
             for each, row in zip(found, rows, strict=True)
         ],
         "ratios": ratios_of(found),
@@ -76,7 +78,7 @@ def compare(options: Options, report: Report) -> Figures:
     }
 
 
-def _setting(options: Options, peers: Sequence[str]) -> Figures:
+def _setting(options: Options) -> Figures:
     """What was asked for, when and on which machine."""
     machine = inspect()
     return {
@@ -84,7 +86,7 @@ def _setting(options: Options, peers: Sequence[str]) -> Figures:
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.new_tokens,
         "threads": options.threads,
-        "rounds": {peer: options.rounds_of(peer) for peer in peers},
+        "isa": options.isa,
         "lora_rank": RANK,
         "command": options.command,
         "date": datetime.now(UTC).date().isoformat(),
@@ -141,7 +143,7 @@ def _measured(
     until: float,
 ) -> dict[Contestant, list[Round]]:
     rows = contestants(options.scenarios, list(peers))
-    rounds = {peer: options.rounds_of(peer) for peer in peers}
+    rounds = {row: options.rounds_of(row) for row in rows}
     tries = sum(1 for _ in order(rows, rounds))
     done = 0
 
@@ -211,6 +213,11 @@ def _notes(
         lines.append(
             "bitsandbytes repacked PEFT's weights for its fused kernel, which computes in bfloat16 "
             "whatever dtype the model has"
+        )
+    if options.isa and not facts.keys().isdisjoint(SLOW):
+        lines.append(
+            f"bitsandbytes' own loops over 4-bit weights cannot be held to {options.isa}: they are "
+            "as its wheel was built, in the peers over it"
         )
     return lines
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -33,6 +34,11 @@ STEP = 512  # tokens computed at once, llama.cpp's default
 def missing() -> tuple[str, ...]:
     """The modules that this peer needs and that are not installed."""
     return tuple(name for name in NEEDS if importlib.util.find_spec(name) is None)
+
+
+def sets_of(system: str) -> tuple[str, ...]:
+    """What a llama.cpp was built with, by its line of what the system has: AVX2, FMA, and so on."""
+    return tuple(re.findall(r"\b([A-Z]\w+) = 1\b", system))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +83,11 @@ class LlamaPeer:
 
     def facts(self) -> dict[str, Any]:
         weights = int(self._llama.llama_model_size(self._model))
+        system = self._llama.llama_print_system_info().decode()
         return {
             "version": self._llama.__version__,
             "dtype": "Q4_0, head and embeddings as llama.cpp chooses",
-            "system": self._llama.llama_print_system_info().decode().strip(),
+            "kernels": ", ".join(sets_of(system)),
             "step_bytes": weights,
             "each_adapter_bytes": self._adapter_bytes,
             "arithmetic": "int8",

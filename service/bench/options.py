@@ -10,7 +10,7 @@ from typing import Any
 
 from base.kernels import Precision
 from service.bench.peer import Setup
-from service.bench.plan import NIBBLE, SLOW
+from service.bench.plan import DECISIVE, NIBBLE, SLOW, Contestant
 from service.bench.scenario import Scenario
 
 Report = Callable[[str, int, int], None]  # what runs, and which of how many tries it is
@@ -35,14 +35,16 @@ class Options:
     llama_server: Path | None = None  # the program; None: no servers over HTTP
     parts: tuple[str, ...] = ()  # REGISTERED and START
     minutes: float = math.inf  # after these no row begins
+    isa: str = ""  # that every process is held to; "": the best that it can use
     command: str = ""
 
     def setup(self, adapters: Sequence[Path], **more: Any) -> Setup:
         return Setup(self.directory, tuple(adapters), self.threads, more)
 
-    def rounds_of(self, peer: str) -> int:
+    def rounds_of(self, row: Contestant) -> int:
         further = tuple(f"{NIBBLE} {precision}" for precision in self.precisions[1:])
-        if peer in SLOW or (further and peer.startswith(further)):
+        slow = row.peer in SLOW and row != DECISIVE
+        if slow or (further and row.peer.startswith(further)):
             return min(self.rounds, self.slow_rounds or self.rounds)
         return self.rounds
 

@@ -58,6 +58,7 @@ class PeftPeer:
             "nf4_bytes": self._bytes,
             "step_bytes": self._bytes + self._head_bytes,
             "arithmetic": "float32",
+            "kernels": torch.backends.cpu.get_cpu_capability().lower(),
             "repacked": all(getattr(state, "packing_format_for_cpu", False) for state in states),
         }
 

@@ -64,21 +64,37 @@ def performance_markdown(figures: Figures, chart: str) -> str:
 
 
 def _setting(figures: Figures) -> str:
-    machine, rounds = figures["machine"], figures["rounds"]
-    tries = ", ".join(f"{peer} {count}" for peer, count in rounds.items())
-    taken = [len(row["tokens_per_second_rounds"]) for row in figures["results"]]
-    if taken and min(taken) < min(rounds.values()):
-        tries += "; less where the time was up"
+    machine = figures["machine"]
     gib = machine["memory_total"] / (1 << 30)
+    held = f" All that measures is held to {figures['isa']}." if figures["isa"] else ""
     return (
         f"{figures['date']}; {machine['cpu']}, {machine['cores']} cores "
         f"({', '.join(machine['features'])}), {gib:.0f} GiB; {figures['threads']} threads of every "
         f"peer. Base `{figures['model']}`; {figures['prompt_tokens']} tokens in and "
         f"{figures['new_tokens']} out unless the workload says otherwise; LoRA and DoRA of rank "
         f"{figures['lora_rank']} on all linear layers. Every peer has its own process and the same "
-        f"weights, prompts and threads; they take turns. Rounds: {tries}.\n\n"
+        f"weights, prompts and threads; they take turns. Rounds: {_rounds(figures['results'])}."
+        f"{held}\n\n"
         f"    {_without_paths(figures['command'])}"
     )
+
+
+def _rounds(rows: Sequence[Figures]) -> str:
+    """How many each peer was asked for, its ways apart where they differ."""
+    asked: dict[str, dict[int, list[str]]] = {}
+    for row in rows:
+        ways = asked.setdefault(row["peer"], {}).setdefault(row["rounds"], [])
+        ways += [row["way"]] if row["way"] not in ways else []
+    said = [
+        f"{peer} {', '.join(_counted(count, ways, len(counts)) for count, ways in counts.items())}"
+        for peer, counts in asked.items()
+    ]
+    short = any(len(row["tokens_per_second_rounds"]) < row["rounds"] for row in rows)
+    return "; ".join(said) + ("; less where the time was up" if short else "")
+
+
+def _counted(count: int, ways: Sequence[str], counts: int) -> str:
+    return f"{count}" if counts == 1 else f"{count} ({', '.join(ways)})"
 
 
 def _targets(rows: Sequence[Figures]) -> str:
@@ -88,7 +104,8 @@ def _targets(rows: Sequence[Figures]) -> str:
     return "\n\n".join(
         (
             "Each a ratio within this run, `nibble` in its default precision; the interval is from "
-            "the lowest round to the highest.",
+            "the lowest round to the highest, and for registered and resident adapters what the "
+            "median lies in with 95 % confidence (all rounds where they are less than 6).",
             table(
                 ("what", "target", "over", "ratio", "reached"),
                 (
@@ -106,15 +123,33 @@ def _registered(figures: Figures | None) -> str:
         return "Not measured in this run."
     resident, zipf = figures["resident"], figures["zipf"]
     growth = table(
-        ("registered", "a token, ms", "over the fewest (lowest to highest round)"),
         (
-            (f"{row['registered']:,}", f"{row['token_ms']:.2f}", _exactly(row))
+            "registered",
+            "a token, ms",
+            "over the first",
+            "processor time of a token, ms",
+            "over the first",
+        ),
+        (
+            (
+                f"{row['registered']:,}",
+                f"{row['token_ms']:.2f}",
+                _exactly(row),
+                f"{row['cpu_ms']:.2f}",
+                _exactly(row["cpu"]),
+            )
             for row in figures["growth"]
         ),
     )
     return "\n\n".join(
         (
-            "Requests by name to one adapter of the store, 8 at a time:",
+            "`nibble serve` over HTTP, a server for each number of registered adapters and one "
+            "more for the first number, all alive at once: the last row is what this measurement "
+            "cannot tell apart. Each is asked for the same adapter by its name, 8 requests at a "
+            f"time, in turns of a second, forwards and backwards, {figures['growth'][0]['rounds']} "
+            "rounds of both. Ratios are medians of the rounds, with the interval that the "
+            "median lies in with 95 % confidence. Processor time is that of all threads of the "
+            "server.",
             growth,
             f"{resident['adapters']} adapters of rank {resident['rank']} in their slots, requests "
             f"spread evenly over them, 8 at a time: {resident['many_tokens_per_second']:.1f} "

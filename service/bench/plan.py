@@ -87,6 +87,10 @@ class Contestant:
         return self.way == server_peers.OVER_HTTP
 
 
+# A target rests on this row, and it is one batch: of a slow peer, but not slow.
+DECISIVE = Contestant(DISTINCT, PEFT, peft_peer.MIXED)
+
+
 def ways_of(peer: str, scenario: Scenario) -> tuple[str, ...]:
     """The ways in which this peer serves the scenario; none: it takes no part."""
     if peer in WAYS:
@@ -110,7 +114,7 @@ def measure(
     rows: Sequence[Contestant],
     peers: Mapping[str, PeerProcess],
     *,
-    rounds: Mapping[str, int],
+    rounds: Mapping[Contestant, int],
     vocabulary: int,
     prompt_tokens: int,
     new_tokens: int,
@@ -118,7 +122,7 @@ def measure(
     failed: dict[str, str],
     until: float = math.inf,
 ) -> dict[Contestant, list[Round]]:
-    """`rounds[peer]` of each row, after a short one that is not counted; `report` hears of each.
+    """`rounds[row]` of each row, after a short one that is not counted; `report` hears of each.
 
     Every row has its first round; no other begins after `until` (of time.monotonic). One of the
     others that fails is left out of all, and `failed` says why; nibble may not fail.
@@ -146,7 +150,7 @@ def measure(
 
 
 def order(
-    rows: Sequence[Contestant], rounds: Mapping[str, int]
+    rows: Sequence[Contestant], rounds: Mapping[Contestant, int]
 ) -> Iterator[tuple[int, Contestant]]:
     """Round 0 warms up. All rows of a round follow each other; every other round runs backwards,
     so that none is always the one after another's heat.
@@ -156,7 +160,7 @@ def order(
     warmed = set()
     for number in range(max(rounds.values(), default=0) + 1):
         for row in rows if number % 2 == 0 else reversed(rows):
-            if number > rounds[row.peer]:
+            if number > rounds[row]:
                 continue
             if number == 0 and row.peer in SLOW and row.peer in warmed:
                 continue

@@ -1,10 +1,11 @@
-"""What adapters cost that nobody asks for now: one process, one base, and rounds in turns.
+"""What adapters cost that nobody asks for now.
 
-    growth    the same eight requests while 1, 10, 100 or 1,000 adapters are registered
+    growth    the same eight requests to servers with 1, 10, 100 and 1,000 registered adapters
     resident  requests to one adapter, and spread over 32; all are in their slots
     zipf      requests over 1,000 adapters by Zipf's law, with memory for 32
 
-Each request looks its adapter up by name in a real store, as the server does.
+The last two in one process, on one base, in turns. Each request looks its adapter up by name in a
+real store, as the server does.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from adapters.delta import LoweredAdapter
 from adapters.store import AdapterStore
 from base.kernels import Precision
 from base.load import Base, load_base
-from service.bench.zipf import Figures, Scene, add, running, serve, traffic
+from service.bench.growth import Asked, measure_growth
+from service.bench.turns import Cost, Figures, Try, beside, in_turns
+from service.bench.zipf import Scene, add, running, serve, traffic
 from service.engine.config import EngineConfig
 from service.engine.loop import Engine
 from service.engine.request import AdapterRef
@@ -33,14 +35,14 @@ from service.fetch import Fetch
 
 REGISTERED = "registered adapters"  # the name of this part, for --only
 COUNTS = (1, 10, 100, 1000)
+GROWTH_ROUNDS = 12  # a few seconds each, and their median is to be known to a few in a hundred
 MIB = 1 << 20
-Try = Callable[[int], float]  # a number that no other call has -> seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
     """The many are small, so that a thousand fit on the disk; the resident ones are large.
-    `counts` rises."""
+    `counts` rises, and has two at least."""
 
     model: Path
     precision: Precision
@@ -48,6 +50,7 @@ class Setting:
     rounds: int
     rank: int  # of the resident ones, on all linear layers
     counts: tuple[int, ...] = COUNTS
+    growth_rounds: int = GROWTH_ROUNDS
     resident: int = 32
     clients: int = 8
     zipf_requests: int = 96
@@ -89,18 +92,16 @@ def measure_apart(setting: Setting) -> Figures:
 def measure(setting: Setting) -> Figures:
     """The three parts, one after the other."""
     torch.set_num_threads(setting.threads)
-    with tempfile.TemporaryDirectory(prefix="nibble-registered-") as scratch, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="nibble-registered-") as scratch:
         base = _base(setting)
-        shelves = [
-            stack.enter_context(_shelf(Path(scratch) / str(count), base, setting.scene(count)))
-            for count in setting.counts
-        ]
-        large = setting.large(base)
-        own = stack.enter_context(_shelf(Path(scratch) / "resident", base, large))
-        with _engine(base, [own, *shelves], setting.clients) as engine:
-            growth = _growth(setting, engine, shelves)
-            resident = _resident(setting, engine, own, large)
-        zipf = _zipf(setting, shelves[-1])
+        homes = _homes(setting, base, Path(scratch))
+        growth = _growth(setting, base, homes)
+        own, large = Path(scratch) / "resident", setting.large(base)
+        _fill(own, base, large)
+        with _store(own) as store, _engine(base, store, setting.clients) as engine:
+            resident = _resident(setting, engine, store, large)
+        with _store(dict(homes)[setting.counts[-1]]) as store:
+            zipf = _zipf(setting, store)
     return {"growth": growth, "resident": resident, "zipf": zipf}
 
 
@@ -109,38 +110,44 @@ def _base(setting: Setting) -> Base:
     return load_base(setting.model, device="cpu", precision=setting.precision, lean=True)
 
 
-def _growth(setting: Setting, engine: Engine, shelves: Sequence[AdapterStore]) -> list[Figures]:
-    """Time for a token with so many registered, over that with the fewest.
+def _homes(setting: Setting, base: Base, scratch: Path) -> list[tuple[int, Path]]:
+    """A server's home for each count; the last is the fewest again: what chance does to a ratio."""
+    counts = (*setting.counts, setting.counts[0])
+    homes = [(count, scratch / f"home-{place}") for place, count in enumerate(counts)]
+    for count, home in homes:
+        _fill(home, base, setting.scene(count))
+    return homes
 
-    The adapter that is asked for is the same one in every store, and in its slot.
-    """
-    scene = setting.scene(1)
-    tries = [_asking(engine, shelf, scene, ("many-0",)) for shelf in shelves]
-    seconds = _in_turns(tries, setting.rounds + 3)  # short rounds, so more of them
-    tokens = scene.requests * scene.new_tokens
-    return [
-        {
-            "registered": count,
-            "token_ms": round(1000 * statistics.median(mine) / tokens, 3),
-            **_spread(mine, seconds[0]),
-        }
-        for count, mine in zip(setting.counts, seconds, strict=True)
-    ]
+
+def _growth(setting: Setting, base: Base, homes: Sequence[tuple[int, Path]]) -> list[Figures]:
+    """The adapter that is asked for is the same one in every home, and in its slot."""
+    return measure_growth(
+        setting.model,
+        homes,
+        ["--precision", setting.precision],
+        {"OMP_NUM_THREADS": str(setting.threads)},
+        Asked("many-0", base.spec.vocab_size, setting.clients),
+        setting.growth_rounds,
+    )
 
 
 def _resident(setting: Setting, engine: Engine, shelf: AdapterStore, scene: Scene) -> Figures:
     """Tokens/s of requests spread over many large adapters, over that of requests to one."""
     names = [f"many-{number}" for number in range(scene.registered)]
     tries = [_asking(engine, shelf, scene, some) for some in (names[:1], names)]
-    one, many = _in_turns(tries, setting.rounds)
-    tokens = scene.requests * scene.new_tokens
+    one, many = in_turns(tries, setting.rounds)
+    tokens = 2 * scene.requests * scene.new_tokens  # of both turns
     return {
         "adapters": scene.registered,
         "rank": scene.rank,
-        "one_tokens_per_second": round(tokens / statistics.median(one), 2),
-        "many_tokens_per_second": round(tokens / statistics.median(many), 2),
-        **_spread(one, many),
+        "one_tokens_per_second": _rate(tokens, one),
+        "many_tokens_per_second": _rate(tokens, many),
+        **beside(one, many),
     }
+
+
+def _rate(tokens: int, costs: Sequence[Cost]) -> float:
+    return round(tokens / statistics.median(cost.wall for cost in costs), 2)
 
 
 def _zipf(setting: Setting, store: AdapterStore) -> Figures:
@@ -157,31 +164,26 @@ def _zipf(setting: Setting, store: AdapterStore) -> Figures:
     }
 
 
-@contextmanager
-def _shelf(directory: Path, base: Base, scene: Scene) -> Iterator[AdapterStore]:
-    """A store with the scene's adapters: many-0 and on, the same ones in every store."""
-    directory.mkdir()
-    store = AdapterStore(f"{directory}/blobs", f"{directory}/catalog.sqlite")
+def _fill(home: Path, base: Base, scene: Scene) -> None:
+    """A home with the scene's adapters: many-0 and on, the same ones in every home."""
+    home.mkdir()
     chance = torch.Generator().manual_seed(0)
-    try:
+    with _store(home) as store:
         for number in range(scene.registered):
-            name = f"many-{number}"
-            add(name, scene, base.spec, store, directory, chance, confined=False)
-        yield store
-    finally:
-        store.close()
+            add(f"many-{number}", scene, base.spec, store, home, chance, confined=False)
 
 
 @contextmanager
-def _engine(base: Base, stores: Sequence[AdapterStore], clients: int) -> Iterator[Engine]:
-    """An engine that finds an adapter in whichever store has it."""
-    homes = {manifest.digest: store for store in stores for manifest in store.list()}
+def _store(home: Path) -> Iterator[AdapterStore]:
+    """The store of a home, where `nibble serve --home` looks for it."""
+    with closing(AdapterStore(str(home / "blobs"), str(home / "catalog.db"))) as store:
+        yield store
 
-    def fetch(ref: AdapterRef) -> LoweredAdapter:
-        return Fetch(homes[ref.digest], base)(ref)
 
+@contextmanager
+def _engine(base: Base, store: AdapterStore, clients: int) -> Iterator[Engine]:
     config = EngineConfig(max_sequences=clients, kv_cache_bytes=64 * MIB)
-    engine = Engine(base, fetch, config)
+    engine = Engine(base, Fetch(store, base), config)
     with running(engine):
         yield engine
 
@@ -195,33 +197,9 @@ def _asking(engine: Engine, store: AdapterStore, scene: Scene, names: Sequence[s
     for name in names:
         engine.load(find(name))
 
-    def ask(number: int) -> float:
-        begun = time.perf_counter()
+    def ask(number: int) -> Cost:
+        wall, cpu = time.perf_counter(), time.process_time()
         traffic(engine, scene, names, find, number)
-        return time.perf_counter() - begun
+        return Cost(time.perf_counter() - wall, time.process_time() - cpu)
 
     return ask
-
-
-def _in_turns(tries: Sequence[Try], rounds: int) -> list[list[float]]:
-    """Seconds of each; round 0 warms up, and every other round runs backwards.
-
-    Each call has a number of its own: the same prompts twice, and the prefix cache would answer.
-    """
-    taken: list[list[float]] = [[] for _ in tries]
-    for number in range(rounds + 1):
-        places = list(range(len(tries)))
-        for place in places if number % 2 else reversed(places):
-            seconds = tries[place](number * len(tries) + place)
-            if number > 0:
-                taken[place].append(seconds)
-    return taken
-
-
-def _spread(over: Sequence[float], under: Sequence[float]) -> Figures:
-    each = [a / b for a, b in zip(over, under, strict=True)]
-    return {
-        "ratio": round(statistics.median(each), 3),
-        "lowest": round(min(each), 3),
-        "highest": round(max(each), 3),
-    }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from service.bench.gguf_files import write_base, write_lora
+from service.bench.isa import server_system
 from service.bench.launch import (
     Running,
     ServerFailed,
@@ -19,6 +20,7 @@ from service.bench.launch import (
     nibble_server,
     token_times,
 )
+from service.bench.llama_peer import sets_of
 from service.bench.peer import Setup
 from service.bench.scenario import Job, Round, round_of
 from service.client import Client
@@ -52,7 +54,9 @@ class NibbleServerPeer:
         return ask_completions(self._server.url, job)
 
     def facts(self) -> dict[str, Any]:
-        return {"started_seconds": round(self._server.seconds, 2)}
+        with Client(self._server.url) as client:
+            kernels = client.info()["kernels"]
+        return {"kernels": kernels, "started_seconds": round(self._server.seconds, 2)}
 
     def close(self) -> None:
         self._stack.close()
@@ -69,6 +73,7 @@ class LlamaServerPeer:
         scratch = Path(
             self._stack.enter_context(tempfile.TemporaryDirectory(prefix="nibble-gguf-"))
         )
+        self._system = server_system(Path(setup.options["binary"]))
         try:
             self._server = self._start(setup, scratch)
         except Exception:
@@ -82,6 +87,7 @@ class LlamaServerPeer:
     def facts(self) -> dict[str, Any]:
         return {
             "dtype": "Q4_0, head and embeddings as llama.cpp chooses",
+            "kernels": ", ".join(sets_of(self._system)),
             "started_seconds": round(self._server.seconds, 2),
         }
 

@@ -140,9 +140,10 @@ def _resident(figures: Mapping[str, Any]) -> Row:
 
 
 def _growth(rows: Sequence[Mapping[str, Any]]) -> Row:
-    """The count whose cost is farthest from that of the fewest."""
-    worst = max(rows, key=lambda row: abs(row["ratio"] - 1))
-    least, most = rows[0]["registered"], rows[-1]["registered"]
+    """The count whose cost is farthest from that of the fewest, on the clock."""
+    more = [row for row in rows if row["registered"] != rows[0]["registered"]]
+    worst = max(more, key=lambda row: abs(row["ratio"] - 1))
+    least, most = rows[0]["registered"], more[-1]["registered"]
     return {
         "what": f"cost of a token, {least:,} to {most:,} adapters registered",
         "target": f"1 ± {GROWTH:g}",

@@ -61,6 +61,7 @@ class TransformersPeer:
             "nf4_bytes": self._bytes,
             "step_bytes": self._bytes + self._head_bytes,
             "arithmetic": "float32",
+            "kernels": torch.backends.cpu.get_cpu_capability().lower(),
         }
 
     def close(self) -> None:

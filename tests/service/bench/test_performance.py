@@ -22,6 +22,7 @@ def _result(scenario: str, peer: str, rate: float, counts: str = "output") -> di
         "counts": counts,
         "tokens_per_second": rate,
         "tokens_per_second_rounds": [rate],
+        "rounds": 1,
         "first_token_ms": times,
         "inter_token_ms": None if counts == "prompt" else times,
         "limit": {"bound_by": "bandwidth", "of_limit": 0.75},
@@ -36,7 +37,7 @@ def figures() -> dict[str, Any]:
         "prompt_tokens": 64,
         "new_tokens": 32,
         "threads": 2,
-        "rounds": {"nibble fast": 3, "peft": 1},
+        "isa": "",
         "lora_rank": 16,
         "command": "nibble bench --suite full --cache /a/b --json /c/d.json --llama",
         "date": "2026-01-02",
@@ -59,7 +60,10 @@ def figures() -> dict[str, Any]:
             {"what": "8 distinct", "target": "≥ 3", "over": "x", "reached": None, "ratio": None},
         ],
         "registered": {
-            "growth": [{"registered": 1000, "token_ms": 12.5, **ratio}],
+            "growth": [
+                {"registered": 1000, "token_ms": 12.5, "cpu_ms": 20.1, "rounds": 9, **ratio}
+                | {"cpu": {"ratio": 1.5, "lowest": 1.0, "highest": 2.0}}
+            ],
             "resident": {
                 "adapters": 32,
                 "rank": 16,
@@ -117,7 +121,8 @@ def test_the_page_says_all_that_the_figures_say(figures: dict[str, Any], tmp_pat
     assert "20.0 GB/s" in text
     assert "| prefill | ≥ 0.9 | llama.cpp | 3.500 (3.000 to 4.000) | yes |" in text
     assert "| 8 distinct | ≥ 3 | x |  | not measured |" in text
-    assert "| 1,000 | 12.50 | 3.500 (3.000 to 4.000) |" in text
+    assert "| 1,000 | 12.50 | 3.500 (3.000 to 4.000) | 20.10 | 1.500 (1.000 to 2.000) |" in text
+    assert "9 rounds of both" in text
     assert "requests named 55 of them, 82% found theirs" in text
     assert "| mini, fast | 9.9 | 3.5 (3.4, 3.5, 3.6) | 400 | 300 | 500 |" in text
     assert "not available" in text
@@ -127,6 +132,19 @@ def test_the_page_says_all_that_the_figures_say(figures: dict[str, Any], tmp_pat
     for block in text.split("\n\n"):
         if block.startswith("|"):  # every line of a table has as many cells as its head
             assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_the_page_says_how_many_rounds_and_what_all_were_held_to(
+    figures: dict[str, Any], tmp_path: Path
+) -> None:
+    base, peft, prefill = figures["results"]
+    rows = [base, peft, peft | {"way": "mixed", "rounds": 4, "tokens_per_second_rounds": [1.0] * 4}]
+    page = tmp_path / "page.md"
+    write_page(figures | {"results": [*rows, prefill], "isa": "avx2"}, page)
+    assert (
+        "Rounds: nibble fast 1; peft 1 (engine), 4 (mixed). All that measures is held to avx2.\n"
+        in page.read_text()
+    )
 
 
 def test_a_new_run_keeps_the_table_of_the_kernels(figures: dict[str, Any], tmp_path: Path) -> None:
@@ -152,8 +170,9 @@ def test_a_run_without_others_says_so(figures: dict[str, Any], tmp_path: Path) -
     assert "Not measured in this run." in page.read_text()
     assert "No other peer was measured" in page.read_text()
     assert "less where the time was up" not in page.read_text()
-    write_page(figures | {"rounds": {"nibble fast": 3}}, page)
-    assert "less where the time was up" in page.read_text()
+    cut = [row | {"rounds": 3} for row in figures["results"]]
+    write_page(figures | {"results": cut}, page)
+    assert "Rounds: nibble fast 3; peft 3; less where the time was up.\n" in page.read_text()
     write_page(figures | {"notes": []}, page)
     assert "## Notes" not in page.read_text()
 

@@ -78,11 +78,13 @@ def test_growth_is_told_by_the_count_that_is_farthest(ratio: float, answer: bool
             {"registered": 1, "ratio": 1.0, **spread},
             {"registered": 10, "ratio": ratio, **spread},
             {"registered": 1000, "ratio": 1.01, **spread},
+            {"registered": 1, "ratio": 1.2, **spread},  # what chance does
         ],
     }
     resident, growth = reached({}, "fast", registered, [])[-2:]
     assert resident["reached"] is True
     assert growth["over"].startswith("10 registered")
+    assert growth["what"] == "cost of a token, 1 to 1,000 adapters registered"
     assert growth["reached"] is answer
 
 
