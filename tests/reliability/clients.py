@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import httptools
+
 Address = tuple[str, int]
 
 
@@ -43,50 +45,60 @@ def generate(prompt: str, tokens: int, adapter: str | None = None, **more: Any) 
     return request("/generate", {"inputs": prompt, "parameters": parameters})
 
 
-class Client:
-    """One connection, kept while the server keeps it."""
+class Client(asyncio.Protocol):
+    """One connection, kept while the server keeps it; one request at a time."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._transport: asyncio.Transport | None = None
+        self._answer: asyncio.Future[Answer] | None = None
 
     async def ask(self, content: bytes) -> Answer:
         """Raises Lost."""
-        began = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        self._began = time.perf_counter()
         try:
-            if self._reader is None or self._reader.at_eof():
-                await self.close()
-                self._reader, self._writer = await asyncio.open_connection(*self.address)
-            assert self._writer is not None
-            self._writer.write(content)
-            head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-            first, *lines = head.split("\r\n")
-            headers = dict(line.lower().split(": ", 1) for line in lines if line)
-            body = await self._body(headers)
-        except (OSError, EOFError) as error:
-            await self.close()
+            if self._transport is None or self._transport.is_closing():
+                self._transport, _ = await loop.create_connection(lambda: self, *self.address)
+        except OSError as error:
             raise Lost(f"{type(error).__name__}: {error}") from error
-        answer = Answer(int(first.split()[1]), time.perf_counter() - began, headers, body)
-        if headers.get("connection") == "close":
-            await self.close()
-        return answer
-
-    async def _body(self, headers: dict[str, str]) -> bytes:
-        assert self._reader is not None
-        if headers.get("transfer-encoding") != "chunked":
-            return await self._reader.readexactly(int(headers.get("content-length", "0")))
-        pieces = []
-        while size := int(await self._reader.readline(), 16):
-            pieces.append(await self._reader.readexactly(size))
-            await self._reader.readexactly(2)
-        await self._reader.readexactly(2)
-        return b"".join(pieces)
+        self._answer = loop.create_future()
+        self._headers: dict[str, str] = {}
+        self._body: list[bytes] = []
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport.write(content)
+        try:
+            return await self._answer
+        finally:
+            self._answer = None
 
     async def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        self._reader = self._writer = None
+        if self._transport is not None:
+            self._transport.close()
+        self._transport = None
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        if self._answer is not None and not self._answer.done():
+            said = "the server closed the connection" if error is None else str(error)
+            self._answer.set_exception(Lost(f"{type(error).__name__}: {said}"))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode().lower()] = value.decode("latin-1").lower()
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        seconds, status = time.perf_counter() - self._began, self._parser.get_status_code()
+        if self._headers.get("connection") == "close" and self._transport is not None:
+            self._transport.close()
+            self._transport = None
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(Answer(status, seconds, self._headers, b"".join(self._body)))
 
 
 @dataclass(slots=True)

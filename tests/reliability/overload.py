@@ -10,9 +10,10 @@ two take turns. What was admitted must not take longer for the refusals beside i
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from statistics import median
+
+import uvloop
 
 from tests.reliability.clients import Load, closed_loop, generate, open_loop, quantile
 from tests.reliability.served import Served, scratch, serving
@@ -28,10 +29,10 @@ def measure(served: Served, tokens: int, seconds: float) -> tuple[Load, Load, fl
     """At capacity, overloaded, and the CPU time of a refusal."""
     address, content = ("127.0.0.1", served.port), generate("a question", tokens)
     before = served.cpu_seconds()
-    full = asyncio.run(closed_loop(address, content, RUNNING + QUEUE - 2, seconds))
+    full = uvloop.run(closed_loop(address, content, RUNNING + QUEUE - 2, seconds))
     between = served.cpu_seconds()
     rate = len(full.times(200)) / seconds
-    over = asyncio.run(open_loop(address, content, TIMES * rate, seconds))
+    over = uvloop.run(open_loop(address, content, TIMES * rate, seconds))
     spent = served.cpu_seconds() - between
     # What the admitted ones cost is known from before.
     own = (between - before) / max(1, len(full.times(200))) * len(over.times(200))

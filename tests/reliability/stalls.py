@@ -18,8 +18,12 @@ import select
 import socket
 import sys
 import time
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from statistics import median
+
+import uvloop
 
 from service.api.console import BUILT
 from tests.reliability.clients import Address, Load, closed_loop, generate, quantile, request
@@ -59,7 +63,7 @@ async def stall(address: Address, clients: int, patience: float, large: bytes) -
     """Returns when each was cut off. Readers ask for what is `large`."""
     found = Stalled()
     order = [KINDS[OF_64[number * 5 % 64]] for number in range(clients)]
-    pause = COME_SECONDS / clients
+    pause = COME_SECONDS / max(clients, 1)
     times = await asyncio.gather(
         *(
             _stalled(address, kind, patience, number * pause, large)
@@ -142,25 +146,39 @@ async def _drip(own: socket.socket, start: bytes) -> None:
 _DOES = {"head": _head, "body": _body, "fast body": _fast_body, "reader": _reader}
 
 
-async def beside(address: Address, clients: int, seconds: float) -> tuple[Load, Stalled | None]:
+def stalling(address: Address, clients: int) -> Stalled:
+    """In a process of its own: what they cost here is no part of what others wait for."""
+    return uvloop.run(stall(address, clients, 60, large_replies()))
+
+
+async def beside(
+    address: Address, clients: int, seconds: float, elsewhere: Executor
+) -> tuple[Load, Stalled | None]:
     """What honest clients see for so many seconds, with `clients` stalled ones or with none."""
     await asyncio.sleep(1)
-    stalling = (
-        asyncio.ensure_future(stall(address, clients, 60, large_replies())) if clients else None
-    )
+    loop = asyncio.get_running_loop()
+    crowd = loop.run_in_executor(elsewhere, stalling, address, clients) if clients else None
     load = await closed_loop(address, generate("a question", 16), 4, seconds)
-    return load, await stalling if stalling else None
+    return load, await crowd if crowd else None
 
 
 def measure(served: Served, clients: int, seconds: float, rounds: int) -> float:
     """The longest that one was borne, inf for ever; prints what was seen."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:
+        elsewhere.submit(stalling, ("127.0.0.1", served.port), 0).result()  # it has begun
+        return _measure(served, clients, seconds, rounds, elsewhere)
+
+
+def _measure(
+    served: Served, clients: int, seconds: float, rounds: int, elsewhere: Executor
+) -> float:
     address = ("127.0.0.1", served.port)
     ratios, longest = [], 0.0
     for _ in range(rounds):
         began = served.cpu_seconds()
-        alone, _ = asyncio.run(beside(address, 0, seconds))
+        alone, _ = uvloop.run(beside(address, 0, seconds, elsewhere))
         between = served.cpu_seconds()
-        crowded, stalled = asyncio.run(beside(address, clients, seconds))
+        crowded, stalled = uvloop.run(beside(address, clients, seconds, elsewhere))
         spent = [between - began, served.cpu_seconds() - between]
         assert stalled is not None
         both = [quantile(load.times(200), 0.99) for load in (alone, crowded)]
