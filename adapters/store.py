@@ -269,11 +269,14 @@ class AdapterStore:
         return self._catalog.all_latest()
 
     def page(
-        self, after: str, limit: int, digests: Collection[str] | None = None
+        self,
+        after: str,
+        limit: int,
+        digests: Collection[str] | None = None,
+        search: str = "",
     ) -> Sequence[AdapterManifest]:
-        """The newest version of each name behind `after`, by name: of so many names at most.
-        With `digests`, only names that have one of these, as their newest version or not."""
-        return self._catalog.page(after, limit, digests)
+        """As the catalog's."""
+        return self._catalog.page(after, limit, digests, search)
 
     def describe(self, name: str) -> AdapterDescription:
         """Versions and aliases of one name. Raises AdapterNotFound."""

@@ -95,6 +95,8 @@ After = Annotated[
     ),
 ]
 
+Search = Annotated[str, Query(max_length=64, description="Only names that have this in them.")]
+
 
 class ResidencyView(Outgoing):
     """Where an adapter is now, besides the store, or that it is on its way."""
@@ -260,6 +262,7 @@ async def list_adapters(
     resident: ResidentQuery = None,
     limit: Limit = None,
     after: After = "",
+    search: Search = "",
 ) -> Response:
     """The newest version of every adapter by name, and where each is now."""
     residents = _by_digest(await asyncio.to_thread(serving.engine.residents))
@@ -267,7 +270,7 @@ async def list_adapters(
     among = near if near is not None and len(near) <= MAX_PAGE else None
 
     def views() -> Iterator[Sequence[dict[str, Any]]]:
-        read = partial(serving.store.page, digests=among)
+        read = partial(serving.store.page, digests=among, search=search.lower())
         for manifests in pieces(read, after, lambda one: one.name):
             found = (_view(one, residents.get(one.digest, ())) for one in manifests)
             yield [view for view in found if _wanted(view["tier"], resident)]
