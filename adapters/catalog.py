@@ -37,7 +37,7 @@ __all__ = ["Catalog", "check_alias", "check_name", "metadata"]
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 MIGRATIONS = Path(__file__).with_name("migrations")
-HEAD = "0008"
+HEAD = "0009"
 BUSY_SECONDS = 10  # for the one who writes
 EXCLUSIVE_SECONDS = 120  # for one who changes blobs and rows together
 ATTEMPTS = 5
@@ -142,12 +142,19 @@ class Catalog:
         return self._one(query, f"sha256:{digest}")
 
     def page(
-        self, after: str, limit: int, digests: Collection[str] | None = None
+        self,
+        after: str,
+        limit: int,
+        digests: Collection[str] | None = None,
+        search: str = "",
     ) -> list[AdapterManifest]:
         """The newest version of each name behind `after`, by name: of so many names at most.
-        With `digests`, only names that have one of these, as their newest version or not."""
+        With `digests`, only names that have one of these, as their newest version or not; with
+        `search`, only names that have it in them."""
         mine, theirs = adapters.c.tenant == self.tenant, shared(self.tenant, "adapter")
         which = [adapters.c.name > after]
+        if search:
+            which.append(adapters.c.name.contains(search, autoescape=True))
         if digests is not None:
             which.append(adapters.c.digest.in_(digests))
         both = sa.union(*(_names(limit, whose, *which) for whose in (mine, theirs)))
@@ -201,7 +208,7 @@ class Catalog:
         own = {one.tokenizer_sha256 for one in manifests} - {None}
         asked = (
             (adapters.c.weights_sha256, {one.weights_sha256 for one in manifests}),
-            (adapters.c.tokenizer_sha256, own),  # no index, but few have one
+            (adapters.c.tokenizer_sha256, own),
         )
         found: set[str] = set()
         with self.reading() as connection:

@@ -8,13 +8,14 @@ import sqlalchemy as sa
 
 from adapters.errors import QuotaReached
 from adapters.manifest import AdapterManifest
-from adapters.tables import adapters, tenants, training_files
+from adapters.tables import adapters, collections, tenants, training_files
 
 
 def check_room(
     connection: sa.Connection, tenant: str, *, nbytes: int, draft: AdapterManifest | None = None
 ) -> None:
-    """Raise QuotaReached where `draft`, or a file of `nbytes`, is more than `tenant` may keep."""
+    """Raise QuotaReached where `draft`, or `nbytes` of anything else, is more than `tenant` may
+    keep."""
     query = sa.select(tenants.c.quotas).where(tenants.c.name == tenant)
     quotas = json.loads(connection.execute(query.with_for_update()).scalar() or "{}")
     most, room = quotas.get("adapters"), quotas.get("bytes")
@@ -34,12 +35,12 @@ def check_room(
     blobs = {one.weights_sha256: one.weights_bytes for one in kept}
     if draft is not None and draft.weights_sha256 in blobs:
         return  # they are kept once
-    files = sa.select(sa.func.coalesce(sa.func.sum(training_files.c.nbytes), 0))
-    used = sum(blobs.values()) + int(
-        connection.execute(files.where(training_files.c.tenant == tenant)).scalar_one()
-    )
+    used = sum(blobs.values())
+    for table in (training_files, collections):
+        total = sa.select(sa.func.coalesce(sa.func.sum(table.c.nbytes), 0))
+        used += int(connection.execute(total.where(table.c.tenant == tenant)).scalar_one())
     if used + nbytes > room:
         raise QuotaReached(
-            f"tenant {tenant!r} may keep {room} bytes of adapters and training files and has "
-            f"{used}: {nbytes} more are too many; delete something first"
+            f"tenant {tenant!r} may keep {room} bytes of adapters, training files and collections "
+            f"and has {used}: {nbytes} more are too many; delete something first"
         )

@@ -27,7 +27,7 @@ adapters = sa.Table(
     sa.Column("manifest", sa.Text, nullable=False),  # AdapterManifest.to_json
     sa.Column("created", sa.String(32), nullable=False),
     sa.Column("deleted", sa.String(32)),
-    sa.Column("tokenizer_sha256", sa.String(64)),
+    sa.Column("tokenizer_sha256", sa.String(64), index=True),
 )
 arms = sa.Table(  # an alias is its arms: one, or several that share its traffic
     "alias_arms",
@@ -165,4 +165,12 @@ shares = sa.Table(  # what a tenant lets others read: all versions and aliases o
     sa.Column("tenant", sa.String(64), primary_key=True),
     sa.Column("name", sa.String(64), primary_key=True),
     sa.Column("audience", sa.String(64), primary_key=True),  # a tenant, or * for all
+)
+collections = sa.Table(  # what each takes; its documents are elsewhere (service.retrieval)
+    "collections",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("place", sa.String(64), primary_key=True),  # sha-256 of where it is kept
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("nbytes", sa.BigInteger, nullable=False),
 )

@@ -88,7 +88,7 @@ class Admission:
         if self.state == "draining":
             raise Draining("this server is stopping and takes no new requests")
         if self.state == "failed":
-            raise ServiceError("the base could not be loaded; the server's log has the cause")
+            raise ServiceError("the server could not start; its log has the cause")
 
     def check_room(self) -> None:
         """Raise what a request has to hear that would have to wait, if it cannot."""

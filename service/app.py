@@ -56,6 +56,7 @@ from service.api.deps import Desk, Serving
 from service.api.door import Bounds, Door
 from service.api.openai import chat, completions, embeddings, models
 from service.api.places import Places
+from service.api.shedding import Shedder
 from service.api.spool import Spool
 from service.api.upload import FORM_BYTES, sweep
 from service.config import Settings
@@ -68,6 +69,7 @@ from service.retrieval.embedding import open_embedder
 from service.retrieval.errors import RetrievalError
 from service.retrieval.library import Library
 from service.retrieval.rerank import Reranker, open_reranker
+from service.retrieval.room import Rooms
 from service.tracing.open import open_tracing
 from service.tracing.trace import Tracing, traced
 
@@ -82,6 +84,7 @@ UPLOADS_ARRIVING = 256  # each a file: half of what `connection.OWN_FILES` leave
 SPOOLED = 8  # of the largest bodies, on the disk at once
 SLOW_AT_ONCE = 8
 QUICK_AT_ONCE = 16  # look-ups and long prompts; the default would be six threads on two cores
+SEE_LOG = "The log above has the whole cause."
 CANCEL_SECONDS = 2  # for replies that drain_seconds did not suffice for
 
 logger = structlog.get_logger("nibble.app")
@@ -160,6 +163,13 @@ def body_bounds(settings: Settings) -> Bounds:
     )
 
 
+def shedder(app: FastAPI) -> Shedder:
+    """What a connection asks whether there is room."""
+    desk: Desk = app.state.desk
+    routes = (route for router in routers(desk.settings) for route in router.routes)
+    return Shedder(desk.admission, routes, desk.metrics.refused)
+
+
 def _model_name(base: str) -> str:
     """A label for dashboards: a directory is named by its last part."""
     return Path(base).name if Path(base).is_dir() else base
@@ -188,13 +198,9 @@ def _load(app: FastAPI, loop: asyncio.AbstractEventLoop) -> None:
     try:
         loaded = assemble(desk.settings, desk.metrics, desk.tracing)
     except Exception as error:
-        expected = isinstance(error, UnservableBase | AdapterError)
-        reason = str(error) if expected else f"{type(error).__name__}: {error}"
-        what = "the base could not be loaded"
-        if isinstance(error, AdapterError):  # of the store
-            what = "the server could not start"
-        logger.error(what, reason=reason, exc_info=not expected)
-        _post(loop, lambda: _fail(app, f"{what}: {reason}"))
+        what, reason, next_step = why_not(error, desk.settings)
+        logger.error(what, reason=reason, exc_info=next_step == SEE_LOG)
+        _post(loop, lambda: _fail(app, f"{what}: {reason}", next_step))
         return
     _settle()
     logger.info("ready", base=loaded.spec.id, seconds=round(time.monotonic() - started, 2))
@@ -229,7 +235,7 @@ def _open(desk: Desk, loaded: Serving) -> None:
     desk.serving = loaded
     if desk.settings.fine_tuning:
         loaded.jobs.start()
-    desk.admission.open(lambda: loaded.engine.stats().waiting)
+    desk.admission.open(lambda: loaded.engine.waiting)
     threading.Thread(target=_warm, args=(loaded,), name="nibble-warm", daemon=True).start()
 
 
@@ -237,14 +243,31 @@ def _warm(loaded: Serving) -> None:
     """What the first question to a collection would wait for, while others are served."""
     started = time.monotonic()
     try:
+        loaded.library.recount()
         if loaded.library.warm():
             logger.info("retrieval is warm", seconds=round(time.monotonic() - started, 2))
-    except RetrievalError as error:  # whoever asks will hear it
+    except (RetrievalError, AdapterError) as error:  # whoever asks will hear it
         logger.warning("retrieval is not ready", reason=str(error))
 
 
-def _fail(app: FastAPI, reason: str) -> None:
-    app.state.desk.failure = reason
+def why_not(error: Exception, settings: Settings) -> tuple[str, str, str]:
+    """What kept the server from starting: what, why, and what to do about it."""
+    if isinstance(error, UnservableBase):
+        next_step = "`nibble doctor` tells which bases fit here; --base takes another one."
+        return "the base could not be loaded", str(error), next_step
+    if isinstance(error, AdapterError | OSError):  # of the store, or of another file of the home
+        shown = settings.shown()
+        next_step = (
+            "Adapters, their catalog and training files are under "
+            f"{', '.join(f'--{name} {shown[name]}' for name in ('home', 'blobs', 'catalog'))}: "
+            "these have to be there, writable, and with room left; a database has to be up."
+        )
+        return "the server could not start", str(error), next_step
+    return "the server could not start", f"{type(error).__name__}: {error}", SEE_LOG
+
+
+def _fail(app: FastAPI, reason: str, next_step: str) -> None:
+    app.state.desk.failure, app.state.desk.next_step = reason, next_step
     app.state.desk.admission.fail()
     app.state.when_failed()
 
@@ -340,7 +363,7 @@ def assemble(settings: Settings, metrics: Metrics, tracing: Tracing) -> Serving:
         experiments=Experiments(store),
         jobs=jobs,
         grammars=Grammars(base.tokenizer, base.spec.vocab_size, base.eos_token_ids),
-        library=_library(settings, base.tokenizer),
+        library=_library(settings, base.tokenizer, store),
         reranker=_reranker(settings),
         templates=prompts,
         gate=_gate(settings, store),
@@ -359,11 +382,17 @@ def _gate(settings: Settings, store: AdapterStore) -> Gate:
     return Gate(keys, key, local=settings.local)
 
 
-def _library(settings: Settings, tokenizer: Any) -> Library:
+def _library(settings: Settings, tokenizer: Any, store: AdapterStore) -> Library:
     """The collections under `settings`. Nothing of them is opened or imported yet."""
+    from service.jobs.opening import own_id
+
+    where = settings.collections
+    if where.startswith("file:"):  # of this machine: another server may have one at the same path
+        where = f"{own_id(settings.home)} {where}"
     key = settings.embedder_key.get_secret_value() if settings.embedder_key else None
     embedder = open_embedder(settings.embedder, settings.embedder_model, key)
-    return Library(settings.collections, embedder, Chunker(tokenizer))
+    rooms = Rooms(store.catalog, where)
+    return Library(settings.collections, embedder, Chunker(tokenizer), rooms)
 
 
 def _reranker(settings: Settings) -> Reranker | None:
@@ -445,7 +474,7 @@ class Server(uvicorn.Server):
         serving = self._desk.serving
         if serving is None or serving.engine.alive:
             return False
-        self._desk.failure = "the engine failed; the log says why"
+        self._desk.failure, self._desk.next_step = "the engine failed", SEE_LOG
         self._desk.admission.drain()
         self._stop_at = time.monotonic() + CANCEL_SECONDS  # what failed gets its answer
         return True
@@ -466,10 +495,18 @@ class Server(uvicorn.Server):
                 logger.info("listening", url=f"http://{where}", docs=f"http://{where}/docs")
 
 
+class NotServing(SystemExit):
+    """Why the process ends with status 1, and what to do about it."""
+
+    def __init__(self, reason: str, next_step: str) -> None:
+        super().__init__(reason)
+        self.next_step = next_step
+
+
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C; returns when what ran has finished.
 
-    Raises SystemExit(1) when the base cannot be loaded.
+    Raises NotServing when it could not start, or its engine failed.
     """
     configure_logging(settings.log_level, settings.log_format)
 
@@ -482,7 +519,7 @@ def serve(settings: Settings) -> None:
         app,
         host=settings.host,
         port=settings.port,
-        http=connection_class(room()),
+        http=connection_class(room(), body_bounds(settings), shedder(app)),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -495,4 +532,4 @@ def serve(settings: Settings) -> None:
     server = Server(config, desk)
     server.run()
     if desk.failure is not None:
-        raise SystemExit(desk.failure)
+        raise NotServing(desk.failure, desk.next_step)

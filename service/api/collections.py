@@ -88,6 +88,7 @@ class CollectionView(Outgoing):
     created: str
     documents: int
     chunks: int
+    bytes: int = Field(description="What it takes, indexes too, as the tenant's quota counts it.")
 
 
 class CollectionList(Outgoing):
@@ -400,7 +401,8 @@ async def _told(
 
 def _view(name: str, collection: Collection) -> dict[str, Any]:
     documents, chunks = collection.count()
-    return {"name": name, **collection.character.told, "documents": documents, "chunks": chunks}
+    size = {"documents": documents, "chunks": chunks, "bytes": collection.nbytes()}
+    return {"name": name, **collection.character.told, **size}
 
 
 def _document(stored: Stored) -> dict[str, Any]:

@@ -67,6 +67,8 @@ class GenerationEngine(Protocol):
 
     @property
     def alive(self) -> bool: ...
+    @property
+    def waiting(self) -> int: ...
     def submit(self, request: Generation) -> EventStream: ...
     def reserved(self, ref: AdapterRef | None) -> AbstractContextManager[None]: ...
     def load(self, ref: AdapterRef) -> Report: ...
@@ -132,7 +134,8 @@ class Desk:
     # own threads, so that it never stands before the look-ups of requests.
     slow: ThreadPoolExecutor
     serving: Serving | None = None
-    failure: str | None = None  # why it serves nothing: no base, or no engine any more
+    failure: str | None = None  # why it serves nothing: it could not start, or has no engine
+    next_step: str = ""  # for whoever started it
     tracing: Tracing = field(default_factory=Untraced)
 
     @asynccontextmanager

@@ -36,10 +36,12 @@ def run(configuration: Configuration) -> None:
     preload_torch()
     defer_torch()
     _import_fastapi()
-    from service.app import serve  # imports much: seconds, and only needed here
+    from service.app import NotServing, serve  # imports much: seconds, and only needed here
 
     try:
         serve(configuration.settings)
+    except NotServing as stop:
+        fail(str(stop), stop.next_step)
     except SystemExit as stop:
         _explain(stop.code, configuration.settings)
 
@@ -57,9 +59,7 @@ def _import_fastapi() -> None:
 
 
 def _explain(status: object, settings: Settings) -> None:
-    """Whatever kept the server from starting ends with status 1 and a next step."""
-    if isinstance(status, str):
-        fail(status, "`nibble doctor` tells which bases fit here; --base takes another one.")
+    """uvicorn ends like that where it cannot listen."""
     if status:
         address = f"{settings.host}:{settings.port}"
         fail(f"cannot listen on {address}", "Take another port: --port 0 finds a free one.")

@@ -12,9 +12,11 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from service.errors import ServiceError
@@ -27,6 +29,7 @@ if TYPE_CHECKING:  # a server that retrieves nothing starts without it
     import pyarrow as pa
 
     from service.retrieval.embedding import Vectors
+    from service.retrieval.room import Room
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,6 +39,7 @@ METADATA = b"nibble"  # of the table's schema: what the collection remembers
 OWN = ("key", "document", "number", "sought", "skip", "start", "stop", "heading", "tokens")
 AGE = timedelta(milliseconds=1)  # of old versions; zero would drop the same, with a warning
 AT_ONCE = 500  # keys in one expression
+ROW_BYTES = 256  # of a chunk beside its text and vector: ids and hashes
 # From so many chunks on dense search has an index; below it compares all vectors, which is exact.
 VECTORS_FROM = 50_000
 PROBES = 128  # of the index's partitions, of which there are as many as the root of the chunks
@@ -112,11 +116,15 @@ def schema(character: Character, told: bytes) -> pa.Schema:
 class Collection:
     """One table, shared by all threads of this process. One of them writes at a time."""
 
-    def __init__(self, table: Any, character: Character, *, local: bool) -> None:
-        """`local`: the files are on this disk, and this process alone writes them."""
+    def __init__(
+        self, table: Any, character: Character, *, local: bool, room: Room | None = None
+    ) -> None:
+        """`local`: the files are on this disk, and this process alone writes them. `room`: where
+        its tenant's bytes are counted."""
         self._table = table
         self.character = character
         self._local = local
+        self._room = room
         self._write = threading.Lock()
         self._latch = Latch()
         self._removed = False  # something that older versions and the text index still hold
@@ -130,6 +138,10 @@ class Collection:
             int(self._read(self._table.count_rows, "number = 0")),
             int(self._read(self._table.count_rows)),
         )
+
+    def nbytes(self) -> int:
+        """What its documents, vectors and indexes take where it is kept."""
+        return int(self._read(self._table.stats)["total_bytes"])
 
     def dense(self, vector: Vectors, limit: int, where: Group | None) -> list[Found]:
         """The nearest chunks by cosine, best first; `vector` is [dimensions]."""
@@ -196,6 +208,22 @@ class Collection:
 
     # Writing ----------------------------------------------------------------------------------
 
+    @contextmanager
+    def reserved(self, chunks: Iterable[Chunk]) -> Iterator[None]:
+        """Have room for these, to put them inside. Raises QuotaReached."""
+        if self._room is None:
+            yield
+            return
+        vector = 4 * self.character.dimensions
+        nbytes = sum(len(chunk.sought.encode()) + vector + ROW_BYTES for chunk in chunks)
+        with self._room.reserved(nbytes, self.nbytes):
+            yield
+
+    def measure(self) -> None:
+        """Bring what is counted of it up to date."""
+        if self._room is not None:
+            self._room.settle(self.nbytes)
+
     def put(self, prepared: Sequence[Prepared]) -> None:
         """Add documents, or replace those of the same ids: one commit, durable when it returns."""
         import pyarrow as pa
@@ -228,6 +256,10 @@ class Collection:
     def settle(self, *, sweep: bool = False) -> None:
         """Index what is new and let go of what was removed; `sweep`: whatever has happened."""
         with self._write, self._latch.alone(), _faults():
+            if self._removed or (sweep and self._holes()):
+                # A removed row stays in its file, behind a mask, until a tenth of the file is gone.
+                self._table.update(values_sql={"skip": "skip"})  # every row to a new file
+                self._removed = True
             if self._removed or not self._indexed():
                 self._index()  # built anew, it has no words of removed texts
                 self._index_vectors(anew=True)  # nor their vectors
@@ -237,6 +269,11 @@ class Collection:
             self._tidy()
             if sweep:  # once more: the files that compaction replaced belong to an old version now
                 self._tidy()
+        self.measure()
+
+    def _holes(self) -> bool:
+        """Whether a killed process has left removed rows in files on this disk."""
+        return self._local and any(Path(self._table.uri, "_deletions").glob("*"))
 
     def _tidy(self) -> None:
         """Compact, bring new rows into the text index, and drop every version but the last."""

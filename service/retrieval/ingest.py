@@ -69,7 +69,7 @@ def ingest(
     """Take documents one after the other; a later one of the same id replaces an earlier one.
 
     Runs as it is iterated; whoever stops iterating keeps what was `Added`, and has to `close` it.
-    Raises EmbedderFailed, CollectionUnavailable.
+    Raises EmbedderFailed, CollectionUnavailable, QuotaReached.
     """
     work = _Ingest(collection, chunker, embedder)
     try:
@@ -123,7 +123,8 @@ class _Ingest:
         self._waiting.clear()
         self._chunks = 0
         if changed:
-            yield from self._write(changed)
+            with self._collection.reserved(one for _, chunks in changed for one in chunks):
+                yield from self._write(changed)
 
     def _write(self, changed: Sequence[tuple[Document, list[Chunk]]]) -> Iterator[Event]:
         texts = {key_of(c.sought): c.sought for _, chunks in changed for c in chunks}

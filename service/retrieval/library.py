@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -28,6 +29,7 @@ from service.retrieval.errors import (
     installed,
 )
 from service.retrieval.fields import check_fields
+from service.retrieval.room import Room, Rooms
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 MAX_COLLECTIONS = 1000  # of one tenant
@@ -42,9 +44,13 @@ LANGUAGES = (
 class Library:
     """All tenants' collections, the model that embeds and the tokenizer that measures."""
 
-    def __init__(self, url: str, embedder: Embedder, chunker: Chunker) -> None:
-        """`url`: a file:// directory, or s3://bucket/prefix. Nothing is opened yet."""
+    def __init__(
+        self, url: str, embedder: Embedder, chunker: Chunker, rooms: Rooms | None = None
+    ) -> None:
+        """`url`: a file:// directory, or s3://bucket/prefix. `rooms`: where the bytes of tenants
+        are counted. Nothing is opened yet."""
         self._url = url.rstrip("/")
+        self._rooms = rooms
         self.embedder = embedder
         self.chunker = chunker
         self._shelves: dict[str, Shelf] = {}
@@ -56,8 +62,29 @@ class Library:
             raise ValueError(f"{tenant[:80]!r} is no tenant's name")
         with self._lock:
             if tenant not in self._shelves:
-                self._shelves[tenant] = Shelf(_place(self._url, tenant), self)
+                place = _place(self._url, tenant)
+                self._shelves[tenant] = Shelf(place, self, partial(self._room, tenant))
             return self._shelves[tenant]
+
+    def recount(self) -> None:
+        """Bring the rows of collections to what is there: those that a crash left or that were
+        removed by hand go, and what has none yet is measured.
+
+        Raises StoreUnavailable, CollectionUnavailable, NotInstalled.
+        """
+        if self._rooms is None:
+            return
+        known = self._rooms.known()
+        for tenant in sorted(known.keys() | set(self._tenants())):
+            shelf, counted = self.shelf(tenant), known.get(tenant, set())
+            there = set(shelf.names())
+            for name in sorted(counted - there):
+                self._rooms.of(tenant, name).drop()
+            for name in sorted(there - counted):
+                shelf.collection(name)
+
+    def _room(self, tenant: str, name: str) -> Room | None:
+        return None if self._rooms is None else self._rooms.of(tenant, name)
 
     def warm(self) -> bool:
         """Import, open and load what the first question would wait for, where there is a
@@ -80,8 +107,12 @@ class Library:
 class Shelf:
     """One tenant's collections, opened when they are first asked for."""
 
-    def __init__(self, place: str, library: Library) -> None:
+    def __init__(
+        self, place: str, library: Library, room: Callable[[str], Room | None] = lambda _: None
+    ) -> None:
+        """`room`: where the bytes of a collection of this name are counted."""
         self._place = place
+        self._room = room
         self._local = "://" not in place
         self.library = library
         self._database: Any = None
@@ -134,7 +165,7 @@ class Shelf:
             told = json.dumps(character.told).encode()
             with opening():
                 table = self._connected().create_table(name, schema=schema(character, told))
-            self._open[name] = Collection(table, character, local=self._local)
+            self._open[name] = self._collection(table, character, name)
             self._open[name].settle()
             return self._open[name]
 
@@ -167,6 +198,8 @@ class Shelf:
             self._open.pop(name, None)
             with opening():
                 self._connected().drop_table(name)
+            if (room := self._room(name)) is not None:
+                room.drop()
 
     def _opened(self, name: str) -> Collection:
         with opening():
@@ -175,10 +208,15 @@ class Shelf:
         if told is None:
             raise CollectionUnavailable(f"{name!r} is a table, but no collection of this program")
         character = Character(**json.loads(told))
-        found = Collection(table, character, local=self._local)
+        found = self._collection(table, character, name)
         if self._local:
             found.settle(sweep=True)  # whatever a killed process left of its last commit
+        else:
+            found.measure()
         return found
+
+    def _collection(self, table: Any, character: Character, name: str) -> Collection:
+        return Collection(table, character, local=self._local, room=self._room(name))
 
     def _names(self) -> set[str]:
         names: set[str] = set()

@@ -61,6 +61,10 @@ def test_pages_have_every_name_once_in_order(
     for place, one in enumerate(every):
         behind = catalog.page(one.name, 3)
         assert behind == every[place + 1 : place + 4]
+    assert [one.name for one in catalog.page("", 100, search="b")] == [
+        one.name for one in every if "b" in one.name
+    ]
+    assert catalog.page("", 100, search="%") == catalog.page("", 100, search="a_b") == []
     assert catalog.page("a-b0", 1) == [one for one in every if one.name > "a-b0"][:1]
     assert [one.digest for one in catalog.page("", 9, ["3" * 64, "9" * 64])] == ["3" * 64]
     old = catalog.page("", 2, ["0" * 64])  # a version of each, the newest of none

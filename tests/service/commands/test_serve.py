@@ -11,8 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters.catalog import Catalog
+from adapters.errors import StoreUnavailable
 from service.access.keys import Keys
+from service.app import open_store, why_not
 from service.commands import serve
+from service.config import Settings
+from service.jobs.opening import own_id
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -29,6 +33,48 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "no-model" in done.stderr
     assert "--base takes another one" in done.stderr
+
+
+@pytest.mark.parametrize("broken", ["catalog.db", "blobs", "uploads", "id"])
+def test_a_home_that_cannot_be_used_is_not_the_bases_fault(tmp_path: Path, broken: str) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    if broken in ("catalog.db", "id"):
+        (home / broken).mkdir()
+    else:
+        (home / broken).write_text("not a directory")
+    what, reason, next_step = why_not(failing(home), Settings(home=home))
+    assert what == "the server could not start"
+    assert "internal" not in reason
+    assert f"--home {home}" in next_step
+    assert "--base" not in next_step
+
+
+def failing(home: Path) -> Exception:
+    settings = Settings(home=home)
+    try:
+        open_store(settings).close()
+        own_id(home)
+    except Exception as error:
+        return error
+    raise AssertionError("it opened")
+
+
+def test_the_next_step_keeps_a_password_to_itself() -> None:
+    settings = Settings(catalog="postgresql://nibble:s3cret@db/nibble")
+    *_, next_step = why_not(StoreUnavailable("the catalog failed: no route"), settings)
+    assert "db/nibble" in next_step
+    assert "s3cret" not in next_step
+
+
+@pytest.mark.slow
+def test_a_catalog_that_fails_ends_with_the_right_hint(tmp_path: Path) -> None:
+    (tmp_path / "home" / "catalog.db").mkdir(parents=True)
+    done = start(tmp_path / "home", "--port", "0")
+    assert done.returncode == 1
+    assert "the server could not start: the catalog failed" in done.stderr
+    assert "these have to be there, writable" in done.stderr
+    assert "--base" not in done.stderr
 
 
 def test_a_port_that_is_taken(tmp_path: Path) -> None:

@@ -57,6 +57,44 @@ def test_documents_are_counted_listed_and_shown(animals: Collection) -> None:
         animals.passages("cows.md")
 
 
+def shelved(library: Library, count: int) -> tuple[Collection, list[bytes]]:
+    """A collection of one-chunk documents `0`, `1`, …, and the bytes of their vectors."""
+    collection = library.shelf("default").create("many")
+    texts = [f"word{n} " * (n + 1) for n in range(count)]
+    add(library, "many", *(Document(str(n), text, {}) for n, text in enumerate(texts)))
+    return collection, [row.tobytes() for row in library.embedder.embed(texts)]
+
+
+def holding(place: Path, vector: bytes) -> list[str]:
+    return [f.name for f in place.rglob("*") if f.is_file() and vector in f.read_bytes()]
+
+
+def test_one_of_many_documents_leaves_the_disk(library: Library, tmp_path: Path) -> None:
+    """Fewer than a tenth of a file's rows: compaction alone would leave them. Texts are packed in
+    the file, where no search for a word finds them; vectors are not."""
+    collection, vectors = shelved(library, 40)
+    before = collection.nbytes()
+    assert holding(tmp_path, vectors[30])
+    assert collection.remove(["30"]) == 1
+    assert not holding(tmp_path, vectors[30])
+    add(library, "many", Document("20", "another", {}))
+    assert not holding(tmp_path, vectors[20])
+    assert holding(tmp_path, vectors[7])
+    assert collection.count() == (39, 39)
+    assert collection.nbytes() < before - 64 * 4
+    assert collection.lexical("word7", 3, None)[0].passage.document == "7"
+
+
+def test_what_a_killed_deletion_left_goes_at_the_next_start(tmp_path: Path) -> None:
+    collection, vectors = shelved(make_library(tmp_path), 40)
+    for where in collection._keys(["30"]):
+        collection._table.delete(where)
+    assert holding(tmp_path, vectors[30])
+    again = make_library(tmp_path).shelf("default").collection("many")
+    assert again.count() == (39, 39)
+    assert not holding(tmp_path, vectors[30])
+
+
 def test_both_rankings_find_the_words(animals: Collection, library: Library) -> None:
     question = "Who barks at night?"
     vector = library.embedder.embed([question])[0]
