@@ -148,6 +148,15 @@ class Metrics:
             sorted(set(REASONS.values())),
         )
 
+        self._refused = Counter(
+            "nibble:requests_refused",
+            "Requests for which the server (503) or a tenant's limit (429) had no room.",
+            ("model_name", "reason"),
+            registry=self.registry,
+        )
+        for reason in ("overloaded", "quota_exceeded"):  # shown from the start
+            self._refused.labels(self._model, reason)
+
     def _of_adapters(self) -> None:
         # vLLM gives this one no model_name, and gateways parse it as it is there.
         self._lora = Gauge(
@@ -245,6 +254,10 @@ class Metrics:
         self._evicted[tier if tier in self._evicted else "slot"].inc()
 
     # The server's side.
+
+    def refused(self, reason: str) -> None:
+        """`reason`: the error_type of the reply."""
+        self._refused.labels(self._model, reason).inc()
 
     def describe(
         self,

@@ -10,14 +10,15 @@ import socket
 import struct
 import sys
 import termios
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, NoReturn
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from service.api.door import LINGER_BYTES, LINGER_SECONDS
+from service.api.door import LINGER_BYTES, LINGER_SECONDS, SMALL_BYTES, Bounds
+from service.api.shedding import Reply, Shedder
 
 HEAD_BYTES = 16384  # of one request line and its headers
 PIPELINED = 128  # requests that a client may send ahead of their replies
@@ -41,6 +42,10 @@ class Connection(HttpToolsProtocol):
     the first byte that follows the reply before. Who takes nothing of a reply for `stall_seconds`
     is cut off. Connections over `max_open` are refused.
 
+    A request is begun once its body is there, or more of it than a client sends at once: until then
+    it costs no task, and `bounds` say how slowly it may come. What is there and would have to wait
+    in a full server is refused by the `shedder`.
+
     httptools checks the syntax and lets everything else pass: what two readers of one request could
     understand differently is refused here, as is a head without end.
     """
@@ -48,12 +53,17 @@ class Connection(HttpToolsProtocol):
     head_seconds: ClassVar[float] = 10.0
     stall_seconds: ClassVar[float] = 10.0
     max_open: ClassVar[int] = 1024
+    bounds: ClassVar[Bounds] = Bounds(SMALL_BYTES)
+    shedder: ClassVar[Shedder] = Shedder()
     _deadline: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
     _went_on = False  # a request, or a piece of its body, began or ended in what came last
     _endless = 0  # bytes since then, of a head, of trailers or of a chunk's extensions
     _begun = 0  # requests in what came last
     _upgrades = False  # the head asks for another protocol, and is read again without
+    _held: tuple[RequestResponseCycle, Any] | None = None  # a request that has not begun
+    _since = _came = 0.0  # of its body: when its first and its last piece were expected and came
+    _between = False  # what came last was answered, and nothing came after it
     _unheard: int | None = None  # of an ended connection: bytes that may come before it is closed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -75,17 +85,19 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing() or self._ended(data):
             return
         self._unset_keepalive_if_required()
-        self._begun = 0
+        self._begun, self._between = 0, False
         try:
             for start in range(0, len(data), HEAD_BYTES):
                 self._feed(memoryview(data)[start : start + HEAD_BYTES])
         except (BadRequest, httptools.HttpParserError) as error:
             self._refuse(error)
             return
-        if self.cycle is None or self.cycle.response_complete:
-            self._expect_head()
-        else:
+        if self._held is not None:
+            self._expect_body()
+        elif self._between or not (self.cycle is None or self.cycle.response_complete):
             self._got_head()
+        else:
+            self._expect_head()
 
     def _feed(self, data: memoryview) -> None:
         """Raises BadRequest, HttpParserError."""
@@ -124,7 +136,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._went_on = True
+        self._went_on, self._between = True, False
 
     def on_headers_complete(self) -> None:
         self._went_on = True
@@ -141,11 +153,50 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._went_on = True
         super().on_body(body)
+        self._begin()
 
     def on_message_complete(self) -> None:
         self._went_on = True
         if not self._upgrades:
             super().on_message_complete()
+            self._begin()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """uvicorn has the head of a request whose turn it is."""
+        self._held, self._since = (cycle, app), 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin with what is held, or refuse it, if there is enough of it."""
+        if self._held is None:
+            return
+        cycle, app = self._held
+        waits = cycle.more_body and len(cycle.body) < SMALL_BYTES
+        if waits and not cycle.waiting_for_100_continue:
+            return
+        self._held = None
+        if cycle.more_body or self.pipeline or not self._shed(cycle):
+            super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._held is not None:  # it stood behind the one that is answered now
+            self._expect_body()
+
+    def _shed(self, cycle: RequestResponseCycle) -> bool:
+        reply = self.shedder.refusal(cycle.scope)
+        if reply is None:
+            return False
+        self.transport.write(self._said(reply, cycle.keep_alive))
+        cycle.response_started = cycle.response_complete = self._between = True
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+        return True
+
+    def _said(self, reply: Reply, keep_alive: bool) -> bytes:
+        own = [b"%s: %s\r\n" % pair for pair in self.server_state.default_headers]
+        return b"".join([reply[0], *own, b"" if keep_alive else b"connection: close\r\n", reply[1]])
 
     def _check_head(self) -> None:
         """Raises BadRequest."""
@@ -261,6 +312,36 @@ class Connection(HttpToolsProtocol):
         if not self.transport.is_closing():
             self.transport.close()
 
+    def _expect_body(self) -> None:
+        self._came = self.loop.time()
+        if not self._since:
+            self._got_head()
+            self._since = self._came
+            patience = min(self.bounds.grace_seconds, self.bounds.silence_seconds)
+            self._deadline = self.loop.call_later(patience, self._check_body)
+
+    def _check_body(self) -> None:
+        self._deadline = None
+        if self._held is None:
+            return
+        (cycle, _), now = self._held, self.loop.time()
+        left = self.bounds.left(len(cycle.body), now - self._since, now - self._came)
+        if left > 0:
+            self._deadline = self.loop.call_later(left, self._check_body)
+            return
+        self._held, cycle.response_complete = None, True
+        reply = self.shedder.late(cycle.scope["path"], len(cycle.body), now - self._since)
+        self._end(self._said(reply, keep_alive=False))
+
+    def shutdown(self) -> None:
+        """Nobody would begin any more with what is held."""
+        if self._held is None:
+            super().shutdown()
+            return
+        (cycle, _), self._held = self._held, None
+        cycle.response_complete = True
+        self._end(_envelope("503 Service Unavailable", "this server is stopping", "draining"))
+
 
 def room() -> int:
     """How many connections leave descriptors for files. The limit is raised as far as it may be:
@@ -275,10 +356,13 @@ def room() -> int:
     return min(MAX_CONNECTIONS, soft - min(OWN_FILES, soft // 2))
 
 
-def connection_class(max_open: int) -> type[Connection]:
-    """A Connection with its own bound: uvicorn makes the instances, so a class carries it."""
-    bound: dict[str, Any] = {"max_open": max_open}
-    return type("Connection", (Connection,), bound)
+def connection_class(
+    max_open: int, bounds: Bounds | None = None, shedder: Shedder | None = None
+) -> type[Connection]:
+    """A Connection with its own bounds: uvicorn makes the instances, so a class carries them."""
+    own: Mapping[str, Any] = {"max_open": max_open, "bounds": bounds, "shedder": shedder}
+    given = {name: value for name, value in own.items() if value is not None}
+    return type("Connection", (Connection,), given)
 
 
 def _envelope(status: str, message: str, error_type: str) -> bytes:

@@ -20,7 +20,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import Refused, failure, log_failure
+from service.api.errors import Refused, failure, log_failure, too_slow
 from service.tracing.trace import Passage as Trace
 from service.tracing.trace import Tracing
 
@@ -43,6 +43,11 @@ class Bounds:
     grace_seconds: float = 8.0
     silence_seconds: float = 8.0
     bytes_per_second: float = 16384.0
+
+    def left(self, received: int, seconds: float, silent: float) -> float:
+        """Seconds until a body of which so many bytes came, in so many seconds, came too slowly."""
+        allowed = self.grace_seconds + received / self.bytes_per_second
+        return min(allowed - seconds, self.silence_seconds - silent)
 
     @property
     def largest(self) -> int:
@@ -171,15 +176,12 @@ class _Passage:
             )
 
     async def _receive_in_time(self) -> Message:
-        bounds = self._bounds
-        allowed = bounds.grace_seconds + self._received / bounds.bytes_per_second
-        left = self._since + allowed - time.monotonic()
+        left = self._bounds.left(self._received, time.monotonic() - self._since, 0.0)
         try:
-            async with asyncio.timeout(max(min(left, bounds.silence_seconds), 0.001)):
+            async with asyncio.timeout(max(left, 0.001)):
                 return await self._receive()
         except TimeoutError:
-            how = f"{self._received} bytes in {time.monotonic() - self._since:.0f} seconds"
-            self._refusal = Refused(408, "timeout", f"the body came too slowly: {how}")
+            self._refusal = too_slow(self._received, time.monotonic() - self._since)
             self._small = False  # the answer waits for nothing
             raise self._refusal from None
 

@@ -99,6 +99,11 @@ class Refused(Exception):
         self.field = field
 
 
+def too_slow(received: int, seconds: float) -> Refused:
+    how = f"{received} bytes in {seconds:.0f} seconds"
+    return Refused(408, "timeout", f"the body came too slowly: {how}")
+
+
 class ErrorEnvelope(BaseModel):
     """The body of every reply that is not a success."""
 
@@ -238,6 +243,8 @@ async def _reply(request: Request, error: Exception) -> JSONResponse:
     answer = failure(error)
     if answer.status >= 500:
         log_failure(error)
+    if isinstance(error, Overloaded | QuotaExceeded):
+        request.app.state.desk.metrics.refused(answer.error_type)
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         answer = _no_route(request, error.status_code)
     if isinstance(error, RequestValidationError) and not _is_json(request):

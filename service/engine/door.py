@@ -56,6 +56,11 @@ class Door:
         self._tokens = 0
         self._pace = Pace()
 
+    @property
+    def waiting(self) -> int:
+        """Sequences, at this moment."""
+        return self._waiting
+
     def check(self, ref: AdapterRef | None) -> None:
         """Raises EngineFailed, Draining or AdapterNotFound."""
         with self.lock:

@@ -115,6 +115,11 @@ class Engine:
         return self._thread.is_alive() and self._door.failure is None
 
     @property
+    def waiting(self) -> int:
+        """Sequences that wait, at this moment: `stats` has those of the last step."""
+        return self._door.waiting
+
+    @property
     def kv_cache_bytes(self) -> int:
         return self._runner.cache.nbytes
 

@@ -25,6 +25,7 @@ def test_a_hundred_stalled_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Connection, "stall_seconds", LIMIT)
     monkeypatch.setattr("tests.reliability.stalls.COME_SECONDS", 0.1)
     monkeypatch.setattr("service.api.door.LINGER_SECONDS", 0.1)
+    monkeypatch.setattr("service.api.connection.LINGER_SECONDS", 0.1)
     app = FastAPI()
     bounds = Bounds(1 << 20, grace_seconds=LIMIT, silence_seconds=LIMIT)
     app.add_middleware(Door, bounds=bounds, tracing=Untraced())
@@ -47,7 +48,7 @@ def test_a_hundred_stalled_clients(monkeypatch: pytest.MonkeyPatch) -> None:
         await client.close()
         return await stalling, times
 
-    running = Running(app)
+    running = Running(app, bounds=bounds)
     stalled, times = asyncio.run(both())
     running.stop()
     assert set(stalled.borne) == set(KINDS)

@@ -14,7 +14,8 @@ from fastapi import FastAPI
 
 from service.api.connection import connection_class
 from service.api.deps import Desk
-from service.app import create_app
+from service.api.door import Bounds
+from service.app import create_app, shedder
 from service.config import Settings
 from tests.oracle import make_adapter, make_base
 
@@ -24,12 +25,13 @@ PATIENCE = 120  # seconds, for whatever must happen at all
 class Running:
     """An application behind a real socket, in a thread of this process."""
 
-    def __init__(self, app: FastAPI, max_open: int = 1024) -> None:
+    def __init__(self, app: FastAPI, max_open: int = 1024, bounds: Bounds | None = None) -> None:
         self.app = app
+        asked = shedder(app) if isinstance(app, FastAPI) and hasattr(app.state, "desk") else None
         config = uvicorn.Config(
             app,
             port=0,
-            http=connection_class(max_open),
+            http=connection_class(max_open, bounds, asked),
             ws="none",
             lifespan="on",
             log_config=None,

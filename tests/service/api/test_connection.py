@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from service.api import connection as connections
 from service.api.connection import Connection
+from service.api.door import Bounds
 from service.api.sse import EventReply
 from tests.service.api.conftest import Running, until
 
@@ -347,3 +348,57 @@ def test_a_body_is_asked_for_when_it_is_wanted(echoing: Running) -> None:
         assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(b"ab")
         assert b'"ab"]' in connection.recv(1000)
+
+
+def test_a_small_body_begins_no_request_until_it_is_there(echoing: Running) -> None:
+    with dial(echoing) as connection:
+        connection.sendall(SECOND + HEAD + b"Content-Length: 6\r\n\r\nab")
+        assert b'"/b"' in connection.recv(1000)
+        for piece in (b"c", b"d", b"e"):
+            connection.sendall(piece)
+            time.sleep(0.01)
+            assert len(echoing.server.server_state.tasks) == 0
+        connection.sendall(b"f" + SECOND)
+        came = b""
+        while b'"/b"' not in came:
+            came += connection.recv(1000)
+        assert b'"abcdef"]' in came
+
+
+def test_a_large_body_begins_before_it_is_there(echoing: Running) -> None:
+    with dial(echoing) as connection:
+        connection.sendall(HEAD + b"Content-Length: 200000\r\n\r\n" + b"a" * 100_000)
+        until(lambda: len(echoing.server.server_state.tasks) == 1)
+        connection.sendall(b"a" * 100_000)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("pace", [{"grace_seconds": 0.1}, {"silence_seconds": 0.1}])
+@pytest.mark.parametrize("ahead", [b"", SECOND])
+def test_a_small_body_that_comes_too_slowly_is_refused(
+    echoing: Running, monkeypatch: pytest.MonkeyPatch, pace: dict[str, float], ahead: bytes
+) -> None:
+    monkeypatch.setattr(Connection, "bounds", Bounds(1000, **pace))
+    with dial(echoing) as connection:
+        connection.sendall(ahead + HEAD + b"Content-Length: 6\r\n\r\na")
+        time.sleep(0.05)
+        connection.sendall(b"b")  # buys nothing, or as much silence again
+        came = b"".join(iter(lambda: connection.recv(1000), b""))
+        connection.sendall(b"cdef")  # nobody minds
+    assert came.count(b"HTTP/1.1 200") == bool(ahead)
+    head, _, body = came.rpartition(b"HTTP/1.1 408 Request Timeout")[2].partition(b"\r\n\r\n")
+    assert b"connection: close" in head
+    told = json.loads(body)
+    assert told["error_type"] == "timeout"
+    assert "2 bytes" in told["error"]
+    assert f"x-request-id: {told['request_id']}".encode() in head
+
+
+def test_who_still_sends_hears_that_the_server_stops(echoing: Running) -> None:
+    with dial(echoing) as connection:
+        connection.sendall(HEAD + b"Content-Length: 6\r\n\r\nab")
+        until(lambda: any(one._held for one in echoing.server.server_state.connections))
+        echoing.server.should_exit = True
+        came = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert came.startswith(b"HTTP/1.1 503")
+    assert b'"draining"' in came

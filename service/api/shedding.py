@@ -1,0 +1,124 @@
+"""What a full server says before a request costs it anything: replies as bytes, and one line of
+log a second for all of them.
+
+Beyond its capacity a server does little but refuse. A request that would have to wait, and cannot,
+is refused by its connection: no task, no route, no key is looked up (who sends a wrong one to a
+full server hears 503 as well), and no span is made. The routes ask once more, for what comes
+another way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from starlette.routing import BaseRoute
+
+from service.admission import Admission
+from service.api.access import Guarded
+from service.api.errors import Failure, failure, too_slow
+from service.api.openai_errors import speaks_openai
+from service.errors import ServiceError
+
+LINE_SECONDS = 1.0  # between two lines of log
+KEPT = 64  # replies; they differ by how many wait, and by when to come again
+ID = "#" * 16  # where a request's id belongs
+
+Reply = tuple[bytes, bytes]  # the status line, and all behind it: between is the connection's place
+
+logger = structlog.get_logger("nibble.http")
+
+
+class Shedder:
+    """Refuses for the server's sake. One event loop only."""
+
+    def __init__(
+        self,
+        admission: Admission | None = None,
+        routes: Iterable[BaseRoute] = (),
+        count: Callable[[str], None] = lambda error_type: None,
+    ) -> None:
+        """`routes`: of which those that queue are looked after; `count` hears of each refusal."""
+        self._admission = admission
+        self._queues = frozenset(
+            (method, route.path)
+            for route in routes
+            if isinstance(route, Guarded) and route.queues
+            for method in route.methods or ()
+        )
+        self._count = count
+        self._replies: dict[tuple[str, str, bool], Reply] = {}
+        self._log = Lines()
+
+    def refusal(self, scope: Mapping[str, Any]) -> Reply | None:
+        """What this request hears at once; None where a route answers it."""
+        if self._admission is None or (scope["method"], scope["path"]) not in self._queues:
+            return None
+        try:
+            self._admission.check_room()
+        except ServiceError as error:
+            answer = failure(error)
+            self._count(answer.error_type)
+            return self._refuse(answer, scope["path"])
+        return None
+
+    def late(self, path: str, received: int, seconds: float) -> Reply:
+        """What is said to a body that came too slowly."""
+        return self._refuse(failure(too_slow(received, seconds)), path)
+
+    def _refuse(self, answer: Failure, path: str) -> Reply:
+        request_id = self._log.note(f"{answer.status} {answer.error_type}")
+        key = (answer.message, answer.headers.get("retry-after", ""), speaks_openai(path))
+        made = self._replies.get(key)
+        if made is None:
+            if len(self._replies) >= KEPT:
+                self._replies.clear()
+            made = self._replies[key] = rendered(answer, path)
+        return made[0], made[1].replace(ID.encode(), request_id)
+
+
+class Lines:
+    """One line a second for all requests that were refused in it. Their ids count up, so that the
+    first and the last of a line name those between as well."""
+
+    def __init__(self) -> None:
+        self._prefix = secrets.token_hex(5)
+        self._number = 0
+        self._first = b""
+        self._counts: Counter[str] = Counter()
+
+    def note(self, what: str) -> bytes:
+        """The id of a request that is refused."""
+        self._number = (self._number + 1) % (1 << 24)
+        request_id = b"%s%06x" % (self._prefix.encode(), self._number)
+        if not self._counts:
+            self._first = request_id
+            asyncio.get_running_loop().call_later(LINE_SECONDS, self._tell)
+        self._counts[what] += 1
+        return request_id
+
+    def _tell(self) -> None:
+        last = f"{self._prefix}{self._number:06x}"
+        counts, self._counts = dict(self._counts), Counter()
+        logger.info(
+            "requests refused",
+            seconds=LINE_SECONDS,
+            first=self._first.decode(),
+            last=last,
+            **counts,
+        )
+
+
+def rendered(answer: Failure, path: str) -> Reply:
+    """The reply that the door would send, with `ID` for the request's id."""
+    reply = answer.reply({"path": path, "request_id": ID})
+    status = HTTPStatus(reply.status_code)
+    own = [(b"x-request-id", ID.encode()), (b"x-content-type-options", b"nosniff")]
+    rest = [b"%s: %s\r\n" % pair for pair in (*reply.raw_headers, *own)]
+    first = b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode())
+    return first, b"".join([*rest, b"\r\n", bytes(reply.body)])
