@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 import yaml  # type: ignore[import-untyped]
+from rich.markup import escape
 from rich.progress import TaskID
 from rich.table import Table
 
@@ -24,7 +25,8 @@ from training.terminal import bar, console, print_json, progress, quiet, refusal
 if TYPE_CHECKING:  # each command imports what it needs: PEFT takes seconds, and few need it
     from base.load import Base
     from training import showcase
-    from training.data import Example
+    from training.config import DataConfig
+    from training.data import Example, Prepared
 
 FILES = ".jsonl, .json, .csv, .tsv, .parquet, a folder of one of these, or a saved dataset."
 SAMPLES = Path(__file__).with_name("samples")
@@ -160,14 +162,35 @@ def check(
         found = read_config(config, flags)
         tokenizer = _tokenizer(found.base)
         prepared = survey(found.data, tokenizer, shown)
+        why = _refusal(prepared, found.data)
         if as_json:
-            print_json({"config": found.model_dump(mode="json"), "data": prepared.counted()})
+            resolved = found.model_dump(mode="json")
+            print_json({"config": resolved, "data": prepared.counted(), "refused": why})
         else:
             console.print(*prepared.described())
             if prepared.train:
                 console.print(highlighted(prepared.train[0], tokenizer))
-    if not prepared.train or any(r.bad > found.data.max_bad_rows for r in prepared.reports):
+            if why:
+                console.print(
+                    f"[bold red]a run would refuse this:[/] {escape(why)}", soft_wrap=True
+                )
+    if why:
         raise typer.Exit(1)
+
+
+def _refusal(found: Prepared, config: DataConfig) -> str | None:
+    """Why a run would not take the data, in one line: the bad rows are named above it."""
+    from training.data import refuse_unlearnable
+
+    for report in found.reports:
+        if report.bad > config.max_bad_rows:
+            limit = f"data.max_bad_rows is {config.max_bad_rows}"
+            return f"{report.path}: {report.bad:,} of {report.rows:,} rows are bad, {limit}"
+    try:
+        refuse_unlearnable(found, config)
+    except TrainingError as error:
+        return str(error)
+    return None
 
 
 _FLAGS = {

@@ -13,7 +13,16 @@ from training.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 Column = Literal[
-    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text"
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "history",
+    "text",
 ]
 TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 

@@ -53,6 +53,13 @@ def test_a_completion_bears_loss_and_its_prompt_does_not(base: Base) -> None:
         ({"messages": "hello"}, "must be a list"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "no messages"),
         ({"prompt": "a", "completion": "b</s>c"}, "</s>"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
+            "weight 0, so no",
+        ),
+        ({"messages": [{"role": "user", "content": "a", "weight": 2}]}, "weight is 2; 0 or 1"),
+        ({"instruction": "a", "output": "b", "history": [["a"]]}, r"history\[0\] needs a question"),
+        ({"instruction": "a", "output": "b", "history": "ab"}, r"history\[0\] needs a question"),
     ],
 )
 def test_a_row_without_loss_is_refused_by_its_place(
@@ -60,6 +67,23 @@ def test_a_row_without_loss_is_refused_by_its_place(
 ) -> None:
     with pytest.raises(DataError, match=f"r:1: .*{said}"):
         _examples(base, {"messages": CHAT}, row)
+
+
+def test_a_message_of_weight_0_is_read_and_bears_no_loss(base: Base) -> None:
+    chat = [dict(message) for message in CHAT]
+    chat[1]["weight"] = 0  # type: ignore[assignment]
+    assert _examples(base, {"messages": chat}) == _examples(base, {"messages": CHAT})[1:]
+
+
+def test_an_instruction_may_have_a_system_prompt_and_a_history(base: Base) -> None:
+    system = {"role": "system", "content": "be brief"}
+    row = {"instruction": "three", "output": "four", "history": [["one", "two"]]}
+    assert _examples(base, row) == _examples(base, {"messages": CHAT})
+    asked = _examples(base, {**row, "system": "be brief", "input": ""})
+    assert asked == _examples(base, {"messages": [system, *CHAT]})
+    said = [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]
+    share = {"conversations": said, "system": "be brief", "tools": ""}
+    assert _examples(base, share) == _examples(base, {"messages": [system, *CHAT[:2]]})
 
 
 def test_no_rows_and_too_long_rows_are_refused(base: Base) -> None:

@@ -128,7 +128,7 @@ def test_a_folder_of_files_is_read_as_one_unless_splits_would_mix(tmp_path: Path
     ("name", "text", "said"),
     [
         ("a.xlsx", "", r"\.xlsx is not known; one of \.jsonl"),
-        ("a.json", '{"a": 1}', r"a\.json:1: an array"),
+        ("a.json", '"a"', r"a\.json:1: an array"),
         ("a.json", '[{"a": 1}\n\n{"a": 2}]', r"a\.json:3: '{' after item 1"),
         ("a.json", '[{"a": 1},\n{"a"\n 2}]', r"a\.json:3: not JSON"),
         ("a.json", '[{"a": 1}', r"a\.json:1: '' after item 1"),
@@ -156,7 +156,7 @@ def test_a_file_that_cannot_be_trusted_further_is_refused(
             b'{"a": 1}\n{"a"\n{"a": 2}\n',
             r"a\.jsonl:2: not JSON: Expecting ':' delimiter, column 5",
         ),
-        ("a.jsonl", b'{"a": 1}\n"\xff"\n{"a": 2}\n', r"a\.jsonl:2: not JSON.*utf-8"),
+        ("a.jsonl", b'{"a": 1}\n"\xff"\n{"a": 2}\n', r"a\.jsonl:2: not UTF-8"),
         ("a.json", b'[{"a": 1},\n 7,\n{"a": 2}]', r"a\.json:2, item 2: .*int"),
         ("a.csv", b"a\n1\n2,3\n2\n", r"a\.csv:3: 2 fields"),
         ("a.csv", b'a\n1\n"2"x\n2\n', r"a\.csv:3: "),
@@ -179,3 +179,26 @@ def test_a_bad_row_is_named_and_the_rest_is_read(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl"):
         list(scan(tmp_path / "none.jsonl"))
+
+
+def test_json_lines_are_read_by_the_name_of_json_too(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert [row for _, row in read_rows(path)] == ROWS
+    path.write_text(json.dumps(ROWS[0]) + "\n{broken\n" + json.dumps(ROWS[1]))
+    assert [isinstance(row, DataError) for _, row in scan(path)] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "said"),
+    [
+        ("a.csv", "cp949", r"a.csv: not UTF-8 \(byte 0xbc at 18\): save it as UTF-8"),
+        ("a.jsonl", "cp949", r"a.jsonl:1: not UTF-8 \(byte 0xbc"),
+        ("a.jsonl", "utf-16", r"a.jsonl: UTF-16: save it as UTF-8"),
+    ],
+)
+def test_another_encoding_is_named(tmp_path: Path, name: str, encoding: str, said: str) -> None:
+    path = tmp_path / name
+    path.write_text("prompt,completion\n서울,a\n" if ".csv" in name else '{"a": "서"}', encoding)
+    with pytest.raises(DataError, match=said):
+        list(read_rows(path))

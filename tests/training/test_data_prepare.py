@@ -221,6 +221,18 @@ def test_check_ends_with_1_where_a_run_would_refuse(base_directory: Path, tmp_pa
     assert "median" in good.output
 
 
+def test_a_check_ends_as_a_run_would(base_directory: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for rows, said in (
+        ("", "no rows: at least one"),
+        ('{"text": "a b c", "continues": true}', "stop"),
+    ):
+        path.write_text(rows)
+        done = CliRunner().invoke(app, ["check", str(path), "--base", str(base_directory)])
+        assert done.exit_code == 1
+        assert said in done.output.partition("a run would refuse this:")[2]
+
+
 def test_a_run_saves_its_template_and_evaluates_with_it(
     base_directory: Path, tmp_path: Path
 ) -> None:
@@ -241,7 +253,7 @@ def test_a_run_saves_its_template_and_evaluates_with_it(
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "this one is used" in result.output
-    assert CliRunner().invoke(app, ["run", *flags]).exit_code == 0
+    assert CliRunner().invoke(app, ["run", *flags, "--overwrite"]).exit_code == 0
     assert not saved.exists()
 
 

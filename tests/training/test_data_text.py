@@ -117,6 +117,18 @@ def test_sharegpt_is_the_same_chat(base: Base) -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
+        (
+            {"conversations": [{"from": "gpt", "value": "a"}], "system": 3},
+            "system must be a str",
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "a"}], "system": "b"},
+            r"conversations\[0\] and system: one of them",
+        ),
+        (
+            {"conversations": [{"from": "gpt", "value": "a"}], "tools": "[1]"},
+            "tools: calls of",
+        ),
         ({"conversations": "hello"}, "conversations must be a list"),
         ({"conversations": [{"from": "bing", "value": "a"}]}, r"conversations\[0\].from is 'bing'"),
         ({"conversations": [{"from": "human", "text": "a"}]}, "needs from and value"),

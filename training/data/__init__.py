@@ -16,7 +16,7 @@ The last two compute with torch, which takes seconds to import, and are not offe
 from __future__ import annotations
 
 from training.data.corpus import Corpus, length_of
-from training.data.dataset import Prepared, prepare, survey
+from training.data.dataset import Prepared, prepare, refuse_unlearnable, survey
 from training.data.encoding import Encoding, Example, encode, examples
 from training.data.report import Report
 from training.data.source import Row, read_rows
@@ -33,5 +33,6 @@ __all__ = [
     "length_of",
     "prepare",
     "read_rows",
+    "refuse_unlearnable",
     "survey",
 ]

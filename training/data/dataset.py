@@ -114,6 +114,13 @@ def prepare(config: DataConfig, tokenizer: Any) -> Prepared:
     found = survey(config, tokenizer)
     for report in found.reports:
         report.refuse_beyond(config.max_bad_rows)
+    refuse_unlearnable(found, config)
+    return found
+
+
+def refuse_unlearnable(found: Prepared, config: DataConfig) -> None:
+    """Raises DataError where nothing can be learnt from the rows that are good, or no stopping, or
+    nothing is held out that was to be."""
     if not found.train:
         raise DataError(f"{config.train}: no rows: at least one example is needed")
     if not found.reports[0].stops:
@@ -126,9 +133,8 @@ def prepare(config: DataConfig, tokenizer: Any) -> Prepared:
             raise DataError(f"{config.eval}: no rows to evaluate on")
         raise DataError(
             f"{config.train}: data.split={config.split} leaves no rows to evaluate on: name a file "
-            "as data.eval, or split off more, or say data.split=0 to train without"
+            "as data.eval, or split off more, or leave data.split out to train without"
         )
-    return found
 
 
 def survey(config: DataConfig, tokenizer: Any, shown: int = SHOWN) -> Prepared:

@@ -8,7 +8,9 @@
 {"text": "…", "continues": true}                       a piece of one: no stop token after it
 
 An instruction is a chat of one turn, with the input after a blank line, so that serving renders
-it as training did.
+it as training did. As in LLaMA-Factory's files it may have a system prompt and a history of pairs
+[question, answer], whose answers bear loss too, and conversations a system prompt. An assistant's
+message with "weight": 0, as OpenAI's files have it, bears none.
 """
 
 from __future__ import annotations
@@ -22,15 +24,14 @@ from adapters.template import ROLES
 from training.config import Column
 from training.errors import DataError
 
-Message = Mapping[str, str]
-SHAPES = (
-    {"messages"},
-    {"conversations"},
-    {"prompt", "completion"},
-    {"instruction", "output"},
-    {"instruction", "input", "output"},
-    {"text"},
-    {"text", "continues"},
+Message = Mapping[str, Any]
+# (what a row has, what it may have)
+SHAPES: Sequence[tuple[frozenset[str], frozenset[str]]] = (
+    (frozenset(("messages",)), frozenset(("tools",))),
+    (frozenset(("conversations",)), frozenset(("system", "tools"))),
+    (frozenset(("prompt", "completion")), frozenset()),
+    (frozenset(("instruction", "output")), frozenset(("input", "system", "history"))),
+    (frozenset(("text",)), frozenset(("continues",))),
 )
 # ShareGPT's names of who speaks.
 SPEAKERS = {
@@ -57,22 +58,24 @@ class Turn:
 
 
 def turns(place: str, row: Mapping[str, Any]) -> list[Turn]:
-    """Every answer in the row. Raises DataError that names place and field."""
+    """Every answer in the row that bears loss. Raises DataError that names place and field."""
     keys = set(row)
-    if keys not in SHAPES:
+    if not any(needed <= keys <= needed | more for needed, more in SHAPES):
         raise DataError(
             f"{place}: fields {sorted(keys)}; one of messages, conversations, prompt and "
-            "completion, instruction (and input) and output, or text is needed; data.columns says "
-            "which others to take"
+            "completion, instruction (and input, system, history) and output, or text is needed; "
+            "data.columns says which others to take"
         )
-    if keys == {"messages"}:
+    if _parsed(row.get("tools")) not in (None, "", []):
+        raise DataError(f"{place}: tools: calls of tools are not trained here; leave such rows out")
+    if "messages" in keys:
         return _of_chat(place, "messages", _messages(place, _parsed(row["messages"])))
-    if keys == {"conversations"}:
-        said = _parsed(row["conversations"])
-        return _of_chat(place, "conversations", _conversation(place, said))
+    if "conversations" in keys:
+        said = _conversation(place, _parsed(row["conversations"]), row.get("system"))
+        return _of_chat(place, "conversations", said)
     if not isinstance(row.get("continues", True), bool):
         raise DataError(f"{place}: continues is {row['continues']!r}; true or false is needed")
-    for key in row.keys() - {"continues"}:
+    for key in row.keys() - {"continues", "history"}:
         if not isinstance(row[key], str):
             raise DataError(
                 f"{place}: {' and '.join(row)} must be strings, {key} is a "
@@ -80,10 +83,35 @@ def turns(place: str, row: Mapping[str, Any]) -> list[Turn]:
             )
     if "text" in keys:
         return [Turn(None, row["text"], "text", ends=not row.get("continues", False))]
-    if keys == {"prompt", "completion"}:
+    if "prompt" in keys:
         return [Turn(row["prompt"], row["completion"], "completion")]
+    return _of_instruction(place, row)
+
+
+def _of_instruction(place: str, row: Mapping[str, Any]) -> list[Turn]:
+    said = _system(row.get("system"))
+    found = []
+    for number, (asked, answer) in enumerate(_history(place, _parsed(row.get("history")))):
+        said.append({"role": "user", "content": asked})
+        found.append(Turn(tuple(said), answer, f"history[{number}][1]"))
+        said.append({"role": "assistant", "content": answer})
     asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-    return [Turn([{"role": "user", "content": asked}], row["output"], "output")]
+    return [*found, Turn([*said, {"role": "user", "content": asked}], row["output"], "output")]
+
+
+def _history(place: str, given: Any) -> list[tuple[str, str]]:
+    if given is None or given == "":
+        return []
+    pairs = given if isinstance(given, list) else [given]
+    for number, pair in enumerate(pairs):
+        texts = pair if isinstance(pair, list) else ()
+        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{place}: history[{number}] needs a question and its answer, strings")
+    return [(asked, answer) for asked, answer in pairs]
+
+
+def _system(text: str | None) -> list[Message]:
+    return [{"role": "system", "content": text}] if text else []
 
 
 def chosen(row: Mapping[str, Any], columns: Mapping[Column, str]) -> dict[str, Any]:
@@ -106,7 +134,8 @@ def question(row: Mapping[str, Any]) -> str:
                 break
             asked.append(message)
     else:
-        asked = [row[key] for key in ("prompt", "instruction", "input", "text") if row.get(key)]
+        keys = ("prompt", "instruction", "input", "text", "system", "history")
+        asked = [row[key] for key in keys if row.get(key)]
     return json.dumps(asked, ensure_ascii=False, sort_keys=True, default=str)
 
 
@@ -116,13 +145,16 @@ def _speaker(message: Mapping[str, Any]) -> Any:
 
 
 def _of_chat(place: str, field: str, messages: list[Message]) -> list[Turn]:
+    said = [{name: m[name] for name in ("role", "content")} for m in messages]
     found = [
-        Turn(messages[:index], message["content"], f"{field}[{index}]")
+        Turn(said[:index], message["content"], f"{field}[{index}]")
         for index, message in enumerate(messages)
-        if message["role"] == "assistant"
+        if message["role"] == "assistant" and message.get("weight", 1)
     ]
     if not found:
-        raise DataError(f"{place}: {field}: no assistant turn, so no token bears loss")
+        silent = any(message["role"] == "assistant" for message in messages)
+        which = "every assistant turn has weight 0" if silent else "no assistant turn"
+        raise DataError(f"{place}: {field}: {which}, so no token bears loss")
     return found
 
 
@@ -142,11 +174,15 @@ def _messages(place: str, messages: Any) -> list[Message]:
     for index, message in enumerate(messages):
         well_formed = (
             isinstance(message, dict)
-            and set(message) == {"role", "content"}
+            and {"role", "content"} <= set(message) <= {"role", "content", "weight"}
             and isinstance(message["content"], str)
         )
         if not well_formed:
             raise DataError(f"{place}: messages[{index}] needs role and content, both strings")
+        if message.get("weight", 1) not in (0, 1):
+            raise DataError(
+                f"{place}: messages[{index}].weight is {message['weight']!r}; 0 or 1 is needed"
+            )
         if message["role"] not in ROLES:
             raise DataError(
                 f"{place}: messages[{index}].role is {message['role']!r}; one of {ROLES} is needed"
@@ -154,11 +190,13 @@ def _messages(place: str, messages: Any) -> list[Message]:
     return messages
 
 
-def _conversation(place: str, said: Any) -> list[Message]:
-    """ShareGPT's turns as messages."""
+def _conversation(place: str, said: Any, system: Any) -> list[Message]:
+    """ShareGPT's turns as messages, after a system prompt that stands beside them."""
+    if not isinstance(system, str | None):
+        raise DataError(f"{place}: system must be a string, it is a {type(system).__name__}")
     if not isinstance(said, list):
         raise DataError(f"{place}: conversations must be a list, it is a {type(said).__name__}")
-    found: list[Message] = []
+    found = _system(system)
     for index, turn in enumerate(said):
         if not isinstance(turn, dict) or not all(
             isinstance(turn.get(key), str) for key in ("from", "value")
@@ -169,5 +207,7 @@ def _conversation(place: str, said: Any) -> list[Message]:
                 f"{place}: conversations[{index}].from is {turn['from']!r}; "
                 f"one of {', '.join(SPEAKERS)} is needed"
             )
+        if system and SPEAKERS[turn["from"]] == "system":
+            raise DataError(f"{place}: conversations[{index}] and system: one of them is needed")
         found.append({"role": SPEAKERS[turn["from"]], "content": turn["value"]})
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,15 @@ def scan(path: Path, raw: bool = False) -> Iterator[Found]:
     """
     try:
         yield from (_raw_folder if raw and _plain_folder(path) else _reader(path))(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {_not_utf8(error)}") from None
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: {error.strerror or error}") from None
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return f"not UTF-8 (byte 0x{byte:02x} at {error.start:,}): save it as UTF-8"
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -102,6 +110,10 @@ def _json_lines(path: Path) -> Iterator[Found]:
             except json.JSONDecodeError as error:
                 why = f"{error.msg}, column {error.colno}"
                 yield place, DataError(f"{place}: not JSON: {why}")
+            except UnicodeDecodeError as error:
+                if number == 1 and raw.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+                    raise DataError(f"{path}: UTF-16: save it as UTF-8") from None
+                yield place, DataError(f"{place}: {_not_utf8(error)}")
             except (ValueError, RecursionError) as error:
                 yield place, DataError(f"{place}: not JSON: {error}")
 
@@ -113,11 +125,18 @@ def _object(place: str, value: Any) -> Row | DataError:
 
 
 def _json(path: Path) -> Iterator[Found]:
-    """The elements of one array. A fault in its notation ends it: where is the next element?"""
+    """The elements of one array. A fault in its notation ends it: where is the next element?
+
+    Where no array begins the file may be JSON Lines by another name, as many data sets have it.
+    """
     with path.open(encoding="utf-8-sig", newline="") as file:
         window = _Window(path, file)
+        if window.sign() == "{":
+            yield from _json_lines(path)
+            return
         if window.sign() != "[":
-            raise DataError(f"{path}:{window.line}: an array of objects is needed")
+            what = "an array of objects, or an object in each line, is needed"
+            raise DataError(f"{path}:{window.line}: {what}")
         window.skip()
         number, sign = 0, window.sign()
         while sign != "]":

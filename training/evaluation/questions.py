@@ -68,11 +68,11 @@ def _with_system(row: Mapping[str, Any], system: str | None) -> Mapping[str, Any
     if isinstance(row.get("messages"), list):
         rest = [message for message in row["messages"] if message.get("role") != "system"]
         return {**row, "messages": [said, *rest]}
+    if isinstance(row.get("conversations"), list):
+        rest = [turn for turn in row["conversations"] if turn.get("from") != "system"]
+        return {**row, "conversations": rest, "system": system}
     if isinstance(row.get("instruction"), str):
-        asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-        turn = {"role": "user", "content": asked}
-        answer = {"role": "assistant", "content": row.get("output", "")}
-        return {"messages": [said, turn, answer]}
+        return {**row, "system": system}
     if isinstance(row.get("prompt"), str):
         return {**row, "prompt": f"{system}\n\n{row['prompt']}"}
     return row
