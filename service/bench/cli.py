@@ -10,7 +10,7 @@ import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import torch
@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typer.core import TyperGroup
 
 from base.fingerprint import default_cache_dir
 from base.kernels import Precision, bench_cuda
@@ -25,6 +26,7 @@ from base.kernels import bench as kernels
 from base.machine import Machine, inspect
 from base.mini import MINI
 from base.random_model import SHAPES, random_model
+from service.bench.apart import apart, heeding_sigterm
 from service.bench.beside import Setting, beside_table
 from service.bench.beside import measure as measure_beside
 from service.bench.compare import Figures, compare
@@ -32,6 +34,7 @@ from service.bench.device import DEVICE, Asked
 from service.bench.device import markdown as device_page
 from service.bench.device import measure as measure_device
 from service.bench.isa import BEYOND, VARIABLES, CannotHold, hold
+from service.bench.llama_peer import missing
 from service.bench.options import Options
 from service.bench.performance import write_page
 from service.bench.registered import REGISTERED
@@ -43,13 +46,35 @@ from service.bench.residency_report import (
 )
 from service.bench.scenario import FULL, SUITES, Scenario
 from service.bench.start import START
-from service.bench.zipf import Scene, measure_apart, scenes
+from service.bench.zipf import Scene, scenes
+from service.bench.zipf import measure as measure_zipf
 
 DTYPES = ("float32", "bfloat16")
 PARTS = (REGISTERED, START)  # of the full suite, beside its workloads
+NAMES = tuple(f'"{name}"' for name in (*(scenario.name for scenario in FULL), *PARTS))
 PRECISIONS: tuple[Precision, ...] = ("fast", "exact")
 
-app = typer.Typer(help="Measure throughput and latency on this machine, beside PEFT's own loops.")
+
+class Commands(TyperGroup):
+    """Says what a word may be that is no option: a model without --model, as a rule."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            ctx.fail(
+                f"got '{args[0]}', which is neither an option's value nor one of "
+                f"{', '.join(self.commands)}. Models go to --model, workloads to --only, and "
+                "llama.cpp's server to --llama-server."
+            )
+        return super().resolve_command(ctx, args)
+
+
+PEERS, OUTPUT = "Who is measured", "What comes out"  # panels of --help
+
+app = typer.Typer(
+    help="Measure throughput and latency on this machine, beside PEFT's own loops.",
+    add_completion=False,
+    cls=Commands,
+)
 console = Console()
 
 
@@ -63,44 +88,58 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(min=2)] = 32,
     threads: Annotated[int, typer.Option(min=1, help="Of every peer.")] = os.cpu_count() or 1,
-    peft: Annotated[bool, typer.Option(help="Measure PEFT too.")] = True,
+    peft: Annotated[bool, typer.Option(help="Measure PEFT too.", rich_help_panel=PEERS)] = True,
     peft_dtype: Annotated[
         str,
         typer.Option(
             help=f"{' or '.join(DTYPES)}; auto tries both and keeps the faster, or takes float32 "
-            "where the CPU does not multiply bfloat16."
+            "where the CPU does not multiply bfloat16.",
+            rich_help_panel=PEERS,
         ),
     ] = "auto",
     slow_rounds: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Of PEFT and transformers, which are slow, and of every --precision but the "
-            "first. Default: as --rounds.",
+            help="Of PEFT and transformers, which are slow (but not of PEFT's mixed batch, which a "
+            "target rests on), and of every --precision but the first. Default: as --rounds.",
         ),
     ] = None,
     transformers: Annotated[
-        bool, typer.Option(help="Measure transformers' continuous batching too, without adapters.")
+        bool,
+        typer.Option(
+            help="Measure transformers' continuous batching too, without adapters.",
+            rich_help_panel=PEERS,
+        ),
     ] = True,
     llama: Annotated[
-        bool, typer.Option(help="Measure llama.cpp too, where llama-cpp-python is installed.")
+        bool,
+        typer.Option(
+            help="Measure llama.cpp too, where llama-cpp-python is installed.",
+            rich_help_panel=PEERS,
+        ),
     ] = True,
     llama_server: Annotated[
         Path | None,
         typer.Option(
             help="llama.cpp's llama-server, measured over HTTP beside `nibble serve`. Default: the "
-            "one on the path, if any."
+            "one on the path, if any.",
+            rich_help_panel=PEERS,
         ),
     ] = None,
     precision: Annotated[
         list[str] | None,
-        typer.Option(help="Of nibble's products: exact or fast, once for each. Default: both."),
+        typer.Option(
+            help="Of nibble's products: exact or fast, once for each. Default: both.",
+            rich_help_panel=PEERS,
+        ),
     ] = None,
     isa: Annotated[
         str | None,
         typer.Option(
             help=f"Hold every peer to {' or '.join(VARIABLES)}, on a CPU that has more. llama.cpp "
-            "has to be built for it. Default: the best that each can use."
+            "has to be built for it. Default: the best that each can use.",
+            rich_help_panel=PEERS,
         ),
     ] = None,
     suite: Annotated[
@@ -112,7 +151,7 @@ def bench(
     ] = "quick",
     only: Annotated[
         list[str] | None,
-        typer.Option(help=f"A workload of any suite by its name, or {' or '.join(PARTS)}."),
+        typer.Option(help=f"Instead of a suite, once for each: {', '.join(NAMES)}."),
     ] = None,
     minutes: Annotated[
         float,
@@ -125,10 +164,15 @@ def bench(
         str, typer.Option(help=f"cpu or cuda, of --kernel or --suite {DEVICE}.")
     ] = "cpu",
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
+        Path | None, typer.Option("--json", help="Write the figures here.", rich_help_panel=OUTPUT)
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="Write the page here, its chart beside it as .svg.")
+        Path | None,
+        typer.Option(
+            help="Write the page here, its chart beside it as .svg; with --kernel put their table "
+            "into it.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Where random models are kept.")] = None,
 ) -> None:
@@ -142,11 +186,21 @@ def bench(
         return
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"got {device}; cpu or cuda", param_hint="--device")
+    for path, option in ((json_path, "--json"), (markdown, "--markdown")):
+        check_place(path, option)
     if kernel:
+        if unused := [name for name, given in (("--json", json_path), ("--isa", isa)) if given]:
+            raise typer.BadParameter(
+                f"not with {' or '.join(unused)}: it measures every instruction set of this CPU, "
+                "and prints a table",
+                param_hint="--kernel",
+            )
         _products(device, threads, markdown)
         return
     command = shlex.join(["nibble", *sys.argv[1:]])
     if suite == DEVICE or device == "cuda":
+        if isa is not None:
+            raise typer.BadParameter(f"not with --suite {DEVICE}", param_hint="--isa")
         _on_device(
             Asked(
                 model=model,
@@ -193,6 +247,18 @@ def bench(
         write_page(figures, markdown)
 
 
+def check_place(path: Path | None, option: str) -> None:
+    """A file can be written there: better said now than after a quarter of an hour."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a directory; a file is needed", param_hint=option)
+    where = path.absolute().parent
+    if not (where.is_dir() and os.access(where, os.W_OK)):
+        why = "cannot be written to" if where.exists() else "is not there"
+        raise typer.BadParameter(f"{path}: the directory {where} {why}", param_hint=option)
+
+
 def _on(device: str, model: str, cache: Path | None) -> Path:
     """The model's directory, for a device that is there."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -222,12 +288,15 @@ def _products(device: str, threads: int, markdown: Path | None) -> None:
 def _asked(suite: str, only: list[str] | None) -> tuple[tuple[Scenario, ...], tuple[str, ...]]:
     """(workloads, parts) of a suite, or those that were named."""
     if suite not in SUITES:
-        raise typer.BadParameter(f"--suite {suite}: {' or '.join(SUITES)}")
+        raise typer.BadParameter(
+            f"got {suite}; {', '.join(SUITES)} or {DEVICE}", param_hint="--suite"
+        )
     if not only:
         return SUITES[suite], PARTS if suite == "full" else ()
-    names = [*(scenario.name for scenario in FULL), *PARTS]
-    if unknown := set(only) - set(names):
-        raise typer.BadParameter(f"--only {sorted(unknown)}: any of {names} is needed")
+    if unknown := [name for name in only if f'"{name}"' not in NAMES]:
+        raise typer.BadParameter(
+            f"got {', '.join(unknown)}; there are {', '.join(NAMES)}", param_hint="--only"
+        )
     return tuple(each for each in FULL if each.name in only), tuple(p for p in PARTS if p in only)
 
 
@@ -237,7 +306,13 @@ def _llama_server(wanted: Path | None) -> Path | None:
         found = shutil.which("llama-server")
         return Path(found) if found else None
     if not (wanted.is_file() and os.access(wanted, os.X_OK)):
-        raise typer.BadParameter(f"--llama-server {wanted}: a program is needed")
+        why = "is no program that can be run" if wanted.exists() else "is not there"
+        raise typer.BadParameter(f"{wanted} {why}", param_hint="--llama-server")
+    if absent := missing():
+        raise typer.BadParameter(
+            f"its weights are written with {' and '.join(absent)}: pip install '.[bench]'",
+            param_hint="--llama-server",
+        )
     return wanted.absolute()
 
 
@@ -258,7 +333,9 @@ def _write_json(figures: Figures, path: Path | None) -> None:
 def _dtypes(wanted: str, machine: Machine) -> tuple[str, ...]:
     """What PEFT is tried in. Emulated bfloat16 takes minutes for a figure that nobody wants."""
     if wanted not in ("auto", *DTYPES):
-        raise typer.BadParameter(f"--peft-dtype {wanted}: auto, {' or '.join(DTYPES)}")
+        raise typer.BadParameter(
+            f"got {wanted}; auto, {' or '.join(DTYPES)}", param_hint="--peft-dtype"
+        )
     if wanted != "auto":
         return (wanted,)
     return DTYPES if any("bf16" in name for name in machine.features) else ("float32",)
@@ -266,7 +343,9 @@ def _dtypes(wanted: str, machine: Machine) -> tuple[str, ...]:
 
 def _precisions(wanted: list[str] | None) -> tuple[Precision, ...]:
     if unknown := set(wanted or ()) - set(PRECISIONS):
-        raise typer.BadParameter(f"--precision {sorted(unknown)}: {' or '.join(PRECISIONS)}")
+        raise typer.BadParameter(
+            f"got {', '.join(sorted(unknown))}; {' or '.join(PRECISIONS)}", param_hint="--precision"
+        )
     return tuple(each for each in PRECISIONS if not wanted or each in wanted)
 
 
@@ -285,7 +364,10 @@ def directory_of(model: str, cache: Path | None) -> Path:
         with console.status(f"{model} in {cache}"):
             return random_model(model, cache)
     if not Path(model).is_dir():
-        raise typer.BadParameter(f"--model {model}: a directory, mini or {', '.join(SHAPES)}")
+        raise typer.BadParameter(
+            f"got {model}; a directory with a model, mini, {' or '.join(SHAPES)}",
+            param_hint="--model",
+        )
     return Path(model)
 
 
@@ -371,8 +453,8 @@ def zipf(
             threads=threads,
         )
         for scene in scenes(common, registered or [1, 8, 64, 1000]):
-            with console.status(f"{name}: {scene.registered} adapters"):
-                rows.append({"model": name, **measure_apart(scene)})
+            with heeding_sigterm(), console.status(f"{name}: {scene.registered} adapters"):
+                rows.append({"model": name, **apart(measure_zipf, scene)})
     figures = {"machine": asdict(inspect()), "rows": rows}
     text = residency_markdown(figures)
     console.print(text, markup=False, soft_wrap=True)
@@ -383,7 +465,7 @@ def zipf(
 
 def _compare(options: Options) -> Figures:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    with heeding_sigterm(), Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bar = progress.add_task("", total=1)
         return compare(
             options,

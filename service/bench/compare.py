@@ -17,6 +17,7 @@ from base.machine import inspect
 from base.mini import MINI
 from base.spec import BaseSpec
 from service.bench import registered
+from service.bench.apart import apart
 from service.bench.gguf_files import ARCHITECTURES
 from service.bench.limits import Limits, better, distance, measure_limits, multiply_adds
 from service.bench.llama_peer import missing
@@ -121,7 +122,7 @@ def _registered(options: Options, report: Report) -> Figures | None:
     setting = registered.Setting(
         options.directory, options.precisions[0], options.threads, options.rounds, RANK
     )
-    return registered.measure_apart(setting)
+    return apart(registered.measure, setting)
 
 
 def _memory(options: Options) -> tuple[Figures, BaseSpec]:

@@ -25,8 +25,8 @@ VARIABLES = {
     }
 }
 HOW = (
-    'build it with CMAKE_ARGS="-DGGML_NATIVE=OFF" and name it: --llama-server FILE, and for '
-    "llama-cpp-python LLAMA_CPP_LIB_PATH=DIRECTORY of its libllama.so; or --no-llama"
+    "build llama.cpp with -DGGML_NATIVE=OFF; name its llama-server with --llama-server, and the "
+    "directory of its libllama.so to llama-cpp-python by LLAMA_CPP_LIB_PATH; or say --no-llama"
 )
 _PYTHON = (
     sys.executable,

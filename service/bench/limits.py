@@ -7,9 +7,7 @@ is more. Both limits are measured here, by plain products of torch and one long 
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from base.kernels import bench as kernels
 from base.spec import BaseSpec
 from service.bench import llama_peer, peft_peer
+from service.bench.apart import apart
 from service.bench.nibble_peer import LOOKUP
 from service.bench.scenario import Scenario
 
@@ -41,9 +40,7 @@ class Limits:
 
 def measure_limits(threads: int, seconds: float = SECONDS) -> Limits:
     """In a new process, so that its threads are gone afterwards."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_measure, threads, seconds).result()
+    return apart(_measure, threads, seconds)
 
 
 def better(one: Limits, other: Limits) -> Limits:

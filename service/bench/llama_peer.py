@@ -25,15 +25,15 @@ from service.bench.scenario import Job, Round, round_of
 
 ONE_BATCH = "one batch"
 ONE_BY_ONE = "one by one"
-NEEDS = ("llama_cpp", "gguf")
+NEEDS = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}  # module: package
 SEQUENCES = 8
 CONTEXT = 8 * 1024  # tokens of all sequences
 STEP = 512  # tokens computed at once, llama.cpp's default
 
 
 def missing() -> tuple[str, ...]:
-    """The modules that this peer needs and that are not installed."""
-    return tuple(name for name in NEEDS if importlib.util.find_spec(name) is None)
+    """The packages that this peer needs and that are not installed."""
+    return tuple(NEEDS[name] for name in NEEDS if importlib.util.find_spec(name) is None)
 
 
 def sets_of(system: str) -> tuple[str, ...]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
 from base.spec import BaseSpec
+from service.bench import apart
 from service.bench.scenario import Job, Round
 
 
@@ -50,11 +51,7 @@ class PeerProcess:
 
     def __init__(self, name: str, make: Callable[[Setup], Peer], setup: Setup) -> None:
         self.name = name
-        context = multiprocessing.get_context("spawn")  # a forked torch would inherit its threads
-        self._pipe, far_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(far_end, make, setup), daemon=True)
-        self._process.start()
-        far_end.close()
+        self._process, self._pipe = apart.started(_serve, make, setup)
 
     def run(self, job: Job, way: str) -> Round:
         answer = self._ask("run", job, way)
@@ -73,21 +70,18 @@ class PeerProcess:
         return answer
 
     def close(self) -> None:
-        self._pipe.close()  # the process ends when its pipe does
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.terminate()
+        apart.close(self._process, self._pipe)
 
     def _ask(self, *question: Any) -> Any:
         try:
-            self._pipe.send(question)
-            fine, answer = self._pipe.recv()
-        except (EOFError, OSError):
-            self._process.join(5)
-            raise PeerFailed(f"{self.name} ended with {self._process.exitcode}") from None
+            with suppress(OSError):  # it is gone, and `answer` says how
+                self._pipe.send(question)
+            fine, said = apart.answer(self._process, self._pipe)
+        except apart.Ended as error:
+            raise PeerFailed(f"{self.name} {error}") from None
         if not fine:
-            raise PeerFailed(f"{self.name}:\n{answer}")
-        return answer
+            raise PeerFailed(f"{self.name}:\n{said}")
+        return said
 
 
 def _serve(pipe: Connection, make: Callable[[Setup], Peer], setup: Setup) -> None:
@@ -96,15 +90,16 @@ def _serve(pipe: Connection, make: Callable[[Setup], Peer], setup: Setup) -> Non
 
     torch.set_num_threads(setup.threads)
     peer: Peer | None = None
-    while True:
-        try:
+    try:
+        while True:
             question, *arguments = pipe.recv()
-        except EOFError:
-            break
-        try:
-            peer = peer or make(setup)
-            pipe.send((True, getattr(peer, question)(*arguments)))
-        except Exception:
-            pipe.send((False, traceback.format_exc()))
-    if peer is not None:
-        peer.close()
+            try:
+                peer = peer or make(setup)
+                pipe.send((True, getattr(peer, question)(*arguments)))
+            except Exception:
+                pipe.send((False, traceback.format_exc()))
+    except EOFError:
+        pass
+    finally:
+        if peer is not None:
+            peer.close()

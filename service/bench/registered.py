@@ -10,12 +10,10 @@ real store, as the server does.
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,13 +78,6 @@ class Setting:
             rank=self.rank,
             modules=tuple(sorted({path.rpartition(".")[2] for path in linears})),
         )
-
-
-def measure_apart(setting: Setting) -> Figures:
-    """`measure` in a new process."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(measure, setting).result()
 
 
 def measure(setting: Setting) -> Figures:

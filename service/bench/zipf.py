@@ -9,7 +9,6 @@ read here; what the child costs is measured apart, on a few.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import tempfile
@@ -17,7 +16,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -87,13 +85,6 @@ def scenes(common: Scene, registered: Sequence[int]) -> list[Scene]:
     rows = [replace(common, registered=number) for number in registered]
     warm = replace(common, registered=1, warm=True, exponent=0.0)
     return [*rows, warm, replace(warm, registered=common.resident)]
-
-
-def measure_apart(scene: Scene) -> Figures:
-    """`measure` in a new process."""
-    spawn = multiprocessing.get_context("spawn")  # a forked torch would inherit its threads
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(measure, scene).result()
 
 
 def measure(scene: Scene) -> Figures:
