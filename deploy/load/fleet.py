@@ -6,6 +6,8 @@ simulated.
 
 Each server has one core and one thread, so that two of them are two machines as far as their steps
 go, and the bench has to be of one thread too. Adapters are in their slots before the clock starts.
+The servers' processor time stands beside the simulated time of all steps: it is what they took also
+where other work made them wait, and beyond the steps it is HTTP's and the client's.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 
 from deploy.load.client import Reply, ask
 from deploy.load.server import served
@@ -73,8 +76,9 @@ def main() -> None:
     server = Server(known.cost, known.kv_cache_bytes // known.token_bytes, given.adapters, 0.0)
     simulated = replay([replace(each) for each in due], server, given.replicas, "rendezvous")
     load = os.getloadavg()[0]
-    replies = _run(given, due)
+    replies, spent = _run(given, due)
     rows = compared(due, replies, simulated)
+    rows.append(Row("servers' processor time (s)", spent, simulated.busy))
     about = {
         "traffic": asdict(traffic),
         "replicas": given.replicas,
@@ -98,7 +102,8 @@ def _bearable(figures: Mapping[str, Any], known: Calibration, new_tokens: int) -
     return float(rates[DISTINCT.name]) / new_tokens
 
 
-def _run(given: argparse.Namespace, due: Sequence[Request]) -> list[Reply]:
+def _run(given: argparse.Namespace, due: Sequence[Request]) -> tuple[list[Reply], float]:
+    """What came back, and the servers' processor time for it in seconds."""
     flags = ["--base", given.base, "--drain-seconds", "5"]
     with ExitStack() as stack:
         cores = sorted(os.sched_getaffinity(0))
@@ -106,8 +111,9 @@ def _run(given: argparse.Namespace, due: Sequence[Request]) -> list[Reply]:
             stack.enter_context(served(ROOM, flags, cores[number % len(cores)], 1))
             for number in range(given.replicas)
         ]
+        servers = psutil.Process().children()
         names, vocabulary = put_adapters(urls, given.base, given.adapters)
-        return asyncio.run(_send(urls, names, due, vocabulary))
+        return asyncio.run(_send(urls, names, due, vocabulary, servers))
 
 
 def put_adapters(urls: Sequence[str], base: str, count: int) -> tuple[list[str], int]:
@@ -134,8 +140,12 @@ def put_adapters(urls: Sequence[str], base: str, count: int) -> tuple[list[str],
 
 
 async def _send(
-    urls: Sequence[str], names: Sequence[str], due: Sequence[Request], vocabulary: int
-) -> list[Reply]:
+    urls: Sequence[str],
+    names: Sequence[str],
+    due: Sequence[Request],
+    vocabulary: int,
+    servers: Sequence[psutil.Process],
+) -> tuple[list[Reply], float]:
     homes = [rendezvous(each.adapter, range(len(urls)))[0] for each in due]
     unbounded = httpx.Limits(max_connections=None)
     async with AsyncExitStack() as stack:
@@ -149,7 +159,7 @@ async def _send(
             if each.adapter not in {earlier.adapter for earlier in due[:number]}:
                 warm = prompt(f"warm {number}", 8, vocabulary)
                 await ask(https[homes[number]], "", names[each.adapter], warm, 2, 0.0)
-        begun = time.perf_counter() + 0.5
+        begun, before = time.perf_counter() + 0.5, _spent(servers)
 
         async def one(number: int, each: Request) -> Reply:
             when = begun + each.arrived
@@ -157,7 +167,13 @@ async def _send(
             ids = prompt(number, each.prompt, vocabulary)
             return await ask(https[homes[number]], "", names[each.adapter], ids, each.left, when)
 
-        return list(await asyncio.gather(*(one(n, each) for n, each in enumerate(due))))
+        replies = await asyncio.gather(*(one(n, each) for n, each in enumerate(due)))
+        return list(replies), _spent(servers) - before
+
+
+def _spent(servers: Sequence[psutil.Process]) -> float:
+    times = [each.cpu_times() for each in servers]
+    return sum(each.user + each.system for each in times)
 
 
 def prompt(seed: object, tokens: int, vocabulary: int) -> list[int]:

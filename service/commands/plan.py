@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -75,6 +76,16 @@ def fleet(
     from service.plan.replay import rate_errors
     from service.plan.simulation import Server, Traffic
 
+    for name, value in (
+        ("rate", rate),
+        ("zipf", zipf),
+        ("first-token", first_token),
+        ("inter-token", inter_token),
+        ("load-seconds", load_seconds),
+        ("hourly-cost", hourly_cost),
+    ):
+        if not math.isfinite(value):  # NaN passes a range's bounds
+            fail(f"--{name} is {value}", "Give a number.", as_json=as_json)
     try:
         figures = json.loads(bench.read_text(encoding="utf-8"))
         known = calibrate(figures, peer)

@@ -1,17 +1,19 @@
 """What a step of the engine costs, fitted to the JSON file that `nibble bench --json` wrote.
 
-    step = fixed + row n + adapter_row m + adapter d + prompt_token p
+    step = max(fixed, prompt_token p + adapter_prompt_token q) + row n + adapter_row m + adapter d
 
 for n sequences that get their next token, m of which use an adapter, d adapters in all, and p
-tokens of prompts. None of the five is negative. The median time between two tokens of each workload
-gives an equation, and so does the median time to the first one.
+tokens of prompts, q of which use an adapter. A step reads every weight once, which is most of
+`fixed`, and while it computes many tokens that costs nothing: hence the larger of both. None of the
+six is negative. The median time between two tokens of each workload gives an equation, and so does
+the median time to the first one.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,22 @@ import numpy as np
 from service.bench.scenario import QUICK, Scenario
 
 MAX_STEP_TOKENS = 512  # as of the engine: see EngineConfig
+BRANCHES = 8  # how often the larger of both is chosen anew
 
 
 class UnusableBench(ValueError):
     """The file lacks what a calibration needs; the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one step does."""
+
+    rows: int = 0
+    adapter_rows: int = 0
+    adapters: int = 0
+    prompt_tokens: float = 0
+    adapter_prompt_tokens: float = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +48,21 @@ class StepCost:
     adapter_row: float
     adapter: float
     prompt_token: float
+    adapter_prompt_token: float
 
-    def seconds(self, rows: int, adapter_rows: int, adapters: int, prompt_tokens: int) -> float:
+    def seconds(self, work: Work) -> float:
         return (
-            self.fixed
-            + self.row * rows
-            + self.adapter_row * adapter_rows
-            + self.adapter * adapters
-            + self.prompt_token * prompt_tokens
+            max(self.fixed, self.reading(work))
+            + self.row * work.rows
+            + self.adapter_row * work.adapter_rows
+            + self.adapter * work.adapters
+        )
+
+    def reading(self, work: Work) -> float:
+        """Of prompts alone."""
+        return (
+            self.prompt_token * work.prompt_tokens
+            + self.adapter_prompt_token * work.adapter_prompt_tokens
         )
 
 
@@ -70,16 +91,25 @@ def calibrate(figures: Mapping[str, Any], peer: str = "nibble fast") -> Calibrat
                 f"{peer} has no row for {', '.join(missing)}: they are all in a run of "
                 "`nibble bench --json FILE` without --only"
             )
+        sizes = {
+            "prompt_tokens": prompt,
+            "memory.rss_bytes": int(memory["rss_bytes"]),
+            "kv_cache_bytes": int(facts["kv_cache_bytes"]),
+            "token_bytes": int(facts["token_bytes"]),
+            "each_adapter_bytes": int(facts["each_adapter_bytes"][0]),
+        }
+        if wrong := [name for name, size in sizes.items() if size < 1]:
+            raise UnusableBench(f"{', '.join(wrong)} should be at least 1")
         cost, worst = _fit([equation for each in QUICK for equation in _of(each, rows, prompt)])
         return Calibration(
             model=model,
             peer=peer,
             cost=cost,
             worst_fit=worst,
-            base_bytes=int(memory["rss_bytes"]),
-            kv_cache_bytes=int(facts["kv_cache_bytes"]),
-            token_bytes=int(facts["token_bytes"]),
-            adapter_bytes=int(facts["each_adapter_bytes"][0]),
+            base_bytes=sizes["memory.rss_bytes"],
+            kv_cache_bytes=sizes["kv_cache_bytes"],
+            token_bytes=sizes["token_bytes"],
+            adapter_bytes=sizes["each_adapter_bytes"],
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UnusableBench(
@@ -87,40 +117,71 @@ def calibrate(figures: Mapping[str, Any], peer: str = "nibble fast") -> Calibrat
         ) from error
 
 
-def _of(
-    scenario: Scenario, rows: Mapping[str, Any], prompt: int
-) -> list[tuple[tuple[int, int, int, int, int], float]]:
-    """Two equations: of a step in which all generate, and of the steps that read the prompts."""
+def _of(scenario: Scenario, rows: Mapping[str, Any], prompt: int) -> list[tuple[int, Work, float]]:
+    """(steps, what each does, seconds of all): one in which all generate, and those that read the
+    prompts."""
     used = [each for each in scenario.adapters if each is not None]
     many, named, kinds = len(scenario.adapters), len(used), len(set(used))
-    tokens = many * scenario.prompt_of(prompt)
-    steps = -(-tokens // MAX_STEP_TOKENS)
+    each = scenario.prompt_of(prompt)
+    steps = -(-many * each // MAX_STEP_TOKENS)
     row = rows[scenario.name]
+    reading = Work(0, 0, kinds, many * each / steps, named * each / steps)
     return [
-        ((1, many, named, kinds, 0), row["inter_token_ms"]["p50"] / 1000),
-        ((steps, 0, 0, kinds * steps, tokens), row["first_token_ms"]["p50"] / 1000),
+        (1, Work(many, named, kinds), row["inter_token_ms"]["p50"] / 1000),
+        (steps, reading, row["first_token_ms"]["p50"] / 1000),
     ]
 
 
-def _fit(
-    equations: Sequence[tuple[tuple[int, int, int, int, int], float]],
-) -> tuple[StepCost, float]:
-    """Least squares of relative errors, no coefficient below 0; the cost, and its worst error.
+def _fit(equations: Sequence[tuple[int, Work, float]]) -> tuple[StepCost, float]:
+    """The cost, and its worst relative error.
 
-    With five coefficients all choices of those that are 0 can be tried.
+    Which steps `fixed` bounds is known once the costs are: guessed, fitted, and guessed again.
     """
-    left = np.array([each for each, _ in equations], dtype=float)
-    right = np.array([seconds for _, seconds in equations])
-    if not (right > 0).all():
+    seconds = np.array([each for *_, each in equations])
+    if not (seconds > 0).all():
         raise UnusableBench("a workload took no time at all")
-    left /= right[:, None]
-    best, least = np.zeros(5), np.inf
-    for count in range(1, 6):
-        for chosen in itertools.combinations(range(5), count):
+    bounded = [work.prompt_tokens == 0 for _, work, _ in equations]
+    best, least = StepCost(*[0.0] * 6), np.inf
+    for _ in range(BRANCHES):
+        left = [
+            _terms(steps, work, as_bounded)
+            for (steps, work, _), as_bounded in zip(equations, bounded, strict=True)
+        ]
+        cost = StepCost(*_least_squares(np.array(left, dtype=float) / seconds[:, None]))
+        found = np.array([steps * cost.seconds(work) for steps, work, _ in equations])
+        error = float(np.abs(found / seconds - 1).max())
+        if error < least:
+            best, least = cost, error
+        chosen = [cost.reading(work) < cost.fixed for _, work, _ in equations]
+        if chosen == bounded:
+            break
+        bounded = chosen
+    return best, float(least)
+
+
+def _terms(steps: int, work: Work, bounded: bool) -> tuple[float, ...]:
+    """How often each cost is in it, in StepCost's order."""
+    rows, adapter_rows, adapters, *tokens = (steps * each for each in astuple(work))
+    return (
+        (steps, rows, adapter_rows, adapters, 0, 0)
+        if bounded
+        else (
+            *(0, rows, adapter_rows, adapters),
+            *tokens,
+        )
+    )
+
+
+def _least_squares(left: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
+    """What makes every line's sum 1, none below 0: with six, all choices of those that are 0 can be
+    tried."""
+    best, least = np.zeros(left.shape[1]), np.inf
+    for count in range(1, left.shape[1] + 1):
+        for chosen in itertools.combinations(range(left.shape[1]), count):
             columns = list(chosen)
-            found = np.zeros(5)
-            found[columns] = np.linalg.lstsq(left[:, columns], np.ones(len(right)), rcond=None)[0]
+            found = np.zeros(left.shape[1])
+            found[columns] = np.linalg.lstsq(left[:, columns], np.ones(len(left)), rcond=None)[0]
             error = float(((left @ found - 1) ** 2).sum())
             if (found >= 0).all() and error < least - 1e-12:
                 best, least = found, error
-    return StepCost(*(float(each) for each in best)), float(np.abs(left @ best - 1).max())
+    return [float(each) for each in best]

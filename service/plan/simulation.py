@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from service.plan.calibration import MAX_STEP_TOKENS, StepCost
+from service.plan.calibration import MAX_STEP_TOKENS, StepCost, Work
 from service.plan.rendezvous import rendezvous
 
 # adapter: to the least busy one of those that have it; least-busy: whoever has it; rendezvous: to
@@ -74,6 +74,7 @@ class Measured:
     tokens: int = 0
     cold: int = 0  # requests whose adapter was not in a slot when they came
     end: float = 0.0  # when the last one finished
+    busy: float = 0.0  # of all steps and replicas, also of requests that do not count
     refused: bool = False  # a queue was full, and the rest was not looked at
 
 
@@ -111,6 +112,7 @@ class Replica:
 
     def _end(self, now: float) -> int:
         measured = self._measured
+        measured.busy += self._steps * self._step
         counted = sum(1 for each in self._running if each.counted)
         if counted:
             measured.gaps.append((self._step, counted * self._steps))
@@ -154,9 +156,10 @@ class Replica:
         used = [each.adapter for each in self._running if each.adapter >= 0]
         read = {each.adapter for each, _ in self._chunks if each.adapter >= 0}
         prompt = sum(tokens for _, tokens in self._chunks)
-        rows, kinds = len(self._running), len(read.union(used))
+        of_adapters = sum(tokens for each, tokens in self._chunks if each.adapter >= 0)
+        work = Work(len(self._running), len(used), len(read.union(used)), prompt, of_adapters)
         self._begun = now
-        self._step = self._server.cost.seconds(rows, len(used), kinds, prompt)
+        self._step = self._server.cost.seconds(work)
         self._steps = 1
         if not self._chunks and not self._waiting:
             self._steps = min(each.left for each in self._running)

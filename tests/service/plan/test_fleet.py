@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from service.bench.scenario import QUICK
 from service.commands.plan import app
-from service.plan.calibration import StepCost, UnusableBench, calibrate
+from service.plan.calibration import StepCost, UnusableBench, Work, calibrate
 from service.plan.fleet import NoFleet, Targets, fewest, outcome, percentile
 from service.plan.rendezvous import rendezvous
 from service.plan.replay import rate_errors
@@ -24,7 +24,14 @@ from service.plan.simulation import (
     simulate,
 )
 
-COST = StepCost(fixed=0.020, row=0.002, adapter_row=0.001, adapter=0.003, prompt_token=0.0005)
+COST = StepCost(
+    fixed=0.020,
+    row=0.002,
+    adapter_row=0.001,
+    adapter=0.003,
+    prompt_token=0.0005,
+    adapter_prompt_token=0.0001,
+)
 SERVER = Server(COST, kv_tokens=20_000, slots=8, load_seconds=0.1)
 
 
@@ -34,8 +41,8 @@ def bench(cost: StepCost = COST) -> dict[str, Any]:
     for scenario in QUICK:
         used = [each for each in scenario.adapters if each is not None]
         many, kinds = len(scenario.adapters), len(set(used))
-        first = cost.seconds(0, 0, kinds, 64 * many)
-        gap = cost.seconds(many, len(used), kinds, 0)
+        first = cost.seconds(Work(0, 0, kinds, 64 * many, 64 * len(used)))
+        gap = cost.seconds(Work(many, len(used), kinds))
         rows.append(
             {
                 "scenario": scenario.name,
@@ -68,9 +75,21 @@ def test_the_fit_finds_the_costs_again() -> None:
 
 def test_no_cost_is_negative() -> None:
     """A machine where adapters seem to make steps faster: noise, and fitted as none."""
-    found = calibrate(bench(StepCost(0.02, 0.002, 0.0, -0.001, 0.0005)))
+    found = calibrate(bench(StepCost(0.02, 0.002, 0.0, -0.001, 0.0005, 0.0)))
     assert found.cost.adapter == 0
     assert 0 < found.worst_fit < 0.5
+
+
+@pytest.mark.parametrize("prompt_token", [1e-5, 1e-4, 5e-4])
+def test_reading_weights_is_hidden_by_computing_much(prompt_token: float) -> None:
+    """On a GPU a prompt of 64 tokens costs what one token does, and eight of them may, too."""
+    cost = StepCost(0.02, 0.0005, 0.0, 0.001, prompt_token, prompt_token / 4)
+    assert cost.seconds(Work(prompt_tokens=64)) == max(0.02, 64 * prompt_token)
+    found = calibrate(bench(cost))
+    assert found.worst_fit < 1e-6
+    assert found.cost.fixed == pytest.approx(0.02, rel=1e-6)
+    if 512 * prompt_token > 0.02:
+        assert found.cost.prompt_token == pytest.approx(prompt_token, rel=1e-6)
 
 
 @pytest.mark.parametrize("missing", ["results", "memory", "peers"])
@@ -79,6 +98,8 @@ def test_another_file_is_refused(missing: str) -> None:
     del figures[missing]
     with pytest.raises(UnusableBench, match=missing):
         calibrate(figures)
+    with pytest.raises(UnusableBench, match="prompt_tokens should be at least 1"):
+        calibrate(bench() | {"prompt_tokens": 0})
     with pytest.raises(UnusableBench, match="1 adapter"):
         calibrate(bench() | {"results": bench()["results"][:1]})
 
@@ -86,9 +107,9 @@ def test_another_file_is_refused(missing: str) -> None:
 def test_one_request_alone_takes_its_steps() -> None:
     request = Request(1.0, 3, prompt=1000, left=5, tokens=1005, counted=True)
     done = replay([request], SERVER, 1, "adapter")
-    first = 0.1 + COST.seconds(0, 0, 1, 512) + COST.seconds(0, 0, 1, 488)
+    first = 0.1 + sum(COST.seconds(Work(0, 0, 1, each, each)) for each in (512, 488))
     assert done.first == [pytest.approx(first)], "load, then two chunks"
-    assert done.gaps == [(pytest.approx(COST.seconds(1, 1, 1, 0)), 4)]
+    assert done.gaps == [(pytest.approx(COST.seconds(Work(1, 1, 1))), 4)]
     assert (done.finished, done.tokens, done.cold) == (1, 5, 1)
 
 
@@ -97,15 +118,15 @@ def test_a_newcomer_waits_for_the_step_that_runs_and_no_longer() -> None:
     late = Request(0.5, -1, prompt=10, left=1, tokens=11, counted=True)
     done = replay([long, late], SERVER, 1, "least-busy")
     (first,) = done.first
-    step = COST.seconds(1, 0, 0, 10)
-    assert step <= first <= step + COST.seconds(1, 0, 0, 0)
+    step = COST.seconds(Work(1, 0, 0, 10))
+    assert step <= first <= step + COST.seconds(Work(1))
 
 
 def test_sequences_wait_for_blocks() -> None:
     server = Server(COST, kv_tokens=100, slots=1, load_seconds=0.0)
     requests = [Request(0.0, -1, 50, 10, 60, True) for _ in range(2)]
     alone, second = replay(requests, server, 1, "least-busy").first
-    took = COST.seconds(0, 0, 0, 50) + 9 * COST.seconds(1, 0, 0, 0)
+    took = COST.seconds(Work(prompt_tokens=50)) + 9 * COST.seconds(Work(1))
     assert second == pytest.approx(took + alone)
 
 
@@ -118,7 +139,7 @@ def test_slots_are_given_away_in_order_of_use() -> None:
 
 def test_a_queue_of_one_server_is_that_of_theory() -> None:
     """One at a time, always as long: M/D/1, whose mean wait is rho s / 2 (1 - rho)."""
-    cost = StepCost(fixed=0.1, row=0.0, adapter_row=0.0, adapter=0.0, prompt_token=0.0)
+    cost = StepCost(0.1, 0.0, 0.0, 0.0, 0.0, 0.0)
     server = Server(cost, 1000, 1, 0.0, max_sequences=1)
     done = simulate(Traffic(7.0, 0, 0.0, 1, 1), server, 1, "least-busy", 20_000)
     waited = sum(done.first) / len(done.first) - 0.1
@@ -185,6 +206,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert refused.exit_code == 1
     assert "nibble bench --json" in refused.output
     path.write_text(json.dumps(bench()))
+    for flag in ("--rate", "--zipf", "--first-token", "--hourly-cost"):
+        for value in ("nan", "inf"):
+            wrong = CliRunner().invoke(app, [*given, flag, value])
+            assert wrong.exit_code != 0
+            assert flag in wrong.output
     long = CliRunner().invoke(app, [*given, "--prompt-tokens", "20000"])
     assert long.exit_code == 1
     assert "KV cache of 16384" in long.output
