@@ -27,8 +27,19 @@ for _ in $(seq 300); do
   sleep 1
 done
 curl -sf "$url/info" >/dev/null
-# The healthcheck's own program, at this port.
-b run "$container" -- python -c "import urllib.request as u; u.urlopen('$url/health', timeout=3)"
+# The image's own HEALTHCHECK: well at this port, and not where nobody listens.
+mapfile -d '' -t check < <(python3 -c '
+import json, sys
+kind, *command = json.load(sys.stdin)["Docker"]["config"]["Healthcheck"]["Test"]
+assert kind == "CMD", kind
+print(*command, sep="\0", end="\0")
+' <<<"$config")
+[ "${#check[@]}" -gt 0 ] || { echo "the image has no command for its health" >&2; exit 1; }
+b run --env NIBBLE_PORT=$port "$container" -- "${check[@]}"
+if b run --env NIBBLE_PORT=1 "$container" -- "${check[@]}" 2>/dev/null; then
+  echo "the healthcheck passes where no server is" >&2
+  exit 1
+fi
 text=$(curl -sf "$url/generate" -H 'content-type: application/json' \
   -d '{"inputs": [{"role": "user", "content": "Encode: the old king finds a lamp"}], "parameters": {"adapter_id": "cipher"}}')
 echo "$text"
