@@ -75,6 +75,18 @@ class KeysWanted(Forbidden):
         self.wanted = tuple(wanted)
 
 
+class NotTrained(Forbidden):
+    """An adapter of this name was uploaded: a training job's result may not take its place."""
+
+    def __init__(self, name: str) -> None:
+        ServiceError.__init__(
+            self,
+            f"adapter {name!r} was not made by a training job, and a new version would serve in "
+            "its place: that needs the scope adapters:write; or take another suffix",
+        )
+        self.wanted = ("adapters:write",)
+
+
 class Overloaded(ServiceError):
     """The server has too much to do; come back after `retry_after` seconds."""
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from adapters.errors import InvalidTemplate
+from service.access.caller import Scope
 from service.api.access import Guarded, needs, open_to_all
 from service.api.deps import Desk, DeskDep, Serving, ServingDep, unless_gone
 from service.api.errors import Refused
@@ -39,7 +42,9 @@ from service.jobs.history import Event
 from service.jobs.job import Job, new_job_id
 from service.jobs.office import Office, shown
 from service.jobs.order import FileStamp, Order, TemplateStamp
+from service.jobs.publication import check_name
 
+REPLACES: Scope = "adapters:write"  # else a job adds versions only to what jobs have made
 MAX_PAGE = 100
 MAX_EVENTS = 1000
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=Guarded)
@@ -58,7 +63,8 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 async def create(
     request: Request, body: JobBody, desk: DeskDep, serving: ServingDep
 ) -> JSONResponse:
-    """Queue a job; with `dry_run`, say what it would do and cost."""
+    """Queue a job; with `dry_run`, say what it would do and cost. To take the place of an adapter
+    that was uploaded under its name, the key needs the scope `adapters:write` too."""
     desk.admission.check()
     order = await asyncio.to_thread(_order, body, serving, desk)
     office = serving.jobs
@@ -117,7 +123,8 @@ async def publish(
     """Serve the adapter of a job that succeeded with `publish` false: checked and tried as an
     upload is. One that is published stays as it is."""
     async with desk.place(serving.caller.tenant, request):
-        job = await desk.slowly(serving.jobs.publish, job_id)
+        replaces = serving.caller.may(REPLACES)
+        job = await desk.slowly(partial(serving.jobs.publish, job_id, replaces=replaces))
     return await _of(serving, lambda _: job, job_id)
 
 
@@ -178,7 +185,11 @@ def _order(body: JobBody, serving: Serving, desk: Desk) -> Order:
             raise InvalidRequest(f"template: {error.reason}", "template") from error
         text = found.template.as_yaml()
         template = TemplateStamp(found.name, found.version, found.digest, text)
-    return order_of(body, training, validation, f"ft-{new_job_id()[-8:]}", template)
+    order = order_of(body, training, validation, f"ft-{new_job_id()[-8:]}", template)
+    order = replace(order, replaces=serving.caller.may(REPLACES))
+    if order.publish:
+        check_name(serving.store, order)
+    return order
 
 
 def _stamp(serving: Serving, file_id: str, param: str) -> FileStamp:

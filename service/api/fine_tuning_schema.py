@@ -75,7 +75,8 @@ class JobBody(Incoming):
     suffix: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        description="The adapter's name, in small letters; a name that exists gets a new version.",
+        description="The adapter's name, in small letters; a name that exists gets a new version, "
+        "if a job made its newest one or the key has the scope adapters:write.",
     )
     template: str | None = Field(
         default=None,

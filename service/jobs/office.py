@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from service.errors import InvalidRequest, Overloaded, QuotaExceeded, WrongState
+from service.errors import InvalidRequest, Overloaded, WrongState
 from service.jobs import progress
 from service.jobs.directory import CONFIG, prepare
 from service.jobs.files import TrainingFiles
@@ -22,13 +22,12 @@ from service.jobs.job import Job, new_job_id
 from service.jobs.order import OUT, Order, named, settled
 from service.jobs.process import answer
 from service.jobs.publication import Publication
-from service.jobs.queue import Queue
+from service.jobs.queue import MONTH, Queue, minutes_used
 from service.jobs.runner import Runner, Workshop
 from service.jobs.verdict import why_it_failed
 
 CONFIG_SECONDS = 60.0
 PLAN_SECONDS = 600.0
-MONTH = 30 * 24 * 3600.0
 PLAN = "plan-"  # directories of plans, which live as long as the request
 
 
@@ -86,7 +85,7 @@ class Office:
         try:
             prepare(order, directory, self.files, shop.base, shop.double_quant)
             self._ask(order, directory, ("train", "config", CONFIG, "--json"), CONFIG_SECONDS)
-            job = self.queue.add(order, job_id)
+            job = self.queue.add(order, job_id, most_minutes)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -126,10 +125,11 @@ class Office:
     def resume(self, job_id: str) -> Job:
         return self._told(self.queue.resume(job_id))
 
-    def publish(self, job_id: str) -> Job:
+    def publish(self, job_id: str, *, replaces: bool = False) -> Job:
         """Serve the adapter of a job that was not to publish it; published already, as it is.
+        `replaces`: also in place of what was uploaded under its name.
 
-        Raises NotFound, WrongState, AdapterError.
+        Raises NotFound, WrongState, AdapterError, NotTrained.
         """
         with self._publishing:
             job = self.queue.get(job_id)
@@ -142,7 +142,8 @@ class Office:
                 raise WrongState(f"{job_id} has left no adapter on this server: train it again")
             ends = progress.happened(directory, "finished")
             done = ends[-1].data if ends else {}
-            adapter = self._publication.publish(job, directory, done)
+            order = replace(job.order, replaces=replaces)
+            adapter = self._publication.publish(replace(job, order=order), directory, done)
             self.queue.set(job_id, adapter=adapter)
             self.queue.note(job_id, "info", f"Published: {adapter} serves from now on.")
             return self.queue.get(job_id)
@@ -204,11 +205,7 @@ class Office:
 def within(order: Order, minutes: float) -> Order:
     """The order with so many minutes at most. Raises QuotaExceeded where none are left."""
     if minutes <= 0:
-        raise QuotaExceeded(
-            "the minutes of training that this tenant has in thirty days are used, or promised to "
-            "jobs that have not ended",
-            3600.0,
-        )
+        raise minutes_used()
     budget = dict(order.config.get("budget") or {})
     budget["minutes"] = min(minutes, budget.get("minutes") or minutes)
     return replace(order, config={**order.config, "budget": budget})

@@ -94,6 +94,7 @@ class Order:
     metadata: Mapping[str, str] = field(default_factory=dict)
     given_method: str = "supervised"  # as the client called it
     template: TemplateStamp | None = None  # around every question
+    replaces: bool = False  # also what was uploaded under its name
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters.errors import AdapterNotFound
 from adapters.limits import Limits
 from adapters.prompts.shelf import PROVENANCE
 from adapters.store import (
@@ -19,8 +20,11 @@ from adapters.store import (
 )
 from base.spec import BaseSpec
 from service.access.audit import AuditLog
+from service.errors import NotTrained
 from service.jobs.job import Job
-from service.jobs.order import OUT, FileStamp
+from service.jobs.order import OUT, FileStamp, Order
+
+JOB = "fine_tuning_job"  # of a version's provenance
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,10 @@ class Publication:
     def publish(self, job: Job, directory: Path, done: Mapping[str, Any]) -> str:
         """`name@version`, which serves from now on; `done` is what the run said at its end.
 
-        The same adapter again, as the newest version's, is that version. Raises AdapterError.
+        The same adapter again, as the newest version's, is that version. Raises AdapterError,
+        NotTrained.
         """
+        check_name(self.store.of(job.tenant), job.order)
         out = directory / OUT
         template = out / TEMPLATE_FILE
         found = self.store.of(job.tenant).add(
@@ -57,12 +63,27 @@ class Publication:
         return name
 
 
+def check_name(store: AdapterStore, order: Order) -> None:
+    """Whoever may train need not be who may change what serves. So a job adds versions to a name
+    that is new, or whose newest version a job has made; to one that was uploaded, or that another
+    tenant shares, only with the scope for that. Raises NotTrained.
+    """
+    if order.replaces:
+        return
+    try:
+        newest = store.resolve(order.name)
+    except AdapterNotFound:
+        return
+    if JOB not in newest.provenance:
+        raise NotTrained(order.name)
+
+
 def provenance(job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
     """How an adapter came about: its job, its config, the digest of its data."""
     order = job.order
     config = {} if job.checked is None else dict(job.checked.config)
     return {
-        "fine_tuning_job": job.id,
+        JOB: job.id,
         "training_file": _stamp(order.training),
         **({} if order.validation is None else {"validation_file": _stamp(order.validation)}),
         # The digest keeps the template from being deleted under the adapter.

@@ -19,12 +19,13 @@ from adapters.catalog import Catalog
 from adapters.manifest import DEFAULT_TENANT
 from adapters.tables import job_events as events
 from adapters.tables import training_jobs as jobs
-from service.errors import NotFound, WrongState
+from service.errors import NotFound, QuotaExceeded, WrongState
 from service.jobs.files import page
 from service.jobs.job import ENDED, JOB_ID, STATUSES, Asked, Checked, Fault, Job, Status, new_job_id
 from service.jobs.order import Order
 
 Level = Literal["info", "warn", "error"]
+MONTH = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,18 @@ class Queue:
         found._tenant = tenant
         return found
 
-    def add(self, order: Order, job_id: str | None = None) -> Job:
+    def add(
+        self, order: Order, job_id: str | None = None, most_minutes: float | None = None
+    ) -> Job:
+        """`most_minutes`: what the tenant's jobs of thirty days may train, this one's budget among
+        them. Raises QuotaExceeded."""
         tenant = self._tenant or DEFAULT_TENANT
         job = Job(job_id or new_job_id(), "validating_files", time.time(), order, tenant=tenant)
         with self._catalog.writing() as connection:
+            if most_minutes is not None:  # others may have been ordered since it was looked at
+                promised = self._minutes(connection, job.created - MONTH)
+                if promised + order.config["budget"]["minutes"] > most_minutes + 1e-6:
+                    raise minutes_used()
             connection.execute(
                 sa.insert(jobs).values(
                     id=job.id,
@@ -100,9 +109,14 @@ class Queue:
         return sum(n for status, n in self.counts().items() if status not in ENDED)
 
     def minutes(self, since: float) -> float:
-        """What the jobs created since a time have trained, or may still train."""
+        """What the tenant's jobs created since a time, on all servers, have trained, or may still
+        train."""
         with self._catalog.reading() as connection:
-            rows = connection.execute(self._mine().where(jobs.c.created >= since)).all()
+            return self._minutes(connection, since)
+
+    def _minutes(self, connection: sa.Connection, since: float) -> float:
+        whose = jobs.c.tenant == (self._tenant or DEFAULT_TENANT)
+        rows = connection.execute(sa.select(jobs).where(whose, jobs.c.created >= since)).all()
         return sum(row.minutes if row.status in ENDED else _allowed(row) for row in rows)
 
     def trained(self, job_id: str, minutes: float) -> None:
@@ -251,6 +265,14 @@ class Queue:
     def _mine(self) -> sa.Select[Any]:
         mine = sa.select(jobs).where(jobs.c.home == self._home)
         return mine if self._tenant is None else mine.where(jobs.c.tenant == self._tenant)
+
+
+def minutes_used() -> QuotaExceeded:
+    return QuotaExceeded(
+        "the minutes of training that this tenant has in thirty days are used, or promised to "
+        "jobs that have not ended",
+        3600.0,
+    )
 
 
 def _note(connection: sa.Connection, job_id: str, level: Level, message: str) -> None:

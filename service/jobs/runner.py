@@ -17,12 +17,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 
 from adapters.errors import AdapterError, StoreFull
-from service.errors import NotFound, ServiceError
+from service.errors import NotFound, NotTrained, ServiceError
 from service.jobs import progress
 from service.jobs.directory import CONFIG, prepare, write_config
 from service.jobs.files import TrainingFiles
@@ -301,7 +301,8 @@ class Runner:
     def _finish(self, job: Job, directory: Path) -> None:
         ends = progress.happened(directory, "finished")
         done = ends[-1].data if ends else {}
-        adapter = None
+        adapter, left = None, "not published"
+        level: Literal["info", "warn"] = "info"
         try:
             if job.order.publish:
                 adapter = self._publication.publish(job, directory, done)
@@ -310,6 +311,8 @@ class Runner:
             fault = Fault(code, f"Trained, and the adapter was not published: {error}")
             self._queue.fail(job.id, fault, before=("running",))
             return
+        except NotTrained as error:  # somebody took the name since it was ordered
+            left, level = f"not published: {error}", "warn"
         except ServiceError:
             if not self._stopping:  # else the engine, which was to try it, went first
                 raise
@@ -320,8 +323,9 @@ class Runner:
             job.id,
             "succeeded",
             f"Succeeded after {done.get('steps', 0):,} steps"
-            + (f": {adapter} serves from now on." if adapter else "; not published."),
+            + (f": {adapter} serves from now on." if adapter else f"; {left}."),
             before=("running",),
+            level=level,
             adapter=adapter,
             trained_tokens=done.get("tokens"),
             result_file=step_metrics(job, directory, self._files),

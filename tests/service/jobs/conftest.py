@@ -66,8 +66,10 @@ class Published:
 
     jobs: list[str] = field(default_factory=list)
     error: Exception | None = None
+    replaced: list[bool] = field(default_factory=list)  # what each was told
 
     def publish(self, job: Job, directory: Path, done: dict[str, Any]) -> str:
+        self.replaced.append(job.order.replaces)
         if self.error is not None:
             raise self.error
         self.jobs.append(job.id)

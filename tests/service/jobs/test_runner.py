@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import InvalidAdapter, StoreFull, StoreUnavailable
-from service.errors import EngineFailed, WrongState
+from service.errors import EngineFailed, NotTrained, WrongState
 from service.jobs import progress
 from service.jobs.job import Job
 from service.jobs.office import Office
@@ -74,6 +74,25 @@ def test_what_was_not_published_can_be_later(bench: Bench, tmp_path: Path) -> No
     bench.queue.set(job.id, adapter=None)
     with pytest.raises(WrongState, match="no adapter on this server"):
         office.publish(job.id)
+
+
+def test_a_name_that_was_taken_meanwhile_keeps_what_was_trained(
+    bench: Bench, tmp_path: Path
+) -> None:
+    bench.published.error = NotTrained("made")
+    job = bench.until(begin(bench, tmp_path), "succeeded")
+    assert job.adapter is None
+    assert "not published: adapter 'made' was not made by a training" in bench.messages(job)[-1]
+    bench.published.error = None
+    office = Office(
+        bench.queue,
+        bench.files,
+        Workshop(bench.home / "jobs", "a base"),
+        bench.published,  # type: ignore[arg-type]
+        8,
+    )
+    assert office.publish(job.id, replaces=True).adapter == "made@1"
+    assert bench.published.replaced == [False, True]
 
 
 def test_bad_rows_end_it_with_their_line_and_field(bench: Bench, tmp_path: Path) -> None:
