@@ -17,7 +17,9 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
+from adapters.tables import adapters
 from service.access.gate import Gate
 from service.app import create_app
 from service.config import Settings
@@ -321,3 +323,55 @@ def test_keys_alone_send_a_prompt(page: Any) -> None:
     page.get_by_role("heading", name="Adapters", level=1).wait_for()
     focused = page.get_by_role("heading", level=1)
     assert focused.and_(page.locator(":focus")).count() == 1, "a reader hears the new page"
+
+
+@pytest.fixture
+def thousand(running: Running) -> Iterator[list[str]]:
+    """Names of as many adapters, all with the weights of `cipher`."""
+    serving = running.desk.serving
+    assert serving is not None
+    cipher, names = serving.store.resolve("cipher"), [f"many-{n:04d}" for n in range(1000)]
+    rows = [
+        {
+            "name": name,
+            "version": 1,
+            "digest": cipher.digest,
+            "weights_sha256": cipher.weights_sha256,
+            "manifest": replace(cipher, name=name, version=1).to_json(),
+            "created": cipher.created,
+        }
+        for name in names
+    ]
+    with serving.store.catalog.writing() as connection:
+        connection.execute(sa.insert(adapters), rows)
+    yield names
+    with serving.store.catalog.writing() as connection:
+        connection.execute(sa.delete(adapters).where(adapters.c.name.like("many-%")))
+
+
+def test_a_thousand_adapters_come_in_pages(page: Any, thousand: list[str]) -> None:
+    sizes: list[int] = []
+    page.on("response", lambda one: "/adapters?" in one.url and sizes.append(len(one.body())))
+    _open(page, "adapters")
+    rows = page.get_by_role("region", name="Adapters", exact=True).locator("tbody tr")
+    said = page.get_by_text("1 to 50, by name")
+    said.wait_for()
+    assert rows.count() == 50
+    assert page.get_by_role("button", name="Before").is_disabled()
+    page.get_by_role("button", name="After").click()
+    page.get_by_text("51 to 100, by name").wait_for()
+    assert rows.first.inner_text().startswith("many-0049")  # behind cipher
+    page.get_by_label("Search names").fill("0999")
+    page.wait_for_function("document.querySelectorAll('tbody tr').length === 1")
+    assert rows.first.inner_text().startswith("many-0999")
+    page.get_by_label("Search names").fill("nothing")
+    page.get_by_text("No name has this in it.").wait_for()
+    page.get_by_label("Search names").fill("")
+    said.wait_for()
+    one = page.get_by_role("form").get_by_label("Adapter", exact=True)
+    one.fill("many-07")
+    page.wait_for_function("document.querySelector('#compare-one-offered option[value=many-0700]')")
+    assert page.locator("#compare-one-offered option").count() == 20
+    one.fill("cipher")
+    page.wait_for_selector("#compare-one-offered option[value='cipher@1']", state="attached")
+    assert max(sizes) < 100_000, "a page brings what it shows"
