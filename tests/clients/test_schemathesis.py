@@ -18,6 +18,8 @@ from service.config import SAMPLES, Settings
 from tests.service.api.conftest import Running, until
 
 EACH = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "10"))  # requests drawn for each operation
+RUNS = int(os.environ.get("SCHEMATHESIS_RUNS", "1"))  # each of another seed, so of other requests
+FIRST_SEED = 7
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180 * EACH)]
 
@@ -54,14 +56,17 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running.stop()
 
 
-def test_every_operation_holds_its_promises(guarded: Running, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + RUNS))
+def test_every_operation_holds_its_promises(guarded: Running, tmp_path: Path, seed: int) -> None:
     report = tmp_path / "report.json"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{guarded.url}/openapi.json"),
             *("--header", f"Authorization: Bearer {KEY}", "--checks", ",".join(CHECKS)),
-            *("--max-examples", str(EACH), "--seed", "7", "--continue-on-failure", "--no-shrink"),
-            *("--generation-deterministic", "--no-color", "--request-timeout", "60"),
+            *("--max-examples", str(EACH), "--seed", str(seed)),
+            *("--continue-on-failure", "--no-shrink"),
+            # Its deterministic mode would draw the same requests for every seed.
+            *("--generation-database", "none", "--no-color", "--request-timeout", "60"),
             *("--report", "json", "--report-json-path", str(report)),
         ],
         cwd=tmp_path,
@@ -72,3 +77,6 @@ def test_every_operation_holds_its_promises(guarded: Running, tmp_path: Path) ->
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
     assert report.is_file()
     assert json.loads(report.read_text(encoding="utf-8"))
+    print("".join(line for line in done.stdout.splitlines(True) if "generated" in line))
+    assert guarded.desk.serving is not None
+    assert guarded.desk.serving.engine.alive
