@@ -95,12 +95,17 @@ def report(study: StudyConfig, place: Place, source: Path) -> Findings:
     ran = results(place)
     findings = find(study, ran, serving)
     keep_best(study, place, ran)
-    command = shlex.join(["nibble", "compare", str(source), "--out", str(place.root)])
+    command = shlex.join(["nibble", "compare", _shown(source), "--out", _shown(place.root)])
     made = _made(place, command)
     (place.root / "report.md").write_text(markdown(findings, made), encoding="utf-8")
     (place.root / "report.html").write_text(page(findings, made), encoding="utf-8")
     write_json(place.root / "report.json", as_json(findings, made))
     return findings
+
+
+def _shown(path: Path) -> str:
+    """As it was given; of one from the root the name alone: the rest is of this machine."""
+    return path.name if path.is_absolute() else str(path)
 
 
 def as_json(findings: Findings, made: str) -> dict[str, Any]:

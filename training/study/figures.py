@@ -11,9 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-SERIES = 11  # colours of the style sheet
-PLAIN = SERIES  # and a grey one, for what was not trained
+from training.study.labels import ASCENT, Label, labels
+
+COLOURS = 11  # of the style sheet; arms beyond them have the same ones in another shape
+PLAIN = -1  # a grey one, for what was not trained
+SHAPES = 3
 WIDTH, HEIGHT = 360, 250
+LEGEND = 120  # beside the curves
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 26, 40
 
 
@@ -106,11 +110,11 @@ def dots(title: str, rows: Sequence[Dot], label: Callable[[float], str]) -> str:
         y = TOP + 24 * index + 14
         tip = f"{row.name}: {label(row.value)} ({label(row.low)} to {label(row.high)})"
         parts.append(
-            f'<g class="s{row.series}"><title>{escape(tip)}</title>'
+            f'<g class="{_colour(row.series)}"><title>{escape(tip)}</title>'
             f'<text class="name" x="{left - 10}" y="{y + 4}" text-anchor="end">'
             f"{escape(row.name)}</text>"
             f'<line x1="{x(row.low):.1f}" y1="{y}" x2="{x(row.high):.1f}" y2="{y}"/>'
-            f'<circle cx="{x(row.value):.1f}" cy="{y}" r="4.5"/></g>'
+            f"{_marker(row.series, x(row.value), y)}</g>"
         )
     return _svg(title, width, height, parts)
 
@@ -135,15 +139,15 @@ def scatter(
     front = pareto([(p.x, p.y if up else -p.y) for p in points])
     line = " ".join(f"{x(points[i].x):.1f},{y(points[i].y):.1f}" for i in front)
     parts.append(f'<polyline class="front" points="{line}"/>')
-    for index, point in enumerate(points):
+    places = [(x(point.x), y(point.y)) for point in points]
+    names = labels(places, [p.name for p in points], (LEFT, TOP - 2, WIDTH, HEIGHT - BOTTOM + 3))
+    for point, (at, height), name in zip(points, places, names, strict=True):
         tip = f"{point.name}: {y_label(point.y)} at {short(point.x)}"
-        at, above = x(point.x), y(point.y) + (-9 if index % 2 else 16)
-        anchor = "end" if at > WIDTH - 90 else "start" if at < LEFT + 40 else "middle"
+        lead = _lead((at, height), name) if name.far else ""
         parts.append(
-            f'<g class="s{point.series}"><title>{escape(tip)}</title>'
-            f'<circle cx="{at:.1f}" cy="{y(point.y):.1f}" r="5"/>'
-            f'<text class="point" x="{at:.1f}" y="{above:.1f}" text-anchor="{anchor}">'
-            f"{escape(point.name)}</text></g>"
+            f'<g class="{_colour(point.series)}"><title>{escape(tip)}</title>{lead}'
+            f"{_marker(point.series, at, height)}"
+            f'<text class="point" x="{name.x:.1f}" y="{name.y:.1f}">{escape(point.name)}</text></g>'
         )
     parts.append(_below(x_name))
     return _svg(title, WIDTH, HEIGHT, parts)
@@ -152,20 +156,60 @@ def scatter(
 def curves(
     title: str, lines: Mapping[str, Sequence[Sequence[tuple[float, float]]]], series: Sequence[int]
 ) -> str:
-    """Loss against tokens: a line for each seed, in its method's colour."""
+    """Loss against tokens: a line for each seed, in its method's colour; the method with the least
+    loss at the end is named last, as its lines are the lowest."""
     every = [point for group in lines.values() for line in group for point in line]
     x = Scale([p[0] for p in every], LEFT, WIDTH - RIGHT)
     y = Scale([p[1] for p in every], HEIGHT - BOTTOM, TOP, log=True)
     parts = [_grid_x(x, short, TOP, HEIGHT - BOTTOM), _grid_y(y, short)]
     for (name, group), number in zip(lines.items(), series, strict=True):
+        dash = _DASHES[number // COLOURS % SHAPES]
         for line in group:
             path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line)
             parts.append(
-                f'<g class="s{number}"><title>{escape(name)}</title>'
-                f'<polyline class="curve" points="{path}"/></g>'
+                f'<g class="{_colour(number)}"><title>{escape(name)}</title>'
+                f'<polyline class="curve"{dash} points="{path}"/></g>'
             )
+    ends = {name: sum(line[-1][1] for line in group) / len(group) for name, group in lines.items()}
+    numbers = dict(zip(lines, series, strict=True))
+    named = sorted(ends, key=lambda name: -ends[name])
+    row = min(15.0, (HEIGHT - TOP - 6) / max(1, len(named)))
+    for index, name in enumerate(named):
+        at = TOP + 8 + index * row
+        parts.append(
+            f'<g class="{_colour(numbers[name])}">{_marker(numbers[name], WIDTH + 4, at)}'
+            f'<text class="point" x="{WIDTH + 14}" y="{at + 4:.1f}">{escape(name)}</text></g>'
+        )
     parts.append(_below("tokens seen"))
-    return _svg(title, WIDTH, HEIGHT, parts)
+    return _svg(title, WIDTH + LEGEND, HEIGHT, parts)
+
+
+_DASHES = ("", ' stroke-dasharray="6 3"', ' stroke-dasharray="2 2"')
+
+
+def _lead(point: tuple[float, float], name: Label) -> str:
+    """A line from a point to its name."""
+    x, y = point
+    end = min(max(x, name.x), name.x + name.width)
+    edge = name.y - ASCENT if name.y > y else name.y + 2
+    return f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{edge:.1f}"/>'
+
+
+def _colour(series: int) -> str:
+    """The class of an arm's colour."""
+    return f"s{COLOURS if series == PLAIN else series % COLOURS}"
+
+
+def _marker(series: int, x: float, y: float) -> str:
+    """A disc; a square and a diamond for arms beyond the colours that there are."""
+    shape = 0 if series == PLAIN else series // COLOURS % SHAPES
+    if shape == 0:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
+    if shape == 1:
+        return f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
+    corners = ((0.0, -6.0), (6.0, 0.0), (0.0, 6.0), (-6.0, 0.0))
+    path = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)
+    return f'<polygon points="{path}"/>'
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -209,5 +253,5 @@ def _svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">'
-        f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>{"".join(parts)}</svg>'
+        f'<text class="title" x="12" y="16">{escape(title)}</text>{"".join(parts)}</svg>'
     )

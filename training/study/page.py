@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from training.study.config import Metric, TaskConfig
-from training.study.figures import PLAIN, SERIES, Dot, Point, curves, dots, percent, scatter
+from training.study.figures import COLOURS, PLAIN, Dot, Point, curves, dots, percent, scatter
 from training.study.findings import Findings, Row
 from training.study.markdown import markdown
 from training.study.words import METRICS, arm_name, verdict_line
@@ -18,7 +18,10 @@ COSTS: Sequence[tuple[str, Callable[[Row], float | None], bool]] = (
     ("training time, s", lambda row: row.train_seconds, False),
 )
 
-STYLE = """
+SHORT = {"exact_match": "exact match", "accuracy": "accuracy", "nats": "nats a token"}
+
+STYLE = (
+    """
 :root { --paper: #fff; --ink: #1c2127; --soft: #6a737d; --line: #dfe3e8; --mark: #b3261e;
   --s0: #2563eb; --s1: #c2410c; --s2: #15803d; --s3: #7c3aed; --s4: #be185d; --s5: #0e7490;
   --s6: #a16207; --s7: #4338ca; --s8: #65a30d; --s9: #9f1239; --s10: #0f766e; --s11: #6b7280; }
@@ -41,10 +44,14 @@ svg .grid { stroke: var(--line); } svg .mark { stroke: var(--mark); stroke-dasha
 svg .front { fill: none; stroke: var(--soft); stroke-dasharray: 2 3; }
 svg .curve { fill: none; stroke-width: 1.5; opacity: .85; }
 svg .name { fill: var(--ink); }
-""" + "\n".join(
-    f"svg .s{i} circle {{ fill: var(--s{i}); }} svg .s{i} line, svg .s{i} polyline "
-    f"{{ stroke: var(--s{i}); stroke-width: 2; }} svg .s{i} .point {{ fill: var(--s{i}); }}"
-    for i in range(SERIES + 1)
+"""
+    + "\n".join(
+        f"svg .s{i} :is(circle, rect, polygon) {{ fill: var(--s{i}); }} "
+        f"svg .s{i} :is(line, polyline) {{ stroke: var(--s{i}); stroke-width: 2; }} "
+        f"svg .s{i} .point {{ fill: var(--s{i}); }}"
+        for i in range(COLOURS + 1)
+    )
+    + "\nsvg g .lead { stroke-width: 1; opacity: .6; }"
 )
 
 
@@ -89,6 +96,11 @@ def _plots(findings: Findings, task: TaskConfig, rows: Sequence[Row]) -> str:
         )
     ]
     trained = [row for row in rows if row.trained]
+    trained = [row for row in rows if row.trained]
+    lines = {row.name: row.curves for row in trained if row.curves}
+    if lines:
+        title = f"{task.name}: training loss in nats a token, a line for each seed"
+        found.append(curves(title, lines, [series[name] for name in lines]))
     for name, cost, log in COSTS:
         points = [
             Point(row.name, float(x), row.quality.value, series[row.name])
@@ -97,18 +109,14 @@ def _plots(findings: Findings, task: TaskConfig, rows: Sequence[Row]) -> str:
         ]
         if points:
             up = task.metric != "nats"
-            title = f"{task.name}: quality against {name.partition(',')[0]}"
+            title = f"{task.name}: {SHORT[task.metric]} against {name.partition(',')[0]}"
             found.append(scatter(title, points, name, label, up=up, log=log))
-    lines = {row.name: row.curves for row in trained if row.curves}
-    if lines:
-        title = f"{task.name}: training loss, a line for each seed"
-        found.append(curves(title, lines, [series[name] for name in lines]))
     return f'<div class="plots">{"".join(found)}</div>'
 
 
 def _series(findings: Findings) -> dict[str, int]:
     """Each arm's colour, the same in all plots."""
-    methods = {m.label: i % SERIES for i, m in enumerate(findings.study.methods)}
+    methods = {m.label: i for i, m in enumerate(findings.study.methods)}
     return {**dict.fromkeys(findings.study.references, PLAIN), **methods}
 
 

@@ -5,6 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from training.study.figures import Dot, Point, Scale, curves, dots, pareto, percent, scatter, short
+from training.study.labels import labels
 
 
 def test_nothing_on_the_front_is_beaten() -> None:
@@ -39,6 +40,33 @@ def test_plots_are_xml_and_escape_names() -> None:
     ):
         tree = ElementTree.fromstring(drawn)
         assert any("a & <b>" in (node.text or "") for node in tree.iter())
+
+
+def test_the_arms_of_every_method_are_told_apart() -> None:
+    points = [Point(f"m{i}", float(i), i % 3, i) for i in range(23)]
+    tree = ElementTree.fromstring(scatter("t", points, "x", short))
+    marks = [
+        (group.attrib["class"], mark.tag)
+        for group in tree.iter("{http://www.w3.org/2000/svg}g")
+        for mark in group
+        if mark.tag.endswith(("circle", "rect", "polygon"))
+    ]
+    assert len(set(marks)) == len(marks) == 23
+    lines = {p.name: [[(1.0, 2.0), (2.0, 1.0)]] for p in points}
+    tree = ElementTree.fromstring(curves("t", lines, range(23)))
+    named = [node.text for node in tree.iter() if node.attrib.get("class") == "point"]
+    assert sorted(filter(None, named)) == sorted(lines)
+
+
+def test_names_stand_beside_their_points_and_on_no_other_name() -> None:
+    crowd = [(70.0 + 20 * (i % 5), 205.0 - 120 * (i // 5)) for i in range(10)]
+    names = [f"prompt_tuning{i}" for i in range(10)]
+    found = labels(crowd, names, (54, 24, 360, 213))
+    assert not [(a, b) for i, a in enumerate(found) for b in found[:i] if a.covers(b)]
+    assert all(name.x >= 54 and name.x + name.width <= 360 for name in found)
+    assert all(name.y - 9 >= 24 and name.y <= 213 for name in found)
+    (alone,) = labels([(100.0, 100.0)], ["lora"], (54, 24, 360, 213))
+    assert (alone.y, alone.far) == (91.0, False)
 
 
 def test_less_is_drawn_above_where_less_is_better() -> None:
