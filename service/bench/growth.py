@@ -2,7 +2,8 @@
 
 `nibble serve` over homes with 1, 10, 100 and 1,000 adapters, and one more over a home with 1: what
 that differs by from the first is what the measurement cannot tell apart. All are alive at once and
-asked the same requests in turns.
+asked the same requests in turns; then all start anew, since two processes that do the same may
+differ for as long as they live.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from urllib.request import Request, urlopen
 from service.bench.launch import ANSWER_SECONDS, Running, ServerFailed, nibble_server
 from service.bench.scenario import Job, Scenario, job
 from service.bench.turns import Cost, Figures, Try, beside, in_turns
+
+STARTS = 3  # of every server
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +53,24 @@ def measure_growth(
     asked: Asked,
     rounds: int,
 ) -> list[Figures]:
-    """A row for each home and how many are registered in it; each beside the first."""
-    with ExitStack() as stack:
-        servers = [
-            stack.enter_context(nibble_server(model, home, flags, environment)) for _, home in homes
-        ]
-        costs = in_turns([_asking(server, asked) for server in servers], rounds)
+    """A row for each home and how many are registered in it; each beside the first. `rounds` are
+    those of each of `STARTS`."""
+    costs: list[list[Cost]] = [[] for _ in homes]
+    for _ in range(STARTS):
+        with ExitStack() as stack:
+            servers = [
+                stack.enter_context(nibble_server(model, home, flags, environment))
+                for _, home in homes
+            ]
+            taken = in_turns([_asking(server, asked) for server in servers], rounds)
+        for mine, more in zip(costs, taken, strict=True):
+            mine += more
     return [
         {
             "registered": count,
             "token_ms": round(1000 * statistics.median(c.wall for c in mine) / asked.tokens / 2, 3),
             "cpu_ms": round(1000 * statistics.median(c.cpu for c in mine) / asked.tokens / 2, 3),
-            "rounds": rounds,
+            "rounds": len(mine),
             **beside(mine, costs[0]),
         }
         for (count, _), mine in zip(homes, costs, strict=True)

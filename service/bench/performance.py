@@ -147,9 +147,9 @@ def _registered(figures: Figures | None) -> str:
             "more for the first number, all alive at once: the last row is what this measurement "
             "cannot tell apart. Each is asked for the same adapter by its name, 8 requests at a "
             f"time, in turns of a second, forwards and backwards, {figures['growth'][0]['rounds']} "
-            "rounds of both. Ratios are medians of the rounds, with the interval that the "
-            "median lies in with 95 % confidence. Processor time is that of all threads of the "
-            "server.",
+            "rounds of both; the servers start anew in between. Ratios are medians of the rounds, "
+            "with the interval that the median lies in with 95 % confidence. Processor time is "
+            "that of all threads of the server.",
             growth,
             f"{resident['adapters']} adapters of rank {resident['rank']} in their slots, requests "
             f"spread evenly over them, 8 at a time: {resident['many_tokens_per_second']:.1f} "

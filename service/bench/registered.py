@@ -33,7 +33,7 @@ from service.fetch import Fetch
 
 REGISTERED = "registered adapters"  # the name of this part, for --only
 COUNTS = (1, 10, 100, 1000)
-GROWTH_ROUNDS = 12  # a few seconds each, and their median is to be known to a few in a hundred
+GROWTH_ROUNDS = 3  # after each start of the servers; of some seconds each
 MIB = 1 << 20
 
 

@@ -6,6 +6,7 @@ figure is a median over rounds.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -30,21 +31,23 @@ Try = Callable[[int], Cost]  # a number that no other call has -> what it took
 
 
 def in_turns(tries: Sequence[Try], rounds: int) -> list[list[Cost]]:
-    """The cost of each in every counted round: of its turn on the way there and of that back.
+    """The cost of each in every round: of its turn on the way there and of that back.
 
-    Whatever changes evenly within a round is in the middle of it for all of them. The first round
-    warms up.
+    Whatever changes evenly within a round is in the middle of it for all of them. Each round begins
+    with another, so that none always follows itself. One turn of each before them is not counted.
     """
     taken: list[list[Cost]] = [[] for _ in tries]
-    number = 0
-    for round_ in range(1 + rounds):
+    numbers = itertools.count()
+    for ask in tries:
+        ask(next(numbers))
+    for round_ in range(rounds):
+        first = round_ % len(tries)
+        there = [*range(first, len(tries)), *range(first)]
         sums = [Cost(0.0, 0.0)] * len(tries)
-        for place in (*range(len(tries)), *reversed(range(len(tries)))):
-            sums[place] += tries[place](number)
-            number += 1
-        if round_ > 0:
-            for mine, cost in zip(taken, sums, strict=True):
-                mine.append(cost)
+        for place in (*there, *reversed(there)):
+            sums[place] += tries[place](next(numbers))
+        for mine, cost in zip(taken, sums, strict=True):
+            mine.append(cost)
     return taken
 
 

@@ -13,6 +13,11 @@ from service.bench.scenario import FULL, PREFILL, QUICK
 runner = CliRunner()
 
 
+def _unwrapped(output: str) -> str:
+    """What is in a box, on one line."""
+    return " ".join(output.replace("│", " ").split())
+
+
 def test_the_figures_of_a_small_run(
     base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,12 +87,37 @@ def test_the_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert asked.pop() == ["--threads", "1", *page]
 
 
-def test_an_unknown_model_or_scenario_is_refused() -> None:
-    wrong = [["--model", "qwen9"], ["--only", "9 adapters"], ["--peft-dtype", "int8"]]
-    wrong += [["--suite", "slow"], ["--precision", "half"], ["--llama-server", "/nowhere"]]
-    for arguments in wrong:
-        result = runner.invoke(app, arguments)
-        assert result.exit_code == 2, result.output
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model", "qwen9"], "--model: got qwen9; a directory with a model, mini, qwen2-0.4b"),
+        (["--only", "9 adapters"], '--only: got 9 adapters; there are "1 base", "1 adapter", "8,'),
+        (["--peft-dtype", "int8"], "--peft-dtype: got int8; auto, float32 or bfloat16"),
+        (["--suite", "slow"], "--suite: got slow; quick, full or device"),
+        (["--precision", "half"], "--precision: got half; fast or exact"),
+        (["--llama-server", "/nowhere"], "--llama-server: /nowhere is not there"),
+        (["--llama-server", "/"], "--llama-server: / is no program that can be run"),
+        (["--json", "/nowhere/a.json"], "--json: /nowhere/a.json: the directory /nowhere is not"),
+        (["--markdown", "/"], "--markdown: / is a directory; a file is needed"),
+        (["--isa", "mmx"], "--isa: got mmx; avx2 is known"),
+        (["--kernel", "--isa", "avx2"], "--kernel: not with --isa"),
+        (["--suite", "device", "--isa", "avx2"], "--isa: not with --suite device"),
+        (["qwen2-0.4b"], "got 'qwen2-0.4b', which is neither an option's value nor one of beside-"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_measured(arguments: list[str], told: str) -> None:
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert told in _unwrapped(result.output)
+
+
+def test_a_server_whose_weights_cannot_be_written_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.bench.cli.missing", lambda: ("llama-cpp-python", "gguf"))
+    result = runner.invoke(app, ["--llama-server", "/bin/true"])
+    assert result.exit_code == 2
+    assert "written with llama-cpp-python and gguf: pip install" in _unwrapped(result.output)
 
 
 def test_a_device_that_is_not_benched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
