@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -373,7 +373,7 @@ def read_schema(
     try:
         config = schema.model_validate(values)
     except ValidationError as error:
-        raise _wrong(error) from None
+        raise _wrong(error, schema) from None
     wanted = [f for f in ("every", "patience") if getattr(config.eval, f) is not None]
     if config.publish is not None and config.method.kind == "full":
         raise ConfigError("publish: method full makes a base, no adapter to serve", "publish")
@@ -397,21 +397,37 @@ def as_now(fields: Mapping[str, Any]) -> TrainConfig | None:
         return None
 
 
-def _wrong(error: ValidationError) -> ConfigError:
+def _wrong(error: ValidationError, schema: type[BaseModel]) -> ConfigError:
     """Each field that is wrong, its value, and what would be right."""
     lines, fields = [], []
     for one in error.errors(include_url=False):
-        parts = [str(part) for part in one["loc"]]
-        if parts[:1] == ["method"] and len(parts) > 1:
-            del parts[1]  # the tag of the union: no field of the file
-        fields.append(".".join(parts))
-        scalar = one["input"] is None or isinstance(one["input"], str | int | float | Path)
-        shown = f" (got {str(one['input'])[:80]!r})" if scalar else ""
+        parts, given = [str(part) for part in one["loc"]], one["input"]
         message = str(one["msg"]).removeprefix("Value error, ")
         if one["type"] == "extra_forbidden":
-            message = "there is no such field"
+            message = f"there is no such field; {', '.join(_known(schema, parts))} are known"
+        if one["type"] == "union_tag_invalid":
+            tags = one["ctx"]["expected_tags"].replace("'", "")
+            parts, given, message = [*parts, "kind"], one["ctx"]["tag"], f"one of {tags} is needed"
+        elif parts[:1] == ["method"] and len(parts) > 1:
+            del parts[1]  # the tag of the union: no field of the file
+        fields.append(".".join(parts))
+        scalar = given is None or isinstance(given, str | int | float | Path)
+        shown = f" (got {str(given)[:80]!r})" if scalar and one["type"] != "missing" else ""
         lines.append(f"{fields[-1] or 'config'}: {message}{shown}")
     return ConfigError("\n".join(lines), fields[0])
+
+
+def _known(schema: type[BaseModel], parts: Sequence[str]) -> list[str]:
+    """The fields that there are where `parts` names one that there is not."""
+    model = schema
+    for part in parts[:-1]:
+        if part in model.model_fields:
+            annotation: Any = model.model_fields[part].annotation
+            choices = [c for c in (annotation, *get_args(annotation)) if hasattr(c, "model_fields")]
+            model = choices[0]
+        else:  # the tag of the union
+            model = next(c for c in choices if part in get_args(c.model_fields["kind"].annotation))
+    return list(model.model_fields)
 
 
 def assignments(settings: list[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from training.config import OptimConfig
-from training.errors import MethodError
+from training.errors import ConfigError
 from training.methods.method import Attached
 
 
@@ -45,13 +45,14 @@ OPTIMIZERS: Mapping[str, Row] = {
 def optimizer(adapter: Attached, optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
     """The run's optimiser over the adapter, with a rate of its own for each group.
 
-    Raises MethodError where the device has none such.
+    Raises ConfigError where the device has none such.
     """
     row = OPTIMIZERS[optim.kind]
     if device.type not in row.devices:
-        raise MethodError(
+        raise ConfigError(
             f"optim.kind {optim.kind} works on {' and '.join(row.devices)}, and this base is on "
-            f"{device.type}; {row.instead} is right"
+            f"{device.type}; {row.instead} is right",
+            "optim.kind",
         )
     groups = [
         {"params": group["params"], "lr": optim.learning_rate * group["ratio"]}

@@ -24,8 +24,21 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("data: {train: a.jsonl}\nmethod: {rnak: 4}\n", "rnak"),
-        ("data: {train: a.jsonl}\nmethod: {kind: magic}\n", "magic"),
+        ("data: {train: a.jsonl}\nmethod: {rnak: 4}\n", r"method.rnak: .* rank, .*\(got '4'\)"),
+        (
+            "data: {train: a}\nmethod: {kind: ia3, r: 4}\n",
+            "method.r: .*; targets, kind, feed",
+        ),
+        ("data: {train: a.jsonl}\noptim: {lr: 1}\n", "optim.lr: .* learning_rate, .* are known"),
+        ("data: {train: a.jsonl}\nlora: {r: 1}\n", "lora: .*; base, .* data, method, .* are known"),
+        (
+            "data: {train: a}\npublish: {nam: a}\n",
+            "publish.nam: .*; name, url, store are",
+        ),
+        (
+            "data: {train: a}\nmethod: {kind: magic}\n",
+            r"method.kind: one of lora, .*'magic'",
+        ),
         ("optim: {steps: 3}\n", "data"),
         ("- 1\n", "mapping"),
         ("a: [\n", "YAML"),

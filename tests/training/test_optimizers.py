@@ -10,7 +10,7 @@ import torch
 from base.load import Base
 from tests.training.runs import run_of
 from training.data import Example
-from training.errors import MethodError
+from training.errors import ConfigError
 from training.methods import attach
 from training.recipe import Run
 from training.run_directory import RunDirectory
@@ -50,6 +50,6 @@ def test_moments_of_a_byte_learn_and_resume_to_the_bit(base: Base, tmp_path: Pat
 def test_paging_is_refused_without_a_gpu(base: Base, kind: str, right: str) -> None:
     config = run_of(optim={"kind": kind})
     adapter = attach(base, config)
-    with pytest.raises(MethodError, match=f"on cpu; {right} is right"):
+    with pytest.raises(ConfigError, match=f"on cpu; {right} is right"):
         Run(base, adapter, PAIRS, config)
     adapter.detach()
