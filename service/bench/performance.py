@@ -21,7 +21,8 @@ def write_page(figures: Figures, path: Path) -> Path:
     What `nibble bench --kernel` wrote to that page before stays as its last section.
     """
     chart = path.with_suffix(".svg")
-    title = f"{figures['model']}, {figures['threads']} threads, {figures['machine']['cpu']}"
+    held = f", held to {figures['isa']}" if figures["isa"] else ""
+    title = f"{figures['model']}, {figures['threads']} threads, {figures['machine']['cpu']}{held}"
     chart.write_text(bar_chart(figures["results"], title), encoding="utf-8")
     kernels = bench_page.section_of(path.read_text(encoding="utf-8")) if path.exists() else ""
     path.write_text(performance_markdown(figures, chart.name), encoding="utf-8")
@@ -33,7 +34,7 @@ def write_page(figures: Figures, path: Path) -> Path:
 def performance_markdown(figures: Figures, chart: str) -> str:
     """The whole page."""
     parts = [
-        "# Performance",
+        f"# Performance, held to {figures['isa']}" if figures["isa"] else "# Performance",
         "Written by `nibble bench` from one run; change nothing here by hand.",
         _setting(figures),
         f"![output tokens per second]({chart})",

@@ -141,6 +141,8 @@ def test_the_page_says_how_many_rounds_and_what_all_were_held_to(
     rows = [base, peft, peft | {"way": "mixed", "rounds": 4, "tokens_per_second_rounds": [1.0] * 4}]
     page = tmp_path / "page.md"
     write_page(figures | {"results": [*rows, prefill], "isa": "avx2"}, page)
+    assert page.read_text().startswith("# Performance, held to avx2\n")
+    assert ", A CPU &amp; more, held to avx2<" in (tmp_path / "page.svg").read_text()
     assert (
         "Rounds: nibble fast 1; peft 1 (engine), 4 (mixed). All that measures is held to avx2.\n"
         in page.read_text()
