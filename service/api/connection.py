@@ -50,8 +50,8 @@ class Connection(HttpToolsProtocol):
     understand differently is refused here, as is a head without end.
     """
 
-    head_seconds: ClassVar[float] = 10.0
-    stall_seconds: ClassVar[float] = 10.0
+    head_seconds: ClassVar[float] = 9.0  # with what it takes to notice, ten
+    stall_seconds: ClassVar[float] = 8.0
     max_open: ClassVar[int] = 1024
     bounds: ClassVar[Bounds] = Bounds(SMALL_BYTES)
     shedder: ClassVar[Shedder] = Shedder()

@@ -25,7 +25,7 @@ from service.tracing.trace import Passage as Trace
 from service.tracing.trace import Tracing
 
 LINGER_BYTES = 4 << 20  # of a refused body, read so that the client gets to see the refusal
-LINGER_SECONDS = 2.0
+LINGER_SECONDS = 1.5
 SMALL_BYTES = 64 << 10  # a body that a client sends at once with its head
 _UNSAFE_ID = re.compile(r"[^A-Za-z0-9._:-]")
 
@@ -40,8 +40,8 @@ class Bounds:
     max_body_bytes: int
     by_route: Mapping[tuple[str, str], int] = field(default_factory=dict)
     by_pattern: Sequence[tuple[str, re.Pattern[str], int]] = ()  # method, whole path, bytes
-    grace_seconds: float = 8.0
-    silence_seconds: float = 8.0
+    grace_seconds: float = 7.5
+    silence_seconds: float = 7.5
     bytes_per_second: float = 16384.0
 
     def left(self, received: int, seconds: float, silent: float) -> float:

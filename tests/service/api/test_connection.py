@@ -402,3 +402,11 @@ def test_who_still_sends_hears_that_the_server_stops(echoing: Running) -> None:
         came = b"".join(iter(lambda: connection.recv(1000), b""))
     assert came.startswith(b"HTTP/1.1 503")
     assert b'"draining"' in came
+
+
+def test_nobody_is_borne_for_ten_seconds() -> None:
+    """A tenth of a second is left for the server to notice."""
+    bounds = Bounds(0)
+    body = max(bounds.grace_seconds, bounds.silence_seconds) + connections.LINGER_SECONDS
+    reader = Connection.stall_seconds * (1 + 1 / connections.LOOKS)
+    assert max(Connection.head_seconds, body, reader) < 9.9
