@@ -148,14 +148,12 @@ class Metrics:
             sorted(set(REASONS.values())),
         )
 
-        self._refused = Counter(
+        self._refused = self._counters(
             "nibble:requests_refused",
             "Requests for which the server (503) or a tenant's limit (429) had no room.",
-            ("model_name", "reason"),
-            registry=self.registry,
+            "reason",
+            ("overloaded", "quota_exceeded", "loading", "draining", "unavailable"),
         )
-        for reason in ("overloaded", "quota_exceeded"):  # shown from the start
-            self._refused.labels(self._model, reason)
 
     def _of_adapters(self) -> None:
         # vLLM gives this one no model_name, and gateways parse it as it is there.
@@ -257,7 +255,7 @@ class Metrics:
 
     def refused(self, reason: str) -> None:
         """`reason`: the error_type of the reply."""
-        self._refused.labels(self._model, reason).inc()
+        self._refused[reason].inc()
 
     def describe(
         self,

@@ -10,6 +10,7 @@ another way.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -23,11 +24,11 @@ from service.admission import Admission
 from service.api.access import Guarded
 from service.api.errors import Failure, failure, too_slow
 from service.api.openai_errors import speaks_openai
-from service.errors import ServiceError
+from service.errors import Overloaded, ServiceError
 
 LINE_SECONDS = 1.0  # between two lines of log
 KEPT = 64  # replies; they differ by how many wait, and by when to come again
-ID = "#" * 16  # where a request's id belongs
+ID = b"#" * 16  # where a request's id belongs
 
 Reply = tuple[bytes, bytes]  # the status line, and all behind it: between is the connection's place
 
@@ -52,7 +53,7 @@ class Shedder:
             for method in route.methods or ()
         )
         self._count = count
-        self._replies: dict[tuple[str, str, bool], Reply] = {}
+        self._made: dict[tuple[str, int, bool], tuple[Failure, Reply]] = {}
         self._log = Lines()
 
     def refusal(self, scope: Mapping[str, Any]) -> Reply | None:
@@ -62,24 +63,29 @@ class Shedder:
         try:
             self._admission.check_room()
         except ServiceError as error:
-            answer = failure(error)
-            self._count(answer.error_type)
-            return self._refuse(answer, scope["path"])
+            return self._refuse(error, scope["path"])
         return None
 
     def late(self, path: str, received: int, seconds: float) -> Reply:
         """What is said to a body that came too slowly."""
-        return self._refuse(failure(too_slow(received, seconds)), path)
+        answer = failure(too_slow(received, seconds))
+        return self._signed(answer, rendered(answer, path))
 
-    def _refuse(self, answer: Failure, path: str) -> Reply:
-        request_id = self._log.note(f"{answer.status} {answer.error_type}")
-        key = (answer.message, answer.headers.get("retry-after", ""), speaks_openai(path))
-        made = self._replies.get(key)
+    def _refuse(self, error: ServiceError, path: str) -> Reply:
+        again = math.ceil(error.retry_after) if isinstance(error, Overloaded) else 0
+        key = (str(error), again, speaks_openai(path))
+        made = self._made.get(key)
         if made is None:
-            if len(self._replies) >= KEPT:
-                self._replies.clear()
-            made = self._replies[key] = rendered(answer, path)
-        return made[0], made[1].replace(ID.encode(), request_id)
+            if len(self._made) >= KEPT:
+                self._made.clear()
+            answer = failure(error)
+            made = self._made[key] = (answer, rendered(answer, path))
+        self._count(made[0].error_type)
+        return self._signed(*made)
+
+    def _signed(self, answer: Failure, reply: Reply) -> Reply:
+        request_id = self._log.note(f"{answer.status} {answer.error_type}")
+        return reply[0], reply[1].replace(ID, request_id)
 
 
 class Lines:
@@ -116,9 +122,9 @@ class Lines:
 
 def rendered(answer: Failure, path: str) -> Reply:
     """The reply that the door would send, with `ID` for the request's id."""
-    reply = answer.reply({"path": path, "request_id": ID})
+    reply = answer.reply({"path": path, "request_id": ID.decode()})
     status = HTTPStatus(reply.status_code)
-    own = [(b"x-request-id", ID.encode()), (b"x-content-type-options", b"nosniff")]
+    own = [(b"x-request-id", ID), (b"x-content-type-options", b"nosniff")]
     rest = [b"%s: %s\r\n" % pair for pair in (*reply.raw_headers, *own)]
     first = b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode())
     return first, b"".join([*rest, b"\r\n", bytes(reply.body)])
