@@ -118,14 +118,16 @@ class Load:
 
 
 async def closed_loop(address: Address, content: bytes, clients: int, seconds: float) -> Load:
-    """Clients that each ask again when they are answered. They begin one after another."""
+    """Clients that each ask again when they are answered, or a moment after they are refused. They
+    begin one after another."""
     load, end = Load(seconds), time.perf_counter() + seconds
 
     async def one(number: int) -> None:
         client = Client(address)
         await asyncio.sleep(number * min(0.05, seconds / 4 / clients))
         while time.perf_counter() < end:
-            await _ask(client, content, load)
+            if await _ask(client, content, load) == 503:
+                await asyncio.sleep(0.02)
         await client.close()
 
     await asyncio.gather(*(one(number) for number in range(clients)))
@@ -151,11 +153,14 @@ async def open_loop(address: Address, content: bytes, rate: float, seconds: floa
     return load
 
 
-async def _ask(client: Client, content: bytes, load: Load) -> None:
+async def _ask(client: Client, content: bytes, load: Load) -> int:
+    """The status; 0 where there was no answer."""
     try:
         load.answers.append(await client.ask(content))
     except Lost as error:
         load.lost[str(error)] += 1
+        return 0
+    return load.answers[-1].status
 
 
 def quantile(times: Sequence[float], share: float) -> float:

@@ -77,8 +77,12 @@ class Served:
         )
 
     def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return _cpu_seconds(Path(f"/proc/{self.process.pid}/stat"))
+
+    def loop_seconds(self) -> float:
+        """CPU time of the event loop's thread, which is the first one."""
+        pid = self.process.pid
+        return _cpu_seconds(Path(f"/proc/{pid}/task/{pid}/stat"))
 
     def break_engine(self) -> None:
         self.process.send_signal(signal.SIGUSR1)
@@ -112,6 +116,11 @@ class Served:
 
     def _ready(self) -> bool:
         return any(line.get("event") == "ready" for line in self._lines())
+
+
+def _cpu_seconds(stat: Path) -> float:
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
