@@ -46,6 +46,13 @@ Settings = Annotated[
 ]
 
 
+Steps = Annotated[int | None, typer.Option(help="Updates.", show_default="300")]
+Epochs = Annotated[
+    float | None, typer.Option(help="Times that the data is seen, in place of --steps.")
+]
+Rows = Annotated[
+    int | None, typer.Option("--batch-size", help="Rows of a step.", show_default="16")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 
 
@@ -56,12 +63,13 @@ def run(
     data: Annotated[Path | None, typer.Option(help=f"To learn from: {FILES}")] = None,
     eval_data: Annotated[Path | None, typer.Option("--eval", help="The same, held out.")] = None,
     method: Annotated[str | None, typer.Option(help=", ".join(METHODS))] = None,
-    rank: Annotated[int | None, typer.Option()] = None,
-    alpha: Annotated[int | None, typer.Option()] = None,
-    learning_rate: Annotated[float | None, typer.Option("--lr")] = None,
-    steps: Annotated[int | None, typer.Option()] = None,
-    batch_size: Annotated[int | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    rank: Annotated[int | None, typer.Option(help="Of low-rank methods.")] = None,
+    alpha: Annotated[int | None, typer.Option(help="Scale: alpha over rank.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", show_default="0.002")] = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch_size: Rows = None,
+    seed: Annotated[int | None, typer.Option(show_default="0")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the adapter goes.")] = None,
     settings: Settings = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
@@ -97,8 +105,9 @@ def show_plan(
     data: Annotated[Path | None, typer.Option(help=f"To learn from: {FILES}")] = None,
     eval_data: Annotated[Path | None, typer.Option("--eval", help="The same, held out.")] = None,
     method: Annotated[str | None, typer.Option(help=", ".join(METHODS))] = None,
-    steps: Annotated[int | None, typer.Option()] = None,
-    batch_size: Annotated[int | None, typer.Option()] = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch_size: Rows = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
@@ -108,6 +117,7 @@ def show_plan(
     from training import session
     from training.data import prepare
     from training.plan import described, figures, make_plan
+    from training.recipe import with_steps
     from training.weights import refuse_too_large
 
     with refusals(as_json):
@@ -115,6 +125,7 @@ def show_plan(
         refuse_too_large(found)
         model = session.load_for(found)
         prepared = prepare(found.data, model.tokenizer)
+        found = with_steps(found, prepared.train)
         torch.manual_seed(found.seed)
         plan = make_plan(model, prepared.train, found)
         if as_json:
@@ -202,6 +213,7 @@ _FLAGS = {
     "alpha": "method.alpha",
     "learning_rate": "optim.learning_rate",
     "steps": "optim.steps",
+    "epochs": "optim.epochs",
     "batch_size": "optim.batch_size",
     "seed": "seed",
     "out": "out",

@@ -239,7 +239,7 @@ AnyMethod = Annotated[
 
 
 class OptimConfig(_Frozen):
-    """AdamW; the rate rises linearly, then falls along a cosine to a tenth."""
+    """AdamW; the rate rises linearly, then goes as `schedule` says."""
 
     kind: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
         default="adamw", description="8bit: moments of a byte; paged: on a GPU, out of its memory"
@@ -248,8 +248,21 @@ class OptimConfig(_Frozen):
     b_rate_ratio: float = Field(
         default=1.0, gt=0.0, description="LoRA+, arXiv:2402.12354: the rate of B over that of A"
     )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine",
+        description="of the rate after the warm-up; the first two end at a tenth",
+    )
     steps: int = Field(default=300, ge=1)
-    batch_size: int = Field(default=16, ge=1)
+    epochs: float | None = Field(
+        default=None, gt=0.0, description="times that the data is seen: in place of steps"
+    )
+    batch_size: int = Field(default=16, ge=1, description="rows of a step")
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="rows that are computed at once, for less memory: their gradients are added up "
+        "to those of the whole batch",
+    )
     warmup: float = Field(default=0.05, ge=0.0, lt=1.0, description="part of the steps")
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
@@ -358,6 +371,12 @@ def read_schema(
     """The same for any kind of run; `defaults` are what the file and `overrides` win over, and a
     data.split among them gives way to a data.eval too."""
     given = _read_yaml(path) if path else {}
+    if overrides.get("optim.steps") is not None:
+        if overrides.get("optim.epochs") is not None:
+            what = "optim.steps and optim.epochs: one of them says how long the run is"
+            raise ConfigError(what, "optim.epochs")
+        if isinstance(given.get("optim"), dict):
+            given["optim"].pop("epochs", None)
     for dotted, value in overrides.items():
         if value is not None:
             _put(given, dotted.split("."), value)

@@ -45,7 +45,7 @@ class Plan:
     seconds_per_step: float  # of an average batch
     peak_bytes: int  # of the process, with the longest batch
     free_bytes: int
-    rows: int  # of a batch
+    rows: int  # that are computed at once
     rows_that_fit: int  # into what is free
     sample: Example
 
@@ -69,7 +69,7 @@ def make_plan(base: Base, data: Sequence[Example], config: TrainConfig) -> Plan:
         seconds = (
             [_timed(run) for _ in range(TRIAL_STEPS)]
             if trial.peak <= free
-            else [trial.seconds_per_row * trial.rows]
+            else [trial.seconds_per_row * config.optim.batch_size]
         )
         parameters = sum(p.numel() for p in run.parameters)
     finally:
@@ -96,7 +96,7 @@ def make_plan(base: Base, data: Sequence[Example], config: TrainConfig) -> Plan:
 class _Trial:
     """What batches of the longest examples took."""
 
-    rows: int  # of a whole batch
+    rows: int  # that are computed at once
     one: int  # bytes at the peak of a batch of one row
     more: int  # for each further row
     peak: int  # of a whole one: foretold, and measured where that fits
@@ -110,7 +110,7 @@ class _Trial:
 
 def _tried(run: Run) -> _Trial:
     heaviest = run.batches.heaviest()
-    rows = len(heaviest.input_ids)
+    rows = len(heaviest.parts(run.config.optim.micro_batch_size)[0].input_ids)
     _peak_of(run, heaviest, 1)  # the first step makes the optimiser's state
     started = time.perf_counter()
     one = _peak_of(run, heaviest, 1)
@@ -224,7 +224,8 @@ def described(plan: Plan, config: TrainConfig, tokenizer: Any) -> RenderableType
 def what_would_fit(plan: Plan, config: TrainConfig) -> str:
     """In one sentence."""
     if plan.rows_that_fit:
-        return f"optim.batch_size={plan.rows_that_fit} would fit, or a shorter data.max_length"
+        rows = f"optim.micro_batch_size={plan.rows_that_fit}"
+        return f"{rows} would fit, with the same steps, or a shorter data.max_length"
     shorter = f"a data.max_length far below {min(plan.longest, config.data.max_length)}"
     if not config.optim.checkpointing:
         shorter = f"optim.checkpointing=true, or {shorter}"

@@ -101,6 +101,9 @@ class Run:
             refuse_if_mixed(base.model, base.device, adapter.virtual_tokens)
         share = (world.rank, world.size)
         self.batches = Batches(data, config.optim.batch_size, pad, config.seed, pack, share)
+        if world.sharded and config.optim.micro_batch_size is not None:
+            what = "optim.micro_batch_size with FSDP: all processes fetch a layer's parts together"
+            raise ConfigError(f"{what}; a smaller optim.batch_size is right", "optim")
         if config.optim.checkpointing:
             kind = config.method.kind
             refuse_if_not_recomputable(base.model, kind, METHODS[kind].through_cache)
@@ -116,11 +119,11 @@ class Run:
         self.adapter.train(True)
         (loss_tokens,) = world.sums(batch.loss_tokens)
         # The mean over the tokens of all processes is the sum of their parts of it.
-        with lean(self.base.model), self._attention(batch), self._twice():  # on the way back too
-            loss = batch_loss(self.base, batch, self.adapter) * (batch.loss_tokens / loss_tokens)
-            penalty = self.adapter.penalty()
-            total = loss if penalty is None else loss + penalty / world.size
-            (total * world.gain).backward()  # type: ignore[no-untyped-call]
+        losses = [
+            self._gradients(part, loss_tokens, penalised=number == 0)
+            for number, part in enumerate(batch.parts(self.config.optim.micro_batch_size))
+        ]
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         world.add_up(self.parameters)
         most = self.config.optim.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, most)
@@ -143,6 +146,16 @@ class Run:
         return Step(
             progress.step, progress.losses[-1], learning_rate, progress.tokens, progress.seconds
         )
+
+    def _gradients(self, batch: TrainBatch, loss_tokens: float, penalised: bool) -> Tensor:
+        """Add those of the batch's part of a step's loss; that part."""
+        with lean(self.base.model), self._attention(batch), self._twice():  # on the way back too
+            share = batch.loss_tokens / loss_tokens
+            loss = batch_loss(self.base, batch, self.adapter) * share
+            penalty = self.adapter.penalty() if penalised else None
+            total = loss if penalty is None else loss + penalty / self.world.size
+            (total * self.world.gain).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def _diverged(self, found: str) -> str:
         rate = float(self.schedule.get_last_lr()[0])
@@ -343,5 +356,23 @@ def rate(step: int, optim: OptimConfig) -> float:
     warmup = max(1, round(optim.steps * optim.warmup))
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, optim.steps - warmup)
-    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (step - warmup) / max(1, optim.steps - warmup))
+    return FLOOR + (1 - FLOOR) * _SCHEDULES[optim.schedule](progress)
+
+
+_SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
+
+
+def with_steps(config: TrainConfig, data: Sequence[Example]) -> TrainConfig:
+    """The config with the steps that its epochs come to on this data, where it names epochs."""
+    optim = config.optim
+    if optim.epochs is None:
+        return config
+    pack = config.data.max_length if config.data.packing else None
+    each = Batches(data, optim.batch_size, 0, config.seed, pack).per_epoch
+    steps = max(1, round(optim.epochs * each))
+    return config.model_copy(update={"optim": optim.model_copy(update={"steps": steps})})

@@ -90,6 +90,8 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.checkpoint}: {error}") from None
         now, then = flat(_decisive(config)), flat(_filled(kept["config"]))
+        if config.optim.epochs is not None:  # and its rows, which are compared, make the steps
+            now["optim.steps"] = then.get("optim.steps")
         unlike = sorted(key for key in now | then if then.get(key) != now.get(key))
         if unlike:
             said = "; ".join(f"{key} {then.get(key)!r}, now {now.get(key)!r}" for key in unlike)

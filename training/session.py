@@ -19,7 +19,7 @@ from training.distributed import World, world
 from training.errors import ConfigError
 from training.interrupts import interrupts
 from training.methods import METHODS, Attached, attach
-from training.recipe import Step, Trained, train
+from training.recipe import Step, Trained, train, with_steps
 from training.run_directory import RunDirectory
 from training.terminal import bar, console, progress
 from training.trackers import asked_for, tracked
@@ -53,6 +53,7 @@ def run(
         check_sharding(config)
     base = load_for(config)
     found = prepare(config.data, base.tokenizer)
+    config = with_steps(config, found.train)
     say_what_is_wrong(found)
     if here.leads:
         before(base, found)

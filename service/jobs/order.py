@@ -46,6 +46,7 @@ _ELSEWHERE = {  # fields of the schema that a client sets otherwise, or not at a
     "data.template": "template",
     "seed": "seed",
     "publish": "publish and suffix",
+    "optim.epochs": "n_epochs",
     "method.kind": "method.type",
 }
 # What has no adapter for its result, or wants other data than a prompt and its answer.

@@ -21,6 +21,14 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert config.method.kind == "dora"
 
 
+def test_steps_win_over_the_epochs_of_the_file_and_both_are_refused(tmp_path: Path) -> None:
+    path = _file(tmp_path, "data: {train: a.jsonl}\noptim: {epochs: 3}\n")
+    assert read_config(path, {}).optim.epochs == 3
+    assert read_config(path, {"optim.steps": 9}).optim.epochs is None
+    with pytest.raises(ConfigError, match="one of them"):
+        read_config(None, {"data.train": "a", "optim.steps": 9, "optim.epochs": 2})
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

@@ -46,7 +46,7 @@ def test_a_batch_that_does_not_fit_is_never_run(
     some = _plan(base, 155_000_000, monkeypatch)
     assert (some.peak_bytes, some.rows_that_fit, some.too_large) == (210_000_000, 6, True)
     assert max(ran) == 2
-    assert "optim.batch_size=6 would fit" in what_would_fit(some, run_of())
+    assert "optim.micro_batch_size=6 would fit" in what_would_fit(some, run_of())
     none = _plan(base, 95_000_000, monkeypatch)
     assert (none.rows_that_fit, none.too_large) == (0, True)
     assert "not even one row" in what_would_fit(none, run_of())

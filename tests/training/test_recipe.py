@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from base.load import Base
+from tests.training.runs import run_of
 from training.config import DataConfig, MethodConfig, OptimConfig, TrainConfig
 from training.data import Example
 from training.data.batches import collate
@@ -14,7 +15,7 @@ from training.evaluate import exact_match
 from training.loss import batch_loss
 from training.methods import attach
 from training.methods.low_rank import LowRankAdapter
-from training.recipe import Step, Trained, mean_loss, rate, train
+from training.recipe import Run, Step, Trained, mean_loss, rate, train, with_steps
 
 STOP = 2
 PAIRS = [Example((10 + i, 50 + 3 * i, 90 + i, STOP), 1) for i in range(12)]
@@ -97,3 +98,53 @@ def test_the_rate_rises_then_falls_to_a_tenth() -> None:
     assert rates[9] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize(("schedule", "half"), [("linear", 0.55), ("constant", 1.0)])
+def test_other_schedules(schedule: str, half: float) -> None:
+    optim = OptimConfig.model_validate({"steps": 101, "warmup": 0.0, "schedule": schedule})
+    assert rate(51, optim) == pytest.approx(half, abs=0.01)
+    assert rate(101, optim) == pytest.approx(0.1 if schedule == "linear" else 1.0)
+
+
+def test_epochs_are_the_steps_that_they_come_to() -> None:
+    config = _config("lora")
+    assert with_steps(config, PAIRS) is config
+    optim = config.optim.model_copy(update={"epochs": 2.5, "batch_size": 5})
+    wanted = config.model_copy(update={"optim": optim})
+    assert with_steps(wanted, PAIRS).optim.steps == 8  # three batches of 12 pairs, 2.5 times
+    packed = wanted.model_copy(
+        update={"data": wanted.data.model_copy(update={"packing": True, "max_length": 8})}
+    )
+    assert with_steps(packed, PAIRS).optim.steps == 5  # two pairs to a row: two batches
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_gradients_of_parts_are_those_of_the_batch(
+    base: Base, kind: str, packing: bool
+) -> None:
+    data = [
+        Example((*pair.tokens[:3], *range(20, 20 + i), STOP), 2) for i, pair in enumerate(PAIRS)
+    ]
+
+    def gradients(micro: int | None) -> tuple[float, list[torch.Tensor]]:
+        config = run_of(kind, optim={"micro_batch_size": micro, "batch_size": 5}, rank=2)
+        packed = config.data.model_copy(update={"packing": packing, "max_length": 24})
+        config = config.model_copy(update={"data": packed})
+        torch.manual_seed(0)
+        adapter = attach(base, config)
+        run = Run(base, adapter, data, config)
+        found: list[torch.Tensor] = []
+        run.optimizer.register_step_pre_hook(
+            lambda *_: found.extend(p.grad.clone() for p in run.parameters if p.grad is not None)
+        )
+        loss = run.step().loss
+        adapter.detach()
+        return loss, found
+
+    whole, parts = gradients(None), gradients(2)
+    assert parts[0] == pytest.approx(whole[0], rel=1e-5)
+    assert len(whole[1]) == len(parts[1]) > 0
+    for one, other in zip(whole[1], parts[1], strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)

@@ -29,6 +29,23 @@ class TrainBatch:
     position_ids: Tensor | None = None  # [B, L] int64 of packed rows: 0 where an example begins
     spare: bool = False  # run only because the other processes run theirs: it counts for nothing
 
+    def parts(self, rows: int | None) -> list[TrainBatch]:
+        """Batches of at most `rows` rows, each as wide as its own longest row."""
+        if rows is None or rows >= len(self.input_ids):
+            return [self]
+        return [self._part(at, at + rows) for at in range(0, len(self.input_ids), rows)]
+
+    def _part(self, start: int, stop: int) -> TrainBatch:
+        rows, places = slice(start, stop), self.position_ids
+        width = int(self.attention_mask[rows].sum(dim=1).max())
+        return TrainBatch(
+            self.input_ids[rows, :width],
+            self.attention_mask[rows, :width],
+            self.labels[rows, :width],
+            None if places is None else places[rows, :width],
+            self.spare,
+        )
+
     @property
     def loss_tokens(self) -> int:
         return 0 if self.spare else int((self.labels != IGNORED).sum())
