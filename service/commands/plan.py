@@ -132,6 +132,7 @@ def fleet(
     rows = [
         ("replicas", found.replicas),
         ("targets", "met" if found.meets(targets) else "missed"),
+        ("load", f"{found.load:.0%} of what they do at most"),
         ("first token", _times(found.first_token_p50, found.first_token_p99)),
         ("between tokens", _times(found.inter_token_p50, found.inter_token_p99)),
         ("cold requests", f"{found.cold_rate:.1%}"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from service.plan.calibration import Calibration
-from service.plan.simulation import Measured, Routing, Server, Traffic, simulate
+from service.plan.simulation import Measured, Routing, Server, Traffic, arrivals, replay, simulate
 
 MAX_REPLICAS = 4096
-LEAST_REQUESTS, REQUESTS_PER_REPLICA = 2000, 40  # of one simulation
+# Of one simulation: of each replica 300 where that is not more in all than the second, and never
+# less than 40. A queue that is nearly full takes that long to show what it comes to.
+LEAST_REQUESTS, MANY_REQUESTS = 2000, 30_000
+REQUESTS_PER_REPLICA, LEAST_PER_REPLICA = 300, 40
+AT_ONCE, PROMPT_TOKENS_AT_ONCE = 1280, 10**8  # of the one that asks what a replica can do
 
 
 class NoFleet(ValueError):
@@ -35,18 +40,34 @@ class Outcome:
     inter_token_p50: float
     inter_token_p99: float
     cold_rate: float  # requests whose adapter was in no slot of their replica
+    load: float = 0.0  # the traffic, of what so many replicas do at most
 
     def meets(self, targets: Targets) -> bool:
+        """From a load of 1 on a queue grows for ever, however short a simulation has seen it."""
         return (
             not self.refused
+            and self.load < 1
             and self.first_token_p99 <= targets.first_token
             and self.inter_token_p99 <= targets.inter_token
         )
 
 
 def outcome(traffic: Traffic, server: Server, replicas: int, routing: Routing) -> Outcome:
-    requests = max(LEAST_REQUESTS, REQUESTS_PER_REPLICA * replicas)
-    return summary(replicas, simulate(traffic, server, replicas, routing, requests))
+    requests = max(
+        LEAST_REQUESTS,
+        LEAST_PER_REPLICA * replicas,
+        min(REQUESTS_PER_REPLICA * replicas, MANY_REQUESTS),
+    )
+    found = summary(replicas, simulate(traffic, server, replicas, routing, requests))
+    return replace(found, load=traffic.rate / (replicas * most(traffic, server)))
+
+
+def most(traffic: Traffic, server: Server) -> float:
+    """Requests/s of a replica that is never short of them, all adapters in its slots."""
+    count = min(AT_ONCE, max(server.max_sequences, PROMPT_TOKENS_AT_ONCE // traffic.prompt_tokens))
+    due = [replace(each, arrived=0.0, counted=True) for each in arrivals(traffic, count, 0)]
+    roomy = replace(server, slots=traffic.adapters + 1, load_seconds=0.0, max_waiting=count)
+    return count / replay(due, roomy, 1, "least-busy").end
 
 
 def summary(replicas: int, measured: Measured) -> Outcome:
@@ -83,7 +104,8 @@ def fewest(
     routing: Routing,
     told: Callable[[Outcome], None] = lambda found: None,
 ) -> Outcome:
-    """Doubled until the targets are met, then halved in between. Raises NoFleet."""
+    """Doubled from what the load takes at least until the targets are met, then halved in between.
+    Raises NoFleet."""
 
     def tried(replicas: int) -> Outcome:
         found = outcome(traffic, server, replicas, routing)
@@ -99,12 +121,19 @@ def fewest(
             f"each later one after {bound.inter_token_p99:.3f} s: no number of replicas reaches "
             f"{targets.first_token:g} s and {targets.inter_token:g} s"
         )
-    below, above = 0, tried(1)
+    each = most(traffic, server)
+    below = math.floor(traffic.rate / each)
+    if below >= MAX_REPLICAS:
+        raise NoFleet(
+            f"a replica does {each:.3g} requests/s at most: {MAX_REPLICAS} are too few for "
+            f"{traffic.rate:g}"
+        )
+    above = tried(below + 1)
     while not above.meets(targets):
         below = above.replicas
         if below >= MAX_REPLICAS:
             raise NoFleet(f"{MAX_REPLICAS} replicas do not meet the targets")
-        above = tried(2 * below)
+        above = tried(min(2 * below, MAX_REPLICAS))
     while above.replicas - below > 1:
         middle = tried((above.replicas + below) // 2)
         if middle.meets(targets):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from service.bench.scenario import QUICK
 from service.commands.plan import app
 from service.plan.calibration import StepCost, UnusableBench, Work, calibrate
-from service.plan.fleet import NoFleet, Targets, fewest, outcome, percentile
+from service.plan.fleet import NoFleet, Targets, fewest, most, outcome, percentile
 from service.plan.rendezvous import rendezvous
 from service.plan.replay import rate_errors
 from service.plan.simulation import (
@@ -177,6 +177,22 @@ def test_the_fewest_meets_the_targets_and_one_less_does_not() -> None:
     assert not outcome(traffic, SERVER, found.replicas - 1, "adapter").meets(targets)
     with pytest.raises(NoFleet, match="alone"):
         fewest(traffic, SERVER, Targets(0.01, 0.2), "adapter")
+
+
+def test_a_load_that_outgrows_a_fleet_is_not_met_by_a_short_simulation() -> None:
+    """Bounds so loose that nobody waits too long before the simulation ends."""
+    cost = StepCost(0.1, 0.0, 0.0, 0.0, 0.0, 0.0)
+    server = Server(cost, 1000, 1, 0.0, max_sequences=1)
+    traffic = Traffic(102.0, 0, 0.0, 1, 1)
+    assert most(traffic, server) == pytest.approx(10.0)
+    loose = Targets(first_token=20.0, inter_token=1.0)
+    ten = outcome(traffic, server, 10, "least-busy")
+    assert ten.first_token_p99 < loose.first_token
+    assert ten.load == pytest.approx(1.02)
+    assert not ten.meets(loose)
+    assert fewest(traffic, server, loose, "least-busy").replicas == 11
+    with pytest.raises(NoFleet, match="a replica does 10 requests/s at most: 4096 are too few"):
+        fewest(Traffic(1e6, 0, 0.0, 1, 1), server, loose, "least-busy")
 
 
 def test_a_full_queue_is_not_waited_for() -> None:
