@@ -408,7 +408,7 @@ def _insert(connection: sa.Connection, draft: AdapterManifest, tenant: str) -> A
         found = AdapterManifest.from_json(row)
         if _same(found, draft):
             return _measured_again(connection, found, draft, tenant)
-    check_room(connection, tenant, nbytes=draft.weights_bytes, draft=draft)
+    check_room(connection, tenant, draft=draft)
     # Deleted rows count: their numbers are never given again.
     last = connection.execute(sa.select(sa.func.max(adapters.c.version)).where(mine)).scalar()
     manifest = replace(draft, version=(last or 0) + 1)

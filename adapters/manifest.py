@@ -38,6 +38,7 @@ class AdapterManifest:
     template: str | None = None
     vocabulary: int = 0  # rows of its tables; 0: as many as the base's
     tokenizer_sha256: str | None = None  # address of its own tokenizer.json, where it has one
+    tokenizer_bytes: int = 0  # size of that blob
     created: str = ""  # ISO 8601, UTC
     provenance: Mapping[str, Any] = field(default_factory=dict)
 

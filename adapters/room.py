@@ -12,7 +12,7 @@ from adapters.tables import adapters, collections, tenants, training_files
 
 
 def check_room(
-    connection: sa.Connection, tenant: str, *, nbytes: int, draft: AdapterManifest | None = None
+    connection: sa.Connection, tenant: str, *, nbytes: int = 0, draft: AdapterManifest | None = None
 ) -> None:
     """Raise QuotaReached where `draft`, or `nbytes` of anything else, is more than `tenant` may
     keep."""
@@ -21,20 +21,21 @@ def check_room(
     most, room = quotas.get("adapters"), quotas.get("bytes")
     if most is None and room is None:
         return
-    living = sa.select(adapters.c.manifest).where(
-        adapters.c.tenant == tenant, adapters.c.deleted.is_(None)
-    )
-    kept = [AdapterManifest.from_json(text) for text in connection.execute(living).scalars()]
-    if draft is not None and most is not None and len(kept) >= most:
+    versions, blobs = _kept(connection, tenant)
+    if draft is not None and most is not None and versions >= most:
         raise QuotaReached(
-            f"tenant {tenant!r} may keep {most} versions of adapters and has {len(kept)}: delete "
+            f"tenant {tenant!r} may keep {most} versions of adapters and has {versions}: delete "
             "one first"
         )
     if room is None:
         return
-    blobs = {one.weights_sha256: one.weights_bytes for one in kept}
-    if draft is not None and draft.weights_sha256 in blobs:
-        return  # they are kept once
+    if draft is not None:
+        new = {draft.weights_sha256: draft.weights_bytes}
+        if draft.tokenizer_sha256 is not None:
+            new[draft.tokenizer_sha256] = draft.tokenizer_bytes
+        nbytes = sum(size for address, size in new.items() if address not in blobs)  # kept once
+    if not nbytes:
+        return
     used = sum(blobs.values())
     for table in (training_files, collections):
         total = sa.select(sa.func.coalesce(sa.func.sum(table.c.nbytes), 0))
@@ -44,3 +45,22 @@ def check_room(
             f"tenant {tenant!r} may keep {room} bytes of adapters, training files and collections "
             f"and has {used}: {nbytes} more are too many; delete something first"
         )
+
+
+def _kept(connection: sa.Connection, tenant: str) -> tuple[int, dict[str, int]]:
+    """How many versions live, and the bytes of their blobs by address. The database reads the
+    manifests: all who write wait for this."""
+    text = adapters.c.manifest
+    manifest = (
+        sa.cast(text, sa.JSON)
+        if connection.dialect.name == "postgresql"
+        else sa.type_coerce(text, sa.JSON)
+    )
+    sizes = (manifest[size].as_string() for size in ("weights_bytes", "tokenizer_bytes"))
+    query = sa.select(adapters.c.weights_sha256, adapters.c.tokenizer_sha256, *sizes)
+    rows = connection.execute(
+        query.where(adapters.c.tenant == tenant, adapters.c.deleted.is_(None))
+    ).all()
+    weights = {row[0]: int(row[2]) for row in rows}
+    tokenizers = {row[1]: int(row[3] or 0) for row in rows if row[1] is not None}
+    return len(rows), {**weights, **tokenizers}

@@ -174,6 +174,7 @@ class AdapterStore:
                 template=template,
                 vocabulary=found.vocabulary,
                 tokenizer_sha256=address,
+                tokenizer_bytes=tokenizer.nbytes if tokenizer else 0,
                 provenance={
                     **(provenance or {}),
                     CONFIG_SHA256: hashlib.sha256(config).hexdigest(),

@@ -64,7 +64,8 @@ def test_pages_have_every_name_once_in_order(
     assert [one.name for one in catalog.page("", 100, search="b")] == [
         one.name for one in every if "b" in one.name
     ]
-    assert catalog.page("", 100, search="%") == catalog.page("", 100, search="a_b") == []
+    assert [one.name for one in catalog.page("", 100, search="a_b")] == ["a_b"]
+    assert catalog.page("", 100, search="%") == []
     assert catalog.page("a-b0", 1) == [one for one in every if one.name > "a-b0"][:1]
     assert [one.digest for one in catalog.page("", 9, ["3" * 64, "9" * 64])] == ["3" * 64]
     old = catalog.page("", 2, ["0" * 64])  # a version of each, the newest of none

@@ -24,6 +24,7 @@ MANIFEST = AdapterManifest(
     provenance={"run": 7},
     vocabulary=640,
     tokenizer_sha256="c" * 64,
+    tokenizer_bytes=7,
 )
 
 

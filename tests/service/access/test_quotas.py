@@ -171,6 +171,7 @@ def add(catalog: Catalog, digest: str, nbytes: int = 100) -> None:
         digest=digest * 64,
         weights_sha256=digest * 64,
         weights_bytes=nbytes,
+        tokenizer_sha256=None,
     )
     catalog.add(draft)
 
@@ -198,6 +199,10 @@ def test_bytes_that_a_tenant_keeps(catalog: Catalog, tmp_path: Path) -> None:
     kept = keep(files, tmp_path, b"x" * 300)
     with pytest.raises(QuotaReached, match="has 900"):
         keep(files, tmp_path, b"x" * 101)
+    draft = replace(MANIFEST, version=0, weights_sha256="a" * 64, weights_bytes=600)
+    own = {"tokenizer_sha256": "d" * 64, "tokenizer_bytes": 101}
+    with pytest.raises(QuotaReached, match="has 900: 101 more"):  # of the tokenizer alone
+        acme.add(replace(draft, digest="d" * 64, **own))
     assert len(list((tmp_path / "files").iterdir())) == 1
     files.delete(kept.id)
     keep(files, tmp_path, b"x" * 400)
@@ -210,8 +215,14 @@ def test_minutes_of_training(catalog: Catalog, tmp_path: Path) -> None:
     order = order_of(keep(files, tmp_path), config={"budget": {"minutes": 4.0}})
     job = acme.add(within(order, 10.0))
     assert acme.minutes(0.0) == 4.0  # promised
+    other = Queue(catalog, "1" * 32).of("acme")  # of another server
+    assert other.minutes(0.0) == 4.0
+    with pytest.raises(QuotaExceeded, match="promised"):  # ordered at once: both saw ten left
+        other.add(within(order_of(keep(files, tmp_path)), 10.0), most_minutes=10.0)
     left = within(order_of(keep(files, tmp_path)), 10.0 - acme.minutes(0.0))
     assert left.config["budget"]["minutes"] == 6.0
+    promised = other.add(left, most_minutes=10.0)
+    other.move(promised.id, "cancelled", "gone", before=("validating_files",))
     queue.trained(job.id, 1.5)
     assert acme.minutes(0.0) == 4.0
     queue.move(job.id, "succeeded", "done", before=("validating_files",))
