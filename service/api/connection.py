@@ -18,6 +18,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api.door import LINGER_BYTES, LINGER_SECONDS, SMALL_BYTES, Bounds
+from service.api.openai_errors import openai_envelope, speaks_openai
 from service.api.shedding import Reply, Shedder
 
 HEAD_BYTES = 16384  # of one request line and its headers
@@ -55,6 +56,7 @@ class Connection(HttpToolsProtocol):
     max_open: ClassVar[int] = 1024
     bounds: ClassVar[Bounds] = Bounds(SMALL_BYTES)
     shedder: ClassVar[Shedder] = Shedder()
+    url: bytes = b""  # of the head that comes, as much as has come
     _deadline: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
     _went_on = False  # a request, or a piece of its body, began or ended in what came last
@@ -234,7 +236,7 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, error: Exception) -> None:
         if self.cycle is None or self.cycle.response_complete:
             status = error.status if isinstance(error, BadRequest) else "400 Bad Request"
-            self._end(_envelope(status, f"no HTTP request: {error}", "validation"))
+            self._end(_envelope(status, f"no HTTP request: {error}", "validation", self.url))
         else:  # in the middle of a reply there is no place for another one
             self.transport.close()
 
@@ -365,9 +367,12 @@ def connection_class(
     return type("Connection", (Connection,), given)
 
 
-def _envelope(status: str, message: str, error_type: str) -> bytes:
-    """A whole reply for what never became a request: it has no id."""
-    body = json.dumps({"error": message, "error_type": error_type, "request_id": ""})
+def _envelope(status: str, message: str, error_type: str, url: bytes = b"") -> bytes:
+    """A whole reply for what never became a request: it has no id. `url`: as much as has come."""
+    said: dict[str, Any] = {"error": message, "error_type": error_type, "request_id": ""}
+    if speaks_openai(url.decode("latin-1")):
+        said = openai_envelope(int(status[:3]), error_type, message, None)
+    body = json.dumps(said)
     again = "retry-after: 5\r\n" if status.startswith("503") else ""
     head = (
         f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n{again}"

@@ -292,6 +292,17 @@ def test_a_head_is_bounded_whole_or_in_pieces(echoing: Running) -> None:
     assert status == 200
 
 
+@pytest.mark.parametrize(("path", "own"), [(b"/v1/models/", False), (b"/adapters/", True)])
+def test_a_name_too_long_for_a_head_is_refused_in_its_routes_words(
+    echoing: Running, path: bytes, own: bool
+) -> None:
+    line = b"GET " + path + b"%C3%A3" * 4000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+    ((status, told),) = replies(echoing, line)
+    assert status == 431
+    said = told if own else told["error"]
+    assert said["error" if own else "message"].startswith("no HTTP request: a request's head")
+
+
 @pytest.mark.parametrize("endless", [b"0\r\n" + b"T: t\r\n" * 9000, b"1;" + b"a" * 40_000])
 def test_trailers_and_extensions_are_bounded(echoing: Running, endless: bytes) -> None:
     with dial(echoing) as connection:
