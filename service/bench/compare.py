@@ -24,7 +24,7 @@ from service.bench.llama_peer import missing
 from service.bench.nibble_peer import ENGINE, NibblePeer
 from service.bench.options import Options, Report
 from service.bench.peer import PeerProcess
-from service.bench.plan import NIBBLE, PEFT, SLOW, Contestant, contestants, measure, order
+from service.bench.plan import NIBBLE, PEFT, SLOW, Contestant, contestants, measure, order, own_rows
 from service.bench.random_adapters import random_adapters
 from service.bench.report import own_ratios, ratios_of, row_of
 from service.bench.roster import Roster
@@ -33,6 +33,8 @@ from service.bench.start import START, budget, floor_seconds, measure_starts
 from service.bench.targets import reached
 
 RANK = 16
+CLOSE_ROUNDS = 4  # more than the others: they are short, and what they differ by is small
+SIDE_BY_SIDE = 1000  # numbers of rounds that no other row has
 Figures = dict[str, Any]
 
 
@@ -52,6 +54,7 @@ def compare(options: Options, report: Report) -> Figures:
         roster = Roster(options, spec, adapters, stack, report)
         peers = roster.start(llama=options.gguf is not None and not without)
         found = _measured(options, peers, spec, report, roster.failed, until)
+        close = _close(options, peers, spec, report)
         facts = {name: peer.facts() for name, peer in peers.items() if name not in roster.failed}
     limits = better(limits, measure_limits(options.threads))
     rows = [row_of(row, rounds, options.prompt_tokens) for row, rounds in found.items()]
@@ -65,8 +68,8 @@ def compare(options: Options, report: Report) -> Figures:
             for each, row in zip(found, rows, strict=True)
         ],
         "ratios": ratios_of(found),
-        "own_ratios": own_ratios(found),
-        "targets": reached(found, options.precisions[0], many, starts),
+        "own_ratios": own_ratios(found, close),
+        "targets": reached(found, options.precisions[0], many, starts, close),
         "memory": memory,
         "registered": many,
         "starts": starts,
@@ -163,6 +166,26 @@ def _measured(
         report=count,
         failed=failed,
         until=until,
+    )
+
+
+def _close(
+    options: Options, peers: Mapping[str, PeerProcess], spec: BaseSpec, report: Report
+) -> dict[Contestant, list[Round]]:
+    """What nibble's own ratios are of: its rows once more, with nobody else's in between."""
+    rows = own_rows(contestants(options.scenarios, list(peers)), options.precisions[0])
+    if len(rows) < 2:
+        return {}
+    return measure(
+        rows,
+        peers,
+        rounds=dict.fromkeys(rows, options.rounds + CLOSE_ROUNDS),
+        vocabulary=spec.vocab_size,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        report=lambda row: report(f"{row.scenario.name}, {row.peer}, side by side", 0, 1),
+        failed={},
+        first=SIDE_BY_SIDE,
     )
 
 

@@ -14,6 +14,7 @@ from service.bench.scenario import (
     BASE,
     CHAT,
     DISTINCT,
+    DORA,
     NONE,
     ONE,
     PREFILL,
@@ -110,6 +111,14 @@ def contestants(scenarios: Sequence[Scenario], peers: Sequence[str]) -> list[Con
     ]
 
 
+def own_rows(rows: Sequence[Contestant], precision: str) -> list[Contestant]:
+    """Those that are compared with each other, of one nibble with adapters and without: short
+    ones, measured once more next to each other, since they differ by little."""
+    peer = f"{NIBBLE} {precision}"
+    mine = (peer, f"{peer}{BARE}")
+    return [row for row in rows if row.peer in mine and row.scenario in (DISTINCT, NONE, DORA)]
+
+
 def measure(
     rows: Sequence[Contestant],
     peers: Mapping[str, PeerProcess],
@@ -121,11 +130,13 @@ def measure(
     report: Callable[[Contestant], None],
     failed: dict[str, str],
     until: float = math.inf,
+    first: int = 0,
 ) -> dict[Contestant, list[Round]]:
     """`rounds[row]` of each row, after a short one that is not counted; `report` hears of each.
 
     Every row has its first round; no other begins after `until` (of time.monotonic). One of the
-    others that fails is left out of all, and `failed` says why; nibble may not fail.
+    others that fails is left out of all, and `failed` says why; nibble may not fail. Numbers of
+    rounds begin with `first`, where these peers have had others: no prompt may come twice.
     """
     found: dict[Contestant, list[Round]] = {row: [] for row in rows}
     for number, row in order(rows, rounds):
@@ -133,7 +144,7 @@ def measure(
             break
         if row.peer in failed:
             continue
-        asked = job(row.scenario, number, vocabulary, prompt_tokens, new_tokens)
+        asked = job(row.scenario, first + number, vocabulary, prompt_tokens, new_tokens)
         if number == 0:
             asked = asked.shortened(WARM_UP_TOKENS)
         try:

@@ -11,9 +11,20 @@ from rich.table import Table
 
 from service.bench.nibble_peer import LOOKUP
 from service.bench.plan import BARE, NIBBLE, Contestant
-from service.bench.scenario import COPIES, COPYING, DISTINCT, DORA, MANY, NONE, SAME, Round
+from service.bench.scenario import (
+    COPIES,
+    COPYING,
+    DISTINCT,
+    DORA,
+    MANY,
+    NONE,
+    SAME,
+    Round,
+    Scenario,
+)
 
 MIB = 1 << 20
+Rates = Mapping[tuple[Scenario, str], Sequence[Round]]
 
 
 def percentile(values: Sequence[float], part: float) -> float:
@@ -69,12 +80,16 @@ def ratios_of(found: Mapping[Contestant, Sequence[Round]]) -> list[dict[str, Any
     ]
 
 
-def own_ratios(found: Mapping[Contestant, Sequence[Round]]) -> list[dict[str, Any]]:
+def own_ratios(
+    found: Mapping[Contestant, Sequence[Round]], close: Mapping[Contestant, Sequence[Round]]
+) -> list[dict[str, Any]]:
     """What adapters cost, and prompt lookup brings: Nibble's rate in one row over another's.
 
-    "No adapter" is the peer that was never given one, where that was measured.
+    "No adapter" is the peer that was never given one, where that was measured. What was measured
+    side by side, in `close`, is compared there.
     """
     rates = {(r.scenario, r.peer): rounds for r, rounds in found.items() if r.way != LOOKUP}
+    beside = {(r.scenario, r.peer): rounds for r, rounds in close.items()}
     guessed = {(r.scenario, r.peer): rounds for r, rounds in found.items() if r.way == LOOKUP}
     ratios = []
     for peer in dict.fromkeys(row.peer for row in found if row.ours):
@@ -87,7 +102,7 @@ def own_ratios(found: Mapping[Contestant, Sequence[Round]]) -> list[dict[str, An
             "32 distinct of mixed kinds / 8 distinct": ((MANY, peer), (DISTINCT, peer)),
         }
         ratios += [
-            {"what": what, "peer": peer, **_ratio(rates[over], rates[under])}
+            {"what": what, "peer": peer, **_ratio(*_both(over, under, beside, rates))}
             for what, (over, under) in pairs.items()
             if over != under and over in rates and under in rates
         ]
@@ -97,6 +112,13 @@ def own_ratios(found: Mapping[Contestant, Sequence[Round]]) -> list[dict[str, An
             if (own := guessed.get((it, peer))) and (plain := rates.get((it, peer)))
         ]
     return ratios
+
+
+def _both(
+    over: tuple[Scenario, str], under: tuple[Scenario, str], *sources: Rates
+) -> tuple[Sequence[Round], Sequence[Round]]:
+    """The rounds of two rows, of the first source that has both."""
+    return next((s[over], s[under]) for s in sources if over in s and under in s)
 
 
 def _ratio(ours: Sequence[Round], theirs: Sequence[Round]) -> dict[str, float]:

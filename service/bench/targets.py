@@ -80,15 +80,30 @@ def targets_of(precision: str) -> tuple[Target, ...]:
 
 
 def reached(
-    found: Found, precision: str, registered: Mapping[str, Any] | None, starts: Sequence[Row]
+    found: Found,
+    precision: str,
+    registered: Mapping[str, Any] | None,
+    starts: Sequence[Row],
+    close: Found,
 ) -> list[Row]:
-    """A row for each target: what, wanted, over whom, the ratio and its interval, yes or no."""
-    rows = [_throughput(target, found) for target in targets_of(precision)]
+    """A row for each target: what, wanted, over whom, the ratio and its interval, yes or no.
+
+    `close` has the rounds of this server's own rows that were measured side by side; they count
+    where both sides are among them.
+    """
+    rows = [
+        _throughput(target, close if _own(target) and close else found)
+        for target in targets_of(precision)
+    ]
     if registered is not None:
         rows += [_resident(registered["resident"]), _growth(registered["growth"])]
     for start in starts:
         rows += _start(start)
     return rows
+
+
+def _own(target: Target) -> bool:
+    return all(side.peer.startswith(NIBBLE) for pair in target.pairs for side in pair)
 
 
 def _throughput(target: Target, found: Found) -> Row:

@@ -8,7 +8,7 @@ from base.mini import MINI
 from service.bench.nibble_peer import ENGINE, LOOKUP
 from service.bench.options import Options
 from service.bench.peer import PeerFailed
-from service.bench.plan import BARE, Contestant, contestants, measure, order
+from service.bench.plan import BARE, Contestant, contestants, measure, order, own_rows
 from service.bench.scenario import (
     COPYING,
     DISTINCT,
@@ -66,6 +66,17 @@ def test_peers_that_are_slow_and_further_precisions_have_fewer_rounds() -> None:
         assert asked.rounds_of(row) == (1 if slow else 3), row
     exact = replace(asked, precisions=("exact",))
     assert exact.rounds_of(Contestant(ONE, "nibble exact", ENGINE)) == 3
+
+
+def test_own_rows_are_those_of_one_precision_that_differ_by_little() -> None:
+    peers = [FAST, FAST + BARE, "nibble exact", "nibble exact" + BARE, "nibble serve", "peft"]
+    rows = own_rows(contestants(FULL, peers), "fast")
+    assert [(row.scenario, row.peer) for row in rows] == [
+        (DISTINCT, FAST),
+        (NONE, FAST),
+        (NONE, FAST + BARE),
+        (DORA, FAST),
+    ]
 
 
 def test_nobody_takes_part_where_only_starts_are_asked_for() -> None:
@@ -129,6 +140,18 @@ def test_the_warm_up_is_short() -> None:
         failed={},
     )
     assert [job.new_tokens for _, _, job in asked] == [4, 30]
+    measure(
+        rows,
+        {"nibble": Recorder("nibble", asked)},  # type: ignore[dict-item]
+        rounds=dict.fromkeys(rows, 1),
+        vocabulary=100,
+        prompt_tokens=3,
+        new_tokens=30,
+        report=lambda row: None,
+        failed={},
+        first=1000,
+    )
+    assert len({job.prompts for _, _, job in asked}) == 4  # none twice: the prefix cache has it
 
 
 def test_peers_take_turns_on_the_same_prompts_and_the_first_round_is_not_counted() -> None:

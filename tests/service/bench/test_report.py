@@ -98,22 +98,25 @@ def test_what_adapters_cost_is_told_by_the_peer_that_never_had_one() -> None:
         row(NONE): _rounds(2.5),
         row(NONE, "nibble fast" + BARE): _rounds(2.0),
     }
-    ratios = {each["what"]: each["ratio"] for each in own_ratios(found)}
+    ratios = {each["what"]: each["ratio"] for each in own_ratios(found, {})}
     assert ratios == {
         "8 distinct adapters / 8 without": 0.5,
         "DoRA / LoRA, 8 distinct": 0.8,
         "registered but unused / none": 0.8,
     }
+    close = {row(DISTINCT): _rounds(4.0), row(NONE, "nibble fast" + BARE): _rounds(3.0)}
+    beside = {each["what"]: each["ratio"] for each in own_ratios(found, close)}
+    assert beside == ratios | {"8 distinct adapters / 8 without": 0.75}
     without = {key: rounds for key, rounds in found.items() if not key.peer.endswith(BARE)}
-    ratios = {each["what"]: each["ratio"] for each in own_ratios(without)}
+    ratios = {each["what"]: each["ratio"] for each in own_ratios(without, {})}
     assert ratios["8 distinct adapters / 8 without"] == 0.62
     assert "registered but unused / none" not in ratios
-    assert "0.62" in _text(own_table(own_ratios(without)))
+    assert "0.62" in _text(own_table(own_ratios(without, {})))
 
 
 def test_prompt_lookup_is_compared_with_the_same_peer_without_it() -> None:
     rows = [Contestant(COPYING, "nibble fast", way) for way in (ENGINE, LOOKUP)]
-    (found,) = own_ratios({rows[0]: _rounds(3.0), rows[1]: _rounds(1.5)})
+    (found,) = own_ratios({rows[0]: _rounds(3.0), rows[1]: _rounds(1.5)}, {})
     assert (found["what"], found["ratio"]) == ("prompt lookup / without, copying", 2.0)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from service.bench.plan import Contestant
-from service.bench.scenario import BASE, DISTINCT, ONE, Round, Scenario
+from service.bench.plan import BARE, Contestant
+from service.bench.scenario import BASE, DISTINCT, NONE, ONE, Round, Scenario
 from service.bench.targets import reached, targets_of
 
 FAST = "nibble fast"
@@ -19,7 +19,7 @@ def _rounds(*seconds: float, gap: float = 0.1) -> list[Round]:
 
 
 def _row(found: Found, what: str, number: int = 0) -> dict[str, Any]:
-    return [row for row in reached(found, "fast", None, []) if row["what"] == what][number]
+    return [row for row in reached(found, "fast", None, [], {}) if row["what"] == what][number]
 
 
 def _found(*rows: tuple[Scenario, str, str, list[Round]]) -> Found:
@@ -27,7 +27,7 @@ def _found(*rows: tuple[Scenario, str, str, list[Round]]) -> Found:
 
 
 def test_every_target_has_a_row_and_nothing_measured_is_not_reached() -> None:
-    rows = reached({}, "fast", None, [])
+    rows = reached({}, "fast", None, [], {})
     assert len(rows) == len(targets_of("fast")) == 8
     assert {row["reached"] for row in rows} == {None}
 
@@ -69,6 +69,23 @@ def test_peft_is_compared_in_its_mixed_batch() -> None:
     assert row["reached"] is False
 
 
+def test_own_rows_are_compared_where_they_were_side_by_side() -> None:
+    apart = _found(
+        (DISTINCT, FAST, "engine", _rounds(1.0)),
+        (NONE, f"{FAST}{BARE}", "engine", _rounds(4.0)),
+        (DISTINCT, "llama-server", "over HTTP", _rounds(3.0)),
+        (DISTINCT, "nibble serve", "over HTTP", _rounds(1.0)),
+    )
+    close = _found(
+        (DISTINCT, FAST, "engine", _rounds(1.0, 2.0, 1.0)),
+        (NONE, f"{FAST}{BARE}", "engine", _rounds(1.0, 1.0, 1.0)),
+    )
+    rows = {row["over"]: row for row in reached(apart, "fast", None, [], close) if row["ratio"]}
+    assert rows["llama-server"]["ratio"] == 3.0
+    own = rows[f"8, no adapter, {FAST}{BARE}"]
+    assert (own["what"], own["ratio"], own["lowest"]) == ("8 distinct against 8 without", 1.0, 0.5)
+
+
 @pytest.mark.parametrize(("ratio", "answer"), [(1.04, True), (0.96, True), (1.06, False)])
 def test_growth_is_told_by_the_count_that_is_farthest(ratio: float, answer: bool) -> None:
     spread = {"lowest": 0.9, "highest": 1.1}
@@ -81,7 +98,7 @@ def test_growth_is_told_by_the_count_that_is_farthest(ratio: float, answer: bool
             {"registered": 1, "ratio": 1.2, **spread},  # what chance does
         ],
     }
-    resident, growth = reached({}, "fast", registered, [])[-2:]
+    resident, growth = reached({}, "fast", registered, [], {})[-2:]
     assert resident["reached"] is True
     assert growth["over"].startswith("10 registered")
     assert growth["what"] == "cost of a token, 1 to 1,000 adapters registered"
@@ -94,6 +111,6 @@ def test_starts_are_held_against_seconds_and_the_budget() -> None:
         {"model": "mini", "second_seconds_all": [2.2, 1.9, 2.1], **common},
         {"model": "big", "second_seconds_all": [2.0, 3.1, 2.9], "budget_bytes": 1000, **common},
     ]
-    rows = {row["what"]: row for row in reached({}, "fast", None, starts)[8:]}
+    rows = {row["what"]: row for row in reached({}, "fast", None, starts, {})[8:]}
     assert rows["second start of mini"]["ratio"] == pytest.approx(1.05)
     assert [row["reached"] for row in rows.values()] == [False, True, True, False]
