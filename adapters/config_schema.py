@@ -33,6 +33,7 @@ from adapters.config_rules import (
 from adapters.errors import InvalidAdapter
 from adapters.limits import Limits
 from adapters.safetensors_header import parse_json_object
+from base.spec import BaseSpec
 
 MAX_INVOCATION = 1024
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -98,24 +99,44 @@ def read_config(raw: bytes) -> dict[str, Any]:
     return parse_json_object(raw, "config", "adapter_config.json")
 
 
-def check_fingerprint(config: Mapping[str, Any], fingerprint: str) -> None:
-    """Refuse an adapter whose config says that it was trained on another base.
+def check_fingerprint(
+    config: Mapping[str, Any], metadata: Mapping[str, str], spec: BaseSpec
+) -> None:
+    """Refuse an adapter that says itself that it was trained on another base.
 
-    The mark is `{"nibble": {"base_fingerprint": <64 hex digits>}}`; PEFT ignores it.
+    It is said in the config, `{"nibble": {"base_fingerprint": <64 hex digits>}}`, which PEFT
+    ignores, or in the weights' metadata, `base_fingerprint`, where `nibble train` writes it.
     """
     mark = config.get("nibble")
-    if mark is None:
-        return
-    where = "nibble.base_fingerprint"
-    if not isinstance(mark, dict) or set(mark) != {"base_fingerprint"}:
-        raise InvalidAdapter("must be {'base_fingerprint': <sha-256>}", "nibble")
-    found = mark["base_fingerprint"]
+    if mark is not None:
+        if not isinstance(mark, dict) or set(mark) != {"base_fingerprint"}:
+            raise InvalidAdapter("must be {'base_fingerprint': <sha-256>}", "nibble")
+        _check_mark(mark["base_fingerprint"], spec, "nibble.base_fingerprint")
+    if "base_fingerprint" in metadata:
+        _check_mark(metadata["base_fingerprint"], spec, "metadata.base_fingerprint")
+
+
+def _check_mark(found: Any, spec: BaseSpec, where: str) -> None:
     if not isinstance(found, str) or not SHA256.fullmatch(found):
         raise InvalidAdapter("must be 64 lower-case hexadecimal digits", where)
-    if found != fingerprint:
-        raise InvalidAdapter(
-            f"the adapter was made for the base {found}, this server runs {fingerprint}", where
-        )
+    if (why := other_base(found, spec)) is not None:
+        raise InvalidAdapter(why, where)
+
+
+def other_base(fingerprint: str, spec: BaseSpec) -> str | None:
+    """What is wrong with an adapter for the base `fingerprint` over the base `spec`; None where
+    they are the same."""
+    if fingerprint == spec.fingerprint:
+        return None
+    if fingerprint != spec.twin:
+        return f"the adapter was made for the base {fingerprint}, this one is {spec.fingerprint}"
+    made, here = ("without", "with") if spec.double_quant else ("with", "without")
+    flag = "--no-double-quant" if spec.double_quant else "--double-quant"
+    setting = "false" if spec.double_quant else "true"
+    return (
+        f"the adapter was made for {spec.id} {made} double quantisation, and it is loaded {here} "
+        f"it: give `{flag}` (double_quant={setting}) here, or train the adapter anew"
+    )
 
 
 def lora_fields(config: Mapping[str, Any], limits: Limits) -> LoraFields:

@@ -74,9 +74,9 @@ def validate(
         raise TooLarge(f"{len(config)} bytes, limit {limits.max_config_bytes}", "config")
     table = read_config(config)
     check = checker("BOTTLENECK" if is_adapter_hub(table) else table.get("peft_type"))
-    check_fingerprint(table, spec.fingerprint)
     with open_regular(weights) as fd:
         header = read_header(fd, limits)
+        check_fingerprint(table, header.metadata, spec)
         rows = vocabulary_of(header, spec, limits)
         own = resized(spec, rows)
         twice = doubles(header, own)

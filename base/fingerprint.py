@@ -32,12 +32,23 @@ def fingerprint(
     `config` is config.json as it stands on disk, so that a newer transformers with other
     defaults gives the same fingerprint. File names and order do not matter.
     """
+    return fingerprints(config, files, cache_dir)[double_quant]
+
+
+def fingerprints(
+    config: Mapping[str, Any], files: Iterable[Path], cache_dir: Path
+) -> Mapping[bool, str]:
+    """The fingerprints with double quantisation and without; the files are hashed once."""
     content = {
         "architecture": _architecture(config),
         "weights": sorted(hashes_of(files, cache_dir)),
-        "quantisation": {"type": "nf4", "block": 64, "double": double_quant},
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def of(double: bool) -> str:
+        whole = {**content, "quantisation": {"type": "nf4", "block": 64, "double": double}}
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+    return {double: of(double) for double in (False, True)}
 
 
 def hashes_of(files: Iterable[Path], cache_dir: Path) -> list[str]:

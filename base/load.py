@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from base.checkpoint import Checkpoint, read_json
 from base.dense import RoundedLinear
 from base.errors import UnservableBase
 from base.filling import Filling
-from base.fingerprint import default_cache_dir, fingerprint
+from base.fingerprint import default_cache_dir, fingerprint, fingerprints
 from base.hub import Source, locate
 from base.kept import KeptBase
 from base.kept_tokenizer import TokenizerFile
@@ -26,6 +26,7 @@ from base.machine import choose_dtype, inspect
 from base.nf4 import NF4Linear
 from base.prequantized import refuse_foreign_quantization
 from base.probe import AttentionShape, probe_attention
+from base.scales import double_quant_of
 from base.spec import BaseSpec, EmbeddingShape, LinearShape
 
 __all__ = ["Base", "UnservableBase", "load_base", "load_float"]
@@ -77,7 +78,7 @@ def load_base(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    double_quant: bool = False,
+    double_quant: bool | None = None,
     precision: Precision = "exact",
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -89,10 +90,11 @@ def load_base(
 
     Each decoder linear is quantised as its tensor is read, and the float copy is dropped at once:
     the peak is the NF4 base and about one tensor. Only safetensors are read, and no Python of the
-    checkpoint runs. There is no network unless `source` is a hub id. A checkpoint that is already
-    in bitsandbytes' NF4 stays as it is, whatever `double_quant` says. `precision` "fast" lays the
-    weights out for products in 8 bits and keeps the output head in 8 bits (`base.dense`), for a
-    CPU with the C library; anywhere else it changes nothing, and `Base.precision` says so.
+    checkpoint runs. There is no network unless `source` is a hub id. `double_quant` quantises the
+    scales too; None is as `base.scales` resolves it, which is yes for most. A checkpoint that is
+    already in bitsandbytes' NF4 stays as it is. `precision` "fast" lays the weights out for
+    products in 8 bits and keeps the output head in 8 bits (`base.dense`), for a CPU with the C
+    library; anywhere else it changes nothing, and `Base.precision` says so.
 
     `cache_dir` (default: `default_cache_dir`) keeps the hashes of big weight files and, with `keep`
     and on a CPU, the base as it serves: the next load maps that file, and its tensors are the same
@@ -112,12 +114,10 @@ def load_base(
     compute = _dtype(dtype, where)
     checkpoint = Checkpoint(found.directory)
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
-
-    def digest(double: bool) -> str:
-        return fingerprint(config_json, checkpoint.files, double_quant=double, cache_dir=cache)
-
-    asked = digest(double_quant)
-    kept = KeptBase(cache, asked, compute, precision) if keep and where.type == "cpu" else None
+    double = double_quant_of(found.directory, double_quant)
+    digests = fingerprints(config_json, checkpoint.files, cache)
+    on_cpu = where.type == "cpu"
+    kept = KeptBase(cache, digests[double], compute, precision) if keep and on_cpu else None
     # Before the weights: as transformers reads it the first time it takes 100 MB for a moment.
     tokenizer = _tokenizer(found.directory, cache if kept is not None and lean else None)
     model = kept.lean() if kept is not None and lean and not always_probe else None
@@ -125,18 +125,20 @@ def load_base(
         model = empty_model(config_json, compute)
         outline = None if kept is None else outline_of(model, config_json)
         if kept is None or not kept.fill(model):
-            Filling(model, checkpoint, where, compute, double_quant, precision).run()
+            Filling(model, checkpoint, where, compute, double, precision).run()
             model.to(where)
             heap.trim()
             if kept is not None:
                 kept.save(model, outline)
     attention = _probed(model, where, kept, always_probe)
     layers = _Layers.of(model)
-    actual = asked if layers.double_quant == double_quant else digest(layers.double_quant)
+    spec = _spec(found, digests[layers.double_quant], model, layers, attention)
+    if config_json.get("quantization_config") is None:
+        spec = replace(spec, twin=digests[not layers.double_quant])
     return Base(
         model=model,
         tokenizer=tokenizer,
-        spec=_spec(found, actual, model, layers, attention),
+        spec=spec,
         dtype=compute,
         device=where,
         eos_token_ids=_eos_token_ids(found.directory, model.config, tokenizer),

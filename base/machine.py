@@ -134,7 +134,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1 + 4 / 32}
 
 # What stands beside each part of `Fit`, for people.
 ARITHMETIC = {
-    "nf4": "decoder linears: half a byte for each weight, 4 bytes for each block of 64",
+    "nf4": "decoder linears: half a byte for each weight, and for each block of 64 one byte on a "
+    "GPU (double quantisation), 4 on a CPU, which serves with its scales unpacked",
     "embeddings": "embeddings (and the output layer, unless tied) in the compute dtype",
     "kv_cache": "keys and values of 8 sequences of 4,096 tokens in the dtype of the cache",
     "lora": "rank 16 on every linear, float32: weights, gradients, two Adam moments",
@@ -189,26 +190,27 @@ def fits(machine: Machine, kv_dtype: str = "auto") -> tuple[Fit, ...]:
     dtype, _ = choose_dtype(machine)
     width, kept = DTYPE_BYTES[dtype], DTYPE_BYTES[dtype if kv_dtype == "auto" else kv_dtype]
     budget = machine.gpus[0].memory_free if machine.gpus else machine.memory_available
+    sizes = ((s, _base(s, int(width), double_quant=bool(machine.gpus))) for s in SIZES)
     return tuple(
-        Fit(s, _serving(s, int(width), kept), _training(s, int(width)), budget) for s in SIZES
+        Fit(s, base | _kv_cache(s, kept), base | _training(s, int(width)), budget)
+        for s, base in sizes
     )
 
 
-def _base(size: Size, width: int) -> dict[str, int]:
+def _base(size: Size, width: int, double_quant: bool) -> dict[str, int]:
     largest = max(out * columns for out, columns in size.linear_shapes)
+    blocks = size.linear_weights // 64
+    scales = blocks + blocks // 256 * 4 if double_quant else blocks * 4
     return {
-        "nf4": size.linear_weights // 2 + size.linear_weights // 64 * 4,
+        "nf4": size.linear_weights // 2 + scales,
         "embeddings": size.embedding_weights * width,
         "overhead": GIB + largest * width,
     }
 
 
-def _serving(size: Size, width: int, kept: float) -> dict[str, int]:
+def _kv_cache(size: Size, kept: float) -> dict[str, int]:
     tokens = 8 * 4096
-    return {
-        **_base(size, width),
-        "kv_cache": int(2 * size.layers * size.kv_width * tokens * kept),
-    }
+    return {"kv_cache": int(2 * size.layers * size.kv_width * tokens * kept)}
 
 
 def _training(size: Size, width: int) -> dict[str, int]:
@@ -217,7 +219,6 @@ def _training(size: Size, width: int) -> dict[str, int]:
     if width < 4:
         per_layer += (6 * size.hidden + size.intermediate) * 4
     return {
-        **_base(size, width),
         "lora": size.lora_weights * 4 * 4,
         "activations": tokens * (size.layers * per_layer + 2 * size.vocab * 4),
     }

@@ -48,3 +48,4 @@ class BaseSpec:
     vocab_size: int
     max_positions: int
     double_quant: bool = False
+    twin: str = ""  # its fingerprint with the scales otherwise; "" where the checkpoint is NF4

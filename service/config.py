@@ -173,7 +173,12 @@ class Settings(BaseSettings):
         "Base",
         "fast",
     )
-    double_quant: bool = _setting("Quantise the NF4 scales once more.", "Base", False)
+    double_quant: bool | None = _setting(
+        "Quantise the NF4 scales too, as QLoRA does; unset, as the base says: yes, but for `mini` "
+        "and for a base that is NF4 already. Training and serving must agree.",
+        "Base",
+        None,
+    )
     keep_base: bool = _setting(
         "Keep the quantised base on disk for a quick next start (`nibble doctor` says where).",
         "Base",

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from adapters.checks.bottleneck import is_adapter_hub
+from adapters.config_schema import other_base
 from base.load import Base
 from training.config import MethodConfig
 from training.errors import MethodError
@@ -23,13 +24,25 @@ def load(source: Path, base: Base) -> Attached:
     """Attach the adapter of the directory `source` to the base.
 
     LoRA, rsLoRA and DoRA come onto our own layers, any other kind onto PEFT's.
-    Raises MethodError when its tensors do not fit the base.
+    Raises MethodError when its tensors do not fit the base, or it was trained over another.
     """
     fields = _fields(source)
+    _check_base(source, base)
     if is_adapter_hub(fields):
         return _load_bottleneck(source, fields, base)
     config = low_rank_config(fields)
     return _load_peft(source, fields, base) if config is None else _load_own(source, config, base)
+
+
+def _check_base(source: Path, base: Base) -> None:
+    """Raises MethodError for an adapter that `nibble train` made over another base."""
+    try:
+        with safe_open(source / WEIGHTS, "pt") as file:
+            made_for = (file.metadata() or {}).get("base_fingerprint")
+    except (OSError, SafetensorError) as error:
+        raise MethodError(f"{source / WEIGHTS}: {error}") from None
+    if made_for is not None and (why := other_base(made_for, base.spec)) is not None:
+        raise MethodError(f"{source / WEIGHTS}: {why}")
 
 
 def low_rank_config(fields: dict[str, Any]) -> MethodConfig | None:

@@ -20,7 +20,7 @@ from base.mini import MINI
 from training.config import AnyMethod, assignments, read_config
 from training.errors import TrainingError
 from training.tasks import TASKS
-from training.terminal import bar, console, print_json, progress, quiet, refusals
+from training.terminal import DoubleQuant, bar, console, print_json, progress, quiet, refusals
 
 if TYPE_CHECKING:  # each command imports what it needs: PEFT takes seconds, and few need it
     from base.load import Base
@@ -123,6 +123,7 @@ def show_plan(
     with refusals(as_json):
         found = read_config(config, {**_flags(locals()), **assignments(settings or [])})
         refuse_too_large(found)
+        found = session.resolved(found)
         model = session.load_for(found)
         prepared = prepare(found.data, model.tokenizer)
         found = with_steps(found, prepared.train)
@@ -230,6 +231,7 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help=f"The right answers: {FILES}")],
     adapter: Annotated[Path | None, typer.Option(help="A directory; without it the base.")] = None,
     base: BaseOption = None,
+    double_quant: DoubleQuant = None,
     max_new_tokens: Annotated[int, typer.Option()] = 128,
     batch_size: Annotated[int, typer.Option()] = 64,
     max_length: Annotated[int, typer.Option()] = 1024,
@@ -241,7 +243,7 @@ def evaluate(
     from training.evaluate import exact_match
 
     with refusals(as_json):
-        model = session.load(base or "mini")
+        model = session.load(base or "mini", double_quant)
         template = adapter / session.TEMPLATE_FILE if adapter else None
         own = template.read_text("utf-8") if template and template.is_file() else None
         items = examples(read_rows(data), model.tokenizer, max_length, own)

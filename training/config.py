@@ -309,10 +309,11 @@ class TrainConfig(_Frozen):
     """One run. A run with the same config on the same machine gives the same weights."""
 
     base: str = Field(default="mini", description="the embedded base, a directory, or a hub id")
-    double_quant: bool = Field(
-        default=False,
-        description="quantise the NF4 scales once more, as QLoRA does: as the server that the "
-        "adapter is for, since it is another base",
+    double_quant: bool | None = Field(
+        default=None,
+        description="quantise the NF4 scales too, as QLoRA does; unset, as the base says: yes, but "
+        "for mini and for a base that is NF4 already. As the server that the adapter is for, since "
+        "it is another base",
     )
     data: DataConfig
     method: AnyMethod = MethodConfig()

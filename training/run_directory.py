@@ -140,5 +140,5 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
 def _filled(kept: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of its run, with the defaults of fields that are younger than it: a
     new field's default is how a run went before. As it is where a field is no longer known."""
-    config = as_now(kept)
+    config = as_now({"double_quant": False, **kept})  # before it could be asked for
     return kept if config is None else _decisive(config)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from rich.text import Text
 
+from base.hub import locate
 from base.load import Base, load_base, load_float
 from base.mini import MINI
+from base.scales import double_quant_of
 from training.config import TrainConfig
 from training.data import Prepared, prepare
 from training.distributed import World, world
@@ -45,6 +47,7 @@ def run(
     console.quiet = console.quiet or not here.leads
     directory = RunDirectory(config.out, writes=here.leads)
     asked_for(config)
+    config = resolved(config)
     resume = resume or (go_on and has_begun(here, directory))
     state = directory.resume(config) if resume else None
     if state is None and not overwrite:
@@ -154,7 +157,17 @@ def _leave(
         note_origin(config, done)
 
 
-def load(source: str, double_quant: bool = False) -> Base:
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The config with its double quantisation said, so that a run's record and its continuation do
+    not depend on a default; False where the method trains the base itself, in floating point."""
+    source = MINI if config.base == "mini" else locate(config.base).directory
+    double = not METHODS[config.method.kind].makes_base and double_quant_of(
+        source, config.double_quant
+    )
+    return config.model_copy(update={"double_quant": double})
+
+
+def load(source: str, double_quant: bool | None = None) -> Base:
     """In fp32 on a CPU, in what the device computes best elsewhere."""
     dtype = "auto" if torch.cuda.is_available() else "float32"
     return load_base(MINI if source == "mini" else source, dtype=dtype, double_quant=double_quant)

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -32,6 +32,16 @@ _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memo
 _REMEMBERED = 0.9  # of the speed so far, at each step
 
 console = Console()
+
+DoubleQuant = Annotated[
+    bool | None,
+    typer.Option(
+        "--double-quant/--no-double-quant",
+        help="The base's NF4 scales quantised too, as the adapter was trained; default: as the "
+        "base says, which is yes for most.",
+        show_default=False,
+    ),
+]
 
 
 def progress(shown: bool = True) -> Progress:

@@ -11,10 +11,12 @@ from base.checkpoint import read_json
 from base.hub import locate
 from base.machine import inspect
 from base.mini import MINI
+from base.scales import double_quant_of
 from training.config import TrainConfig
 from training.errors import ConfigError
 
-NF4 = 0.5 + 4 / 64  # bytes a weight: four bits, and a float32 for each 64
+PLAIN = 0.5 + 4 / 64  # bytes a weight: four bits, and a float32 for each 64
+DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)  # a byte for each 64, and a float32 for 256 of these
 FLOAT = 4.0
 TRAINED = 16.0  # the weight, its gradient and AdamW's two moments, in float32
 
@@ -25,11 +27,12 @@ class Weights:
 
     linears: int
     others: int
+    double: bool  # are the scales quantised too?
 
     @property
     def served(self) -> float:
         """Bytes in NF4, which an adapter is trained over."""
-        return self.linears * NF4 + self.others * FLOAT
+        return self.linears * (DOUBLE if self.double else PLAIN) + self.others * FLOAT
 
     @property
     def trained(self) -> float:
@@ -37,7 +40,7 @@ class Weights:
         return (self.linears + self.others) * TRAINED
 
 
-def weights(base: str) -> Weights:
+def weights(base: str, double_quant: bool | None = None) -> Weights:
     """Counted in a model without memory. Raises UnservableBase where there is none."""
     import torch
 
@@ -50,13 +53,13 @@ def weights(base: str) -> Weights:
         for module in model.modules()
         if isinstance(module, nn.Linear) and module is not head
     )
-    return Weights(linears, total - linears)
+    return Weights(linears, total - linears, double_quant_of(directory, double_quant))
 
 
 def refuse_too_large(config: TrainConfig, free: int | None = None) -> None:
     """Raises ConfigError where not even the weights fit, and says what would."""
     free = _free() if free is None else free
-    found, full = weights(config.base), config.method.kind == "full"
+    found, full = weights(config.base, config.double_quant), config.method.kind == "full"
     needed = found.trained if full else found.served
     if needed <= free:
         return

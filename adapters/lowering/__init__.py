@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from adapters.config_schema import other_base
 from adapters.delta import Bottleneck, Delta, LinearDelta, LoweredAdapter, Resized
 from adapters.errors import InvalidAdapter
 from adapters.manifest import AdapterManifest, MergedDtype, Placement
@@ -119,12 +120,8 @@ def lower(
     family = FAMILIES.get(manifest.kind)
     if family is None:
         raise InvalidAdapter(f"kind {manifest.kind!r} cannot be served", "kind")
-    if manifest.base_fingerprint != base.spec.fingerprint:
-        raise InvalidAdapter(
-            f"the adapter is for base {manifest.base_fingerprint[:12]}, this one is "
-            f"{base.spec.fingerprint[:12]} ({base.spec.id})",
-            "base_fingerprint",
-        )
+    if (why := other_base(manifest.base_fingerprint, base.spec)) is not None:
+        raise InvalidAdapter(why, "base_fingerprint")
     placement = placement or manifest.placement
     virtual = PREFIXES.get(manifest.kind)
     if virtual and placement == "merged":

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .weight import NF4_LEVELS, NF4Weight
+from .quantization import NF4_LEVELS
+from .weight import NF4Weight
 
 BLOCK = 64  # columns of one scale
 PANEL_ROWS = 32  # rows of W in a panel

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .quantization import NESTED_BLOCKSIZE, NF4_LEVELS
 from .triton_arithmetic import add_product, rounded
-from .weight import NESTED_BLOCKSIZE, NF4_LEVELS, NF4Weight
+from .weight import NF4Weight
 
 ROWS = 16  # of x at a time: the least that the matrix units take
 OUTPUTS = 32  # rows of W of one program

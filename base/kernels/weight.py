@@ -8,32 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-# The 16 levels of NF4: quantiles of a standard normal, scaled to [-1, 1]
-# (Dettmers et al. 2023, "QLoRA", appendix E), as bitsandbytes rounds them.
-NF4_LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-
-NESTED_BLOCKSIZE = (
-    256  # blocks of absmax values in double quantisation: bitsandbytes knows no other
-)
+from .quantization import NESTED_BLOCKSIZE, NF4_LEVELS, quantize, quantize_scales
 
 _RECORD = struct.Struct("=QQQQQQqqq")  # `nf4_weight` of csrc/kernels.h
 
@@ -168,12 +145,22 @@ class NF4Weight:
     def quantize(cls, weight: Tensor, double_quant: bool = True) -> NF4Weight:
         """Quantise W [out, in] (float32, bfloat16 or float16) to bitsandbytes' bytes, blocks of 64.
 
-        The plain case on the CPU is computed here: importing bitsandbytes costs two seconds of
-        every start, and on some processors it tries to fetch kernels from a hub.
+        On the CPU it is computed here (quantization.py), elsewhere by bitsandbytes itself.
         """
         out, width = weight.shape
-        if weight.device.type == "cpu" and not double_quant:
-            return cls(*_quantize(weight.detach()), (out, width))
+        if weight.device.type == "cpu":
+            packed, absmax = quantize(weight.detach())
+            if not double_quant:
+                return cls(packed, absmax, (out, width))
+            nested = quantize_scales(absmax)
+            return cls(
+                packed,
+                nested.absmax,
+                (out, width),
+                nested_absmax=nested.nested_absmax,
+                nested_code=nested.code,
+                nested_offset=nested.offset,
+            )
         from bitsandbytes.functional import quantize_4bit
 
         packed, state = quantize_4bit(
@@ -189,22 +176,3 @@ class NF4Weight:
             nested_code=state.state2.code.float(),
             nested_offset=state.offset.float(),
         )
-
-
-_QUANTIZED_AT_ONCE = 1 << 22  # weights; a multiple of the block, and a bound on temporary memory
-
-
-def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """W -> codes, two in a byte, and absmax [blocks]: each weight to the nearest level."""
-    levels = torch.tensor(NF4_LEVELS)
-    bounds = (levels[:-1] + levels[1:]) / 2
-    flat = weight.contiguous().reshape(-1)
-    packed, absmax = [], []
-    for piece in torch.split(flat, _QUANTIZED_AT_ONCE):
-        values = nn.functional.pad(piece.float(), (0, -len(piece) % 64)).view(-1, 64)
-        scale = values.abs().amax(-1)
-        scaled = (values * (1.0 / scale.clamp(min=1e-38))[:, None]).clamp(-1, 1)
-        codes = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8).view(-1)
-        absmax.append(scale)
-        packed.append(((codes[::2] << 4) | codes[1::2])[: (len(piece) + 1) // 2])
-    return torch.cat(packed), torch.cat(absmax)

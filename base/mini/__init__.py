@@ -9,3 +9,7 @@ from pathlib import Path
 
 MINI = Path(__file__).parent / "weights"
 """The directory of the shipped model: config, tokenizer, weights, card, evaluation."""
+
+DOUBLE_QUANT = False
+"""Are its scales quantised too, where nobody asks? They are plain: so it was measured, and so the
+adapters that ship with it were trained."""

@@ -14,14 +14,21 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from base.dense import RoundedEmbedding
-from base.kernels import pack, unpack
+from base.kernels import Precision, pack, unpack
 from base.load import Base, load_base
-from base.mini import held_out
+from base.mini import DOUBLE_QUANT, held_out
 from base.mini.evaluate import SEED, Size, Table, measure
 from base.mini.packing import encode
 from base.nf4 import NF4Linear
 
 BOUND = 0.005  # what may move for `fast` to be the default: perplexity and shares of answers
+
+
+def _base(directory: Path, precision: Precision = "exact") -> Base:
+    """As `mini` is quantised where it ships: a copy that is being built is no other base."""
+    return load_base(
+        directory, device="cpu", dtype="float32", double_quant=DOUBLE_QUANT, precision=precision
+    )
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def compare_kv(directory: Path, dtype: torch.dtype, size: Size | None = None) ->
     """
     size = size or Size()
     tok = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    net = load_base(directory, device="cpu", dtype="float32").model
+    net = _base(directory).model
     before, kept = measure(net, tok, size), _Kept(dtype)
     documents = [item.document for item in held_out.context_items(SEED, 2)]
     asked = [torch.tensor([ids]) for ids, _ in encode(tok, documents)]
@@ -117,10 +124,10 @@ def compare(directory: Path, size: Size | None = None) -> Movement:
     """Measure the base in `directory` in both precisions, on the CPU. Needs the C library."""
     size = size or Size()
     tok = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    fast = load_base(directory, device="cpu", dtype="float32", precision="fast")
+    fast = _base(directory, "fast")
     if fast.precision != "fast":
         raise RuntimeError("the fast precision needs the C library: python -m base.kernels.build")
-    exact = load_base(directory, device="cpu", dtype="float32")
+    exact = _base(directory)
     return Movement(
         measure(exact.model, tok, size),
         measure(fast.model, tok, size),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from base.kernels import NF4Weight
+from base.kernels.quantization import NESTED_BLOCKSIZE
 from base.load import Base, load_base
 from base.nf4 import NF4Linear
 from service.bench.memory import head_bytes, quantised_bytes
@@ -126,19 +127,32 @@ def to_bitsandbytes(base: Base) -> list[Any]:
     return made
 
 
+def _state_of_scales(weight: NF4Weight) -> Any:
+    """How the scales themselves are quantised; None where they are plain."""
+    from bitsandbytes.functional import QuantState
+
+    if not weight.is_nested:
+        return None
+    return QuantState(
+        absmax=weight.nested_absmax,
+        code=weight.nested_code,
+        blocksize=NESTED_BLOCKSIZE,
+        dtype=torch.float32,
+    )
+
+
 def _linear4bit(linear: NF4Linear, dtype: torch.dtype) -> Any:
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState, get_4bit_type
 
     weight = linear.weight
     assert isinstance(weight, NF4Weight)
-    assert not weight.is_nested
     layer = bnb.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
         compute_dtype=dtype,
-        compress_statistics=False,
+        compress_statistics=weight.is_nested,
         quant_type="nf4",
         device="meta",
     )
@@ -149,13 +163,15 @@ def _linear4bit(linear: NF4Linear, dtype: torch.dtype) -> Any:
         blocksize=weight.blocksize,
         quant_type="nf4",
         dtype=dtype,
+        offset=weight.nested_offset,
+        state2=_state_of_scales(weight),
     )
     layer.weight = bnb.nn.Params4bit(
         weight.packed.view(-1, 1),
         requires_grad=False,
         quant_state=state,
         blocksize=weight.blocksize,
-        compress_statistics=False,
+        compress_statistics=weight.is_nested,
         quant_type="nf4",
         bnb_quantized=True,
         module=layer,

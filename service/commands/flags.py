@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 from service.commands.output import fail
 from service.config import PREFIX, ConfigError, Configuration, Settings, configure
 
+SWITCHES = (bool, bool | None)
+
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give `command(configuration, …)` a flag for every setting, and `--config`.
@@ -47,7 +49,7 @@ def _public(field: FieldInfo) -> bool:
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     extra = field.json_schema_extra
     assert isinstance(extra, dict), "every setting names its panel"
-    is_switch = field.annotation is bool
+    is_switch = field.annotation in SWITCHES
     dashed = name.replace("_", "-")
     option = typer.Option(
         f"--{dashed}/--no-{dashed}" if is_switch else f"--{dashed}",

@@ -25,6 +25,7 @@ from torch import nn
 from adapters.checks.saved_tables import TABLE_LEAVES
 from base.architecture import another
 from base.dense import RoundedEmbedding, RoundedLinear
+from base.scales import double_quant_of
 
 VIRTUAL_KINDS = (
     "prompt_tuning",
@@ -54,6 +55,7 @@ class PeftOracle:
     merged   None: PEFT's unmerged forward. "float32", "bfloat16", "nf4": PEFT merges into the
              dequantised weights, and the merged linears are rounded to that dtype: the oracle of
              placement `merged`.
+    double_quant  of a directory's weights; None as `load_base` resolves it
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class PeftOracle:
         adapter: str | Path | None = None,
         *,
         merged: str | None = None,
-        double_quant: bool = False,
+        double_quant: bool | None = None,
     ) -> None:
         if isinstance(base, str | Path):
-            model = copy.deepcopy(dequantised_model(str(base), double_quant))
+            double = double_quant_of(Path(base), double_quant)
+            model = copy.deepcopy(dequantised_model(str(base), double))
         else:
             model = _model_of(base)
         if adapter is not None:

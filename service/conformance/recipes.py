@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from base.scales import double_quant_of
 from service.conformance.oracle import VIRTUAL_KINDS, dequantised_model, ready_peft
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -215,7 +216,7 @@ def make_adapter(
 def _float_model(base: str | Path, over_nf4: bool) -> Any:
     """A model of its own, in fp32."""
     if over_nf4:
-        return copy.deepcopy(dequantised_model(str(base), False))
+        return copy.deepcopy(dequantised_model(str(base), double_quant_of(Path(base))))
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)

@@ -14,7 +14,11 @@ CONFIG = "job.json"  # JSON is YAML
 
 
 def prepare(
-    order: Order, directory: Path, files: TrainingFiles, base: str, double_quant: bool = False
+    order: Order,
+    directory: Path,
+    files: TrainingFiles,
+    base: str,
+    double_quant: bool | None = None,
 ) -> None:
     """The job's directory: links to its files, which outlive the files' deletion, and its config.
 

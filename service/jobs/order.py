@@ -198,7 +198,7 @@ def method_kind(given: str) -> str:
     return "lora" if given == "supervised" else given
 
 
-def run_config(order: Order, base: str, double_quant: bool = False) -> dict[str, Any]:
+def run_config(order: Order, base: str, double_quant: bool | None = None) -> dict[str, Any]:
     """The config of a run in the job's own directory, before its epochs are steps."""
     config = dict(order.config)
     config["data"] = {

@@ -51,7 +51,7 @@ class Workshop:
     confinement: Confinement = field(default_factory=Confinement)
     at_once: int = 1
     max_minutes: float = 24 * 60.0
-    double_quant: bool = False  # as the base serves
+    double_quant: bool | None = None  # as the base serves
 
     def directory(self, job_id: str) -> Path:
         return self.home / job_id

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from adapters.config_schema import RULES, check_fingerprint, lora_fields, read_config
 from adapters.errors import InvalidAdapter
 from adapters.limits import Limits
+from base.spec import BaseSpec
 
 PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
@@ -143,15 +144,42 @@ def test_what_cannot_change_the_maths_is_accepted(name: str, value: Any) -> None
     assert lora_fields(PLAIN | {name: value}, Limits()) == lora_fields(PLAIN, Limits())
 
 
-def test_mark_of_the_base() -> None:
-    mine, other = "a" * 64, "b" * 64
-    check_fingerprint({}, mine)
-    check_fingerprint({"nibble": {"base_fingerprint": mine}}, mine)
-    with pytest.raises(InvalidAdapter, match=r"made for the base b+, this server runs a+"):
-        check_fingerprint({"nibble": {"base_fingerprint": other}}, mine)
+def test_mark_of_the_base(spec: BaseSpec) -> None:
+    mine, other = spec.fingerprint, "b" * 64
+    check_fingerprint({}, {}, spec)
+    check_fingerprint(
+        {"nibble": {"base_fingerprint": mine}}, {"base_fingerprint": mine, "format": "pt"}, spec
+    )
+    for config, metadata in (
+        ({"nibble": {"base_fingerprint": other}}, {}),
+        ({}, {"base_fingerprint": other}),
+    ):
+        with pytest.raises(InvalidAdapter, match=rf"made for the base b+, this one is {mine}"):
+            check_fingerprint(config, metadata, spec)
     for bad in ("x", {"base_fingerprint": "A" * 64}, {"base_fingerprint": mine, "more": 1}, {}):
         with pytest.raises(InvalidAdapter):
-            check_fingerprint({"nibble": bad}, mine)
+            check_fingerprint({"nibble": bad}, {}, spec)
+    with pytest.raises(InvalidAdapter, match=r"metadata.base_fingerprint: must be 64"):
+        check_fingerprint({}, {"base_fingerprint": "mine"}, spec)
+
+
+def test_the_same_base_with_other_scales_is_refused_with_the_option(spec: BaseSpec) -> None:
+    made = {"base_fingerprint": spec.twin}
+    with pytest.raises(
+        InvalidAdapter,
+        match=r"without double quantisation, and it is loaded with it: .*--no-double-quant`"
+        r" \(double_quant=false\)",
+    ):
+        check_fingerprint({}, made, spec)
+    plain = dataclasses.replace(
+        spec, fingerprint=spec.twin, twin=spec.fingerprint, double_quant=False
+    )
+    check_fingerprint({}, made, plain)
+    with pytest.raises(
+        InvalidAdapter,
+        match=r"with double quantisation, and it is loaded without it: .*`--double-quant`",
+    ):
+        check_fingerprint({}, {"base_fingerprint": spec.fingerprint}, plain)
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"\xff", b'{"r":8,"r":9}', b'{"r":NaN}', b"{" * 9000])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from base.fingerprint import default_cache_dir, fingerprint
+from base.fingerprint import default_cache_dir, fingerprint, fingerprints
 
 CONFIG = {"model_type": "llama", "hidden_size": 64, "rope_parameters": {"rope_theta": 1e4}}
 
@@ -41,6 +41,7 @@ def test_what_a_base_is_changes_it(files: list[Path], tmp_path: Path) -> None:
     seen.add(of(files, tmp_path, {**CONFIG, "hidden_size": 128}))
     seen.add(of(files, tmp_path, {**CONFIG, "rope_parameters": {"rope_theta": 1e6}}))
     seen.add(of(files, tmp_path, double_quant=True))
+    assert set(fingerprints(CONFIG, files, tmp_path).values()) < seen
     seen.add(of(files[:1], tmp_path))
     seen.add(of([files[0], write(tmp_path / "d", "TWO")], tmp_path))
     assert len(seen) == 6

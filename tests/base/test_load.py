@@ -45,12 +45,16 @@ def test_logits_equal_transformers(name: str, directory: Path, cache: Path) -> N
     assert_equal_to_transformers(load_base(directory, cache_dir=cache), directory)
 
 
-def test_double_quantisation(directory: Path, cache: Path) -> None:
+def test_double_quantisation_and_plain_scales(directory: Path, cache: Path) -> None:
+    """What nobody asks otherwise about is double-quantised; each says the other's fingerprint."""
     save_tiny(CONFIGS["qwen3"], directory)
-    base = load_base(directory, double_quant=True, cache_dir=cache)
-    assert base.spec.double_quant
-    assert all(nf4_linear(base, path).weight.is_nested for path in quantised(base))
-    assert_equal_to_transformers(base, directory)
+    base = load_base(directory, cache_dir=cache)
+    plain = load_base(directory, double_quant=False, cache_dir=cache)
+    for one, double in ((base, True), (plain, False)):
+        assert one.spec.double_quant == double
+        assert {nf4_linear(one, path).weight.is_nested for path in quantised(one)} == {double}
+    assert (base.spec.twin, plain.spec.twin) == (plain.spec.fingerprint, base.spec.fingerprint)
+    assert_equal_to_transformers(plain, directory)
 
 
 def test_rows_that_are_no_multiple_of_a_block(directory: Path, cache: Path) -> None:
@@ -134,7 +138,7 @@ def test_tied_embeddings_are_one_tensor(directory: Path, cache: Path) -> None:
 def test_no_float_copy_of_a_quantised_weight_is_kept(directory: Path, cache: Path) -> None:
     """None among the tensors that the model can reach, and no mapped file behind them."""
     save_tiny(CONFIGS["llama"], directory)
-    base = load_base(directory, cache_dir=cache)
+    base = load_base(directory, double_quant=False, cache_dir=cache)
     paths = quantised(base)
     assert len(paths) == 14
     shapes = {(s.out_features, s.in_features) for s in base.spec.linears.values() if s.quantized}
@@ -193,6 +197,9 @@ def test_a_checkpoint_in_nf4_already(double_quant: bool, directory: Path, cache:
     ours = load_base(directory / "float", double_quant=double_quant, cache_dir=cache)
     theirs = load_base(directory / "nf4", cache_dir=cache)
     assert theirs.spec.double_quant == double_quant
+    assert not theirs.spec.twin, "no option changes it"
+    asked = load_base(directory / "nf4", double_quant=not double_quant, cache_dir=cache)
+    assert asked.spec == theirs.spec
     assert theirs.spec.linears == ours.spec.linears
     for path in quantised(ours):
         a, b = nf4_linear(ours, path).weight, nf4_linear(theirs, path).weight

@@ -69,7 +69,9 @@ def test_the_arithmetic_by_hand() -> None:
 
 def test_sixteen_bit_halves_what_is_not_quantised() -> None:
     cpu, gpu = fit_of(LAPTOP, "3B"), fit_of(AMPERE, "3B")
-    assert gpu.serving["nf4"] == cpu.serving["nf4"]
+    weights = gpu.size.linear_weights
+    assert cpu.serving["nf4"] == weights * (0.5 + 4 / 64)
+    assert gpu.serving["nf4"] == weights * (0.5 + 1 / 64 + 4 / 64 / 256), "double quantisation"
     for part in ("embeddings", "kv_cache"):
         assert gpu.serving[part] * 2 == cpu.serving[part]
 

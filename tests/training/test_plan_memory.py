@@ -69,6 +69,8 @@ def test_weights_are_counted_without_loading_them(base_directory: Path) -> None:
     assert found.linears + found.others == sum(p.numel() for p in whole.model.parameters())
     shapes = [s for s in whole.spec.linears.items() if s[0] != "lm_head"]
     assert found.linears == sum(s.in_features * s.out_features for _, s in shapes)
+    plain = weights(str(base_directory), double_quant=False)
+    assert plain.served - found.served == found.linears / 64 * (4 - 1 - 4 / 256)
 
 
 def test_a_base_whose_weights_do_not_fit_is_refused_with_what_would(base_directory: Path) -> None:

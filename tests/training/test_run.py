@@ -154,7 +154,8 @@ def test_a_checkpoint_that_is_older_than_a_field_of_the_schema_goes_on_with_its_
     base: Base, tmp_path: Path
 ) -> None:
     directory = RunDirectory(tmp_path)
-    config = run_of(optim={"steps": 2})
+    plain = {"double_quant": False}  # as all bases were before it was a field
+    config = run_of(optim={"steps": 2}).model_copy(update=plain)
     directory.begin(config)
     directory.keep(config, _train(base, config)[1])
     kept = read_tree(directory.checkpoint)
@@ -162,7 +163,9 @@ def test_a_checkpoint_that_is_older_than_a_field_of_the_schema_goes_on_with_its_
     write_tree(directory.checkpoint, kept)
     assert directory.resume(config)["progress"]["step"] == 2
     with pytest.raises(ConfigError, match=r"another optim.checkpointing False, now True$"):
-        directory.resume(run_of(optim={"steps": 2, "checkpointing": True}))
+        directory.resume(run_of(optim={"steps": 2, "checkpointing": True}).model_copy(update=plain))
+    with pytest.raises(ConfigError, match=r"another double_quant False, now True$"):
+        directory.resume(config.model_copy(update={"double_quant": True}))
     kept["config"]["optim"]["momentum"] = 0.9  # a field that is no longer there
     write_tree(directory.checkpoint, kept)
     with pytest.raises(ConfigError, match=r"double_quant None, now False; .*optim.momentum 0"):

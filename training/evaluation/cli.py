@@ -29,7 +29,7 @@ from training.evaluation.questions import read_questions
 from training.evaluation.scorecard import Metric, Question, Scores, compare, fitting, score
 from training.evaluation.shots import Shots, read_shots
 from training.evaluation.significance import Estimate, Paired
-from training.terminal import print_json, refuse
+from training.terminal import DoubleQuant, print_json, refuse
 
 TEMPLATE_FILE = "chat_template.jinja"
 BASE = "base"
@@ -117,6 +117,7 @@ def evaluate(
         Path | None, typer.Option(help="The file whose first rows --shots takes.")
     ] = None,
     base: Annotated[str, typer.Option(help="mini, a directory, or a hub id.")] = "mini",
+    double_quant: DoubleQuant = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(help=f"{', '.join(get_args(Metric))}; default: those that fit the answers."),
@@ -162,7 +163,7 @@ def evaluate(
         )
         few = _shots(shots, examples, order.columns)
         systems = _systems(adapter or [], system or [], with_base, templates, few)
-        model = _model(base, precision)
+        model = _model(base, precision, double_quant)
         found = _measured(model, systems, order)
         if keep:
             _keep(model, data, systems, found)
@@ -176,9 +177,10 @@ def evaluate(
             console.print(_tests(found))
 
 
-def _model(base: str, precision: str) -> Base:
+def _model(base: str, precision: str, double_quant: bool | None) -> Base:
     source = MINI if base == "mini" else base
-    model = load_base(source, dtype=_dtype(), precision=_precision(precision))
+    kind = _precision(precision)
+    model = load_base(source, dtype=_dtype(), double_quant=double_quant, precision=kind)
     if model.tokenizer is None:
         raise TrainingError(f"base {base} has no tokenizer, so nothing can be asked")
     return model

@@ -86,7 +86,8 @@ def _base(study: StudyConfig, place: Place, arm: Arm) -> Base:
     """NF4, as it is served; for full fine-tuning in floating point, and what a trial made of it."""
     source = MINI if study.base == "mini" else study.base
     if arm.kind == "reference" or not is_full(study, arm):
-        return load_base(source, dtype="auto", device="auto")
+        double = study.double_quant
+        return load_base(source, dtype="auto", device="auto", double_quant=double)
     kept = place.adapter(arm.task, arm.name, arm.learning_rate, arm.seed)
     trained = arm.kind == "final" and place.result(replace(arm, kind="trial").id).is_file()
     return load_float(kept if trained else source, device="auto")
@@ -198,6 +199,7 @@ class _Work:
     def _config(self) -> TrainConfig:
         return TrainConfig(
             base=self.study.base,
+            double_quant=self.study.double_quant,
             data=DataConfig(
                 train=self.place.material(self.task.name) / "train.jsonl",
                 max_length=self.task.max_length,

@@ -101,6 +101,7 @@ class StudyConfig(_Frozen):
 
     name: str = Field(min_length=1, max_length=200)
     base: str = Field(default="mini", description="the embedded base, a directory, or a hub id")
+    double_quant: bool | None = Field(default=None, description="of the base, as for a run")
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     methods: tuple[ArmConfig, ...] = Field(min_length=1)
     references: tuple[Reference, ...] = ("zero_shot", "few_shot", "gold_context", "bm25")

@@ -18,6 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from base.hub import locate
+from base.mini import MINI
+from base.scales import double_quant_of
 from training.errors import ConfigError, MethodError, TrainingError
 from training.study.arm import Arm, refused, run_arm
 from training.study.config import StudyConfig
@@ -35,9 +38,11 @@ def prepare(study: StudyConfig, place: Place) -> None:
     kept = place.root / "study.json"
     now = study.model_dump(mode="json")
     if kept.is_file():
-        # Through the schema: of a field that is new since, the study has the default.
-        text = kept.read_text(encoding="utf-8")
-        before = StudyConfig.model_validate_json(text).model_dump(mode="json")
+        # Through the schema: of a field that is new since, the study has the default. But for this
+        # one: before it was there, scales were plain.
+        then = json.loads(kept.read_text(encoding="utf-8"))
+        then.setdefault("double_quant", False if _double_quant(study) else study.double_quant)
+        before = StudyConfig.model_validate_json(json.dumps(then)).model_dump(mode="json")
         unlike = [key for key in now if key not in EXTENDABLE and before.get(key) != now[key]]
         if unlike:
             raise ConfigError(
@@ -50,6 +55,11 @@ def prepare(study: StudyConfig, place: Place) -> None:
             make_material(task).write(place.material(task.name))
     if not place.retention.is_file():
         write_retention(study, place.retention)
+
+
+def _double_quant(study: StudyConfig) -> bool:
+    directory = MINI if study.base == "mini" else locate(study.base).directory
+    return double_quant_of(directory, study.double_quant)
 
 
 def results(place: Place) -> dict[str, dict[str, Any]]:

@@ -45,6 +45,8 @@ def server(study: StudyConfig) -> Iterator[Running]:
     with tempfile.TemporaryDirectory(prefix="nibble-study-") as home:
         port, log = _free_port(), Path(home) / "serve.log"
         command = [str(nibble), "serve", "--base", base, "--port", str(port), "--home", home]
+        if study.double_quant is not None:
+            command.append("--double-quant" if study.double_quant else "--no-double-quant")
         environment = {**os.environ, "OMP_NUM_THREADS": str(study.threads)}
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)

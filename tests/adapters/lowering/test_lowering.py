@@ -57,7 +57,7 @@ def test_an_unknown_kind_is_refused(served: Server, adapter: Path) -> None:
 def test_an_adapter_for_another_base_is_refused(served: Server, adapter: Path) -> None:
     manifest = read_manifest(adapter, served.base.spec)
     other = dataclasses.replace(manifest, base_fingerprint="f" * 64)
-    with pytest.raises(InvalidAdapter, match="base_fingerprint: the adapter is for base ffffff"):
+    with pytest.raises(InvalidAdapter, match=r"base_fingerprint: .* made for the base f{64}, this"):
         lower(other, adapter / "adapter_model.safetensors", served.base)
 
 

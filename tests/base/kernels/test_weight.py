@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from base.kernels import NF4Weight
-from base.kernels.weight import NF4_LEVELS
+from base.kernels.quantization import NF4_LEVELS, quantize_scales
 
 SHAPES = [(128, 256), (33, 70), (5, 64), (7, 9), (1, 1), (300, 64)]
 
@@ -20,6 +20,51 @@ def test_reads_what_bitsandbytes_wrote(shape: tuple[int, int], double_quant: boo
     ours = NF4Weight.quantize(weight, double_quant)
     assert torch.equal(ours.packed, packed.reshape(-1))
     assert torch.equal(ours.dequantize(), dequantize_4bit(packed, state).view(shape))
+
+
+@pytest.mark.parametrize("blocks", [1, 255, 256, 257, 40_000])  # of scales; nested ones have 256
+def test_double_quantisation_is_to_the_byte_that_of_bitsandbytes(blocks: int) -> None:
+    weight = torch.randn(blocks, 64) * torch.rand(blocks, 1)
+    _, theirs = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    ours = NF4Weight.quantize(weight, True)
+    assert torch.equal(ours.absmax, theirs.absmax)
+    assert torch.equal(some(ours.nested_code), theirs.state2.code)
+    if torch.get_num_threads() == 1 or blocks < 1 << 15:
+        assert torch.equal(some(ours.nested_absmax), theirs.state2.absmax)
+        assert some(ours.nested_offset) == theirs.offset
+
+
+def test_blocks_of_zeros_and_scales_that_are_all_one_keep_theirs() -> None:
+    for weight in (torch.zeros(300, 64), torch.ones(300, 64), torch.eye(64).repeat(5, 1)):
+        packed, theirs = quantize_4bit(
+            weight, blocksize=64, compress_statistics=True, quant_type="nf4"
+        )
+        ours = NF4Weight.quantize(weight, True)
+        assert torch.equal(ours.absmax, theirs.absmax)
+        assert torch.equal(ours.dequantize(), dequantize_4bit(packed, theirs).view(weight.shape))
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    """torch adds up so many scales in another order for each number of threads."""
+    drawn = torch.rand(4, 1 << 17, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    means, found = set(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            means.add(tuple(float(absmax.mean()) for absmax in drawn))
+            found.append([tensor for absmax in drawn for tensor in quantize_scales(absmax)])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(means) > 1, "torch no longer does: nothing was tested"
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+
+
+def some(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return tensor
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256])
