@@ -11,12 +11,13 @@ import typer
 
 from adapters.errors import AdapterError
 from deploy.ray.fleet import Fleet, check_closed, given
-from deploy.ray.loopback import set_variables
+from deploy.ray.loopback import name_ports, set_variables
 from service.commands.flags import with_settings
 from service.commands.output import fail
 from service.config import ConfigError, Configuration
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+STARTING = 300  # seconds that Ray's proxy may take; it says 60
 
 
 @app.command()
@@ -55,9 +56,11 @@ def run(
         typer.echo("warning: each replica counts quotas by itself; see --quota-store", err=True)
     _connect(fleet)
     from ray import serve
+    from ray.serve._private import api, client
 
     from deploy.ray.app import application
 
+    api.HTTP_PROXY_TIMEOUT = client.HTTP_PROXY_TIMEOUT = STARTING
     serve.start(http_options={"host": settings.host, "port": settings.port})
     stopped = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
@@ -76,6 +79,9 @@ def _connect(fleet: Fleet) -> None:
     os.environ.setdefault(
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "deploy.ray.proxy.middlewares"
     )
+    # A proxy is a Python process: on a busy machine it is late, and not ill.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "30")
     if os.environ.get("RAY_ADDRESS"):
         import ray
 
@@ -84,6 +90,7 @@ def _connect(fleet: Fleet) -> None:
     set_variables()
     import ray  # reads its variables now
 
+    name_ports()
     cores = fleet.cpus * max(fleet.replicas, fleet.max_replicas or 1)
     ray.init(
         num_cpus=int(cores) + 1,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from deploy.ray.fleet import (
@@ -17,9 +20,11 @@ from deploy.ray.fleet import (
     ingress_settings,
     replica_settings,
 )
+from deploy.ray.loopback import free_ports
 from deploy.ray.proxy import OneId
 from service.access.keys import opened
 from service.config import ConfigError, configure
+from tests.deploy.manifests import KUBERNETES, ROOT, variables
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +90,37 @@ def test_who_is_reached_from_outside_wants_keys(tmp_path: Path) -> None:
 def test_impossible_fleets_are_refused(fields: dict[str, int], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         Fleet.model_validate(fields)
+
+
+def test_kuberay_s_pods_are_ones_that_a_cluster_takes() -> None:
+    """And what it is told are fields of a fleet, and settings of a server."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    spec = yaml.safe_load((ROOT / "deploy/ray/rayservice.yaml").read_text())["spec"]
+    (told,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    fleet = Fleet.model_validate({k: v for k, v in told["args"].items() if k != "settings"})
+    assert fleet.several
+    flags = {"catalog": "postgresql+psycopg://db/nibble", "blobs": "s3://bucket/prefix"}
+    assert ingress_settings({**flags, **told["args"]["settings"]}).base == "mini"
+    cluster = spec["rayClusterConfig"]
+    groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    for group in groups:
+        pod = group["template"]["spec"]
+        named = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": pod}
+        kubernetes_validate.validate(named, KUBERNETES, strict=True)
+        (container,) = pod["containers"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        drain = float(variables(container)["NIBBLE_DRAIN_SECONDS"])
+        assert pod["terminationGracePeriodSeconds"] >= drain + 20
+        assert {"/data", "/tmp"} == {one["mountPath"] for one in container["volumeMounts"]}
+
+
+def test_ray_is_told_ports_that_nobody_has() -> None:
+    ports = free_ports(4)
+    assert len(set(ports)) == 4
+    for port in ports:
+        with closing(socket.socket()) as mine:
+            mine.bind(("127.0.0.1", port))
 
 
 def test_a_reply_has_one_id() -> None:
