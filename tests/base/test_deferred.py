@@ -97,3 +97,22 @@ def test_a_server_answers_without_them(tmp_path: Path) -> None:
 
     served("whole")  # quantises, and keeps what a lean base is made of
     assert served("deferred") == served("whole")
+
+
+NORM = """
+from base.deferred import DEFERRED, defer_torch
+deferral = defer_torch()
+import torch
+from adapters.operator import AdaptedNorm, OperatorContext
+context = OperatorContext()
+layer = AdaptedNorm("norm", torch.nn.RMSNorm(4), context)
+context.plans = {"norm": [(1, 2, torch.full((4,), 3.0))]}
+with torch.inference_mode():
+    assert layer(torch.ones(1, 3, 4))[0, :, 0].round().tolist() == [1.0, 3.0, 1.0]
+assert deferral.pending == DEFERRED, "an adapter's own norm asked for them"
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_with_norms_of_its_own_is_served_without_them() -> None:
+    run(NORM)
