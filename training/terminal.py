@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from training.recipe import Step
 
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.I)
+LINE_SECONDS = 10.0  # between two lines of a run that no terminal shows
 _REMEMBERED = 0.9  # of the speed so far, at each step
 
 console = Console()
@@ -53,19 +55,28 @@ def progress(shown: bool = True) -> Progress:
 
 
 def bar(shown: Progress, name: str, config: TrainConfig) -> Callable[[Step], None]:
-    """Hears of each step: loss, and tokens in a second of late."""
+    """Hears of each step: loss, and tokens in a second of late; each held-out loss has a line.
+
+    Where no terminal shows the bar, a line now and then takes its place: a log is read as it grows.
+    """
     task = shown.add_task(name, total=config.optim.steps)
     last: Step | None = None
-    speed = 0.0
+    speed, told = 0.0, time.monotonic()
 
     def report(step: Step) -> None:
-        nonlocal last, speed
+        nonlocal last, speed, told
         if last is not None and step.seconds > last.seconds:
             now = (step.tokens - last.tokens) / (step.seconds - last.seconds)
             speed = _REMEMBERED * speed + (1 - _REMEMBERED) * now if speed else now
         last = step
         said = f"{name}  loss {step.loss:.4f}" + (f"  {speed:,.0f} tokens/s" if speed else "")
         shown.update(task, completed=step.number, description=said)
+        late = not console.is_terminal and time.monotonic() - told >= LINE_SECONDS
+        if late or step.eval_loss is not None:
+            told = time.monotonic()
+            held = "" if step.eval_loss is None else f"  held out {step.eval_loss:.4f}"
+            where = f"step {step.number:,} of {config.optim.steps:,}"
+            console.print(f"{said}{held}  {where}", highlight=False, soft_wrap=True)
 
     return report
 
