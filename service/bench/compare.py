@@ -69,6 +69,7 @@ def compare(options: Options, report: Report) -> Figures:
         ],
         "ratios": ratios_of(found),
         "own_ratios": own_ratios(found, close),
+        "side_by_side": bool(close),
         "targets": reached(found, options.precisions[0], many, starts, close),
         "memory": memory,
         "registered": many,

@@ -12,6 +12,11 @@ from service.bench.chart import bar_chart
 from service.bench.plan import NIBBLE
 
 MIB = 1 << 20
+SIDE_BY_SIDE = (
+    "Of the first precision, 8 distinct LoRAs, 8 DoRAs and 8 without adapter were measured once "
+    "more side by side, with no other peer in between: ratios of these are of those rounds, above "
+    "too."
+)
 Figures = Mapping[str, Any]
 
 
@@ -49,8 +54,7 @@ def performance_markdown(figures: Figures, chart: str) -> str:
         "## Beside the others",
         _ratios(figures["ratios"]),
         "## What adapters cost",
-        "With adapters and without: of the first precision, 8 distinct LoRAs, 8 DoRAs and 8 "
-        "without adapter were measured once more side by side, with no other peer in between.",
+        SIDE_BY_SIDE if figures["side_by_side"] else "",
         _own(figures["own_ratios"]),
         "## Registered and resident adapters",
         _registered(figures["registered"]),

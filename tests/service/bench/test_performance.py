@@ -38,6 +38,7 @@ def figures() -> dict[str, Any]:
         "new_tokens": 32,
         "threads": 2,
         "isa": "",
+        "side_by_side": True,
         "lora_rank": 16,
         "command": "nibble bench --suite full --cache /a/b --json /c/d.json --llama",
         "date": "2026-01-02",
@@ -123,6 +124,7 @@ def test_the_page_says_all_that_the_figures_say(figures: dict[str, Any], tmp_pat
     assert "| 8 distinct | ≥ 3 | x |  | not measured |" in text
     assert "| 1,000 | 12.50 | 3.500 (3.000 to 4.000) | 20.10 | 1.500 (1.000 to 2.000) |" in text
     assert "9 rounds of both" in text
+    assert "measured once more side by side" in text
     assert "requests named 55 of them, 82% found theirs" in text
     assert "| mini, fast | 9.9 | 3.5 (3.4, 3.5, 3.6) | 400 | 300 | 500 |" in text
     assert "not available" in text
@@ -166,11 +168,13 @@ def test_a_run_without_others_says_so(figures: dict[str, Any], tmp_path: Path) -
         "notes": [],
         "starts": [],
         "registered": None,
+        "side_by_side": False,
     }
     write_page(figures | nothing, page)
     assert "until `/ready`" not in page.read_text()
     assert "Not measured in this run." in page.read_text()
     assert "No other peer was measured" in page.read_text()
+    assert "side by side" not in page.read_text()
     assert "less where the time was up" not in page.read_text()
     cut = [row | {"rounds": 3} for row in figures["results"]]
     write_page(figures | {"results": cut}, page)
