@@ -72,8 +72,7 @@ async def create(
         plan = await unless_gone(request, desk.slowly(office.plan, order))
         named = {"object": "fine_tuning.plan", "model": order.model, "method": _method(order, plan)}
         return JSONResponse({**named, **plan})
-    most = serving.lease.quotas.train_minutes if serving.lease else None
-    job = await desk.slowly(office.create, order, most)
+    job = await desk.slowly(office.create, order, _most_minutes(serving))
     return JSONResponse(_view(job, office))
 
 
@@ -109,7 +108,8 @@ async def pause(job_id: PathName, serving: ServingDep) -> JSONResponse:
 @needs("train")
 async def resume(job_id: PathName, serving: ServingDep) -> JSONResponse:
     """Queue a paused job again, or one that failed once its data had been checked."""
-    return await _of(serving, serving.jobs.resume, job_id)
+    again = partial(serving.jobs.resume, most_minutes=_most_minutes(serving))
+    return await _of(serving, again, job_id)
 
 
 @router.post(
@@ -157,6 +157,11 @@ async def checkpoints(
 ) -> JSONResponse:
     """The checkpoints of a job, the newest first. The last one is what it goes on from."""
     return JSONResponse(await asyncio.to_thread(_kept, serving.jobs, job_id, after, limit))
+
+
+def _most_minutes(serving: Serving) -> int | None:
+    """What the caller's tenant may train in thirty days."""
+    return serving.lease.quotas.train_minutes if serving.lease else None
 
 
 async def _of(serving: Serving, do: Callable[[str], Job], job_id: str) -> JSONResponse:

@@ -122,8 +122,8 @@ class Office:
     def pause(self, job_id: str) -> Job:
         return self._told(self.queue.pause(job_id))
 
-    def resume(self, job_id: str) -> Job:
-        return self._told(self.queue.resume(job_id))
+    def resume(self, job_id: str, most_minutes: float | None = None) -> Job:
+        return self._told(self.queue.resume(job_id, most_minutes))
 
     def publish(self, job_id: str, *, replaces: bool = False) -> Job:
         """Serve the adapter of a job that was not to publish it; published already, as it is.

@@ -140,11 +140,14 @@ class Queue:
         *,
         before: Iterable[Status],
         level: Level = "info",
+        most_minutes: float | None = None,
         **fields: Any,
     ) -> bool:
         """Bring a job from one of the states `before` to another; False where it is in none.
 
         `fields` are columns to set with it. What was asked of the job has then happened.
+        `most_minutes`: what the tenant's jobs may train, this one in its new state among them.
+        Raises QuotaExceeded.
         """
         ended = {"finished": time.time()} if to in ENDED else {}
         change = (
@@ -156,6 +159,10 @@ class Queue:
         with self._catalog.writing() as connection:
             if connection.execute(change).rowcount == 0:
                 return False
+            if most_minutes is not None:
+                since = time.time() - MONTH
+                if self._minutes(connection, since) > most_minutes + 1e-6:
+                    raise minutes_used()
             _note(connection, job_id, level, message)
         return True
 
@@ -198,10 +205,11 @@ class Queue:
         """As `cancel`, but it can go on from its last checkpoint."""
         return self._ask(job_id, "pause", "paused", "Paused.")
 
-    def resume(self, job_id: str) -> Job:
-        """Queue a paused job again, or a failed one whose data was right.
+    def resume(self, job_id: str, most_minutes: float | None = None) -> Job:
+        """Queue a paused job again, or a failed one whose data was right: what that one had given
+        back of its minutes has to be there still.
 
-        Raises NotFound, WrongState.
+        Raises NotFound, WrongState, QuotaExceeded.
         """
         job = self.get(job_id)
         if job.status == "failed" and job.checked is None:
@@ -211,6 +219,7 @@ class Queue:
             "queued" if job.checked else "validating_files",
             "Queued again; it goes on from its last checkpoint.",
             before=("paused", "failed"),
+            most_minutes=most_minutes,
             error=None,
             finished=None,
             starts=0,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adapters.catalog import Catalog
-from service.errors import NotFound, WrongState
+from service.errors import NotFound, QuotaExceeded, WrongState
 from service.jobs.files import TrainingFiles
 from service.jobs.job import Checked, Fault, Status
 from service.jobs.queue import Queue
@@ -82,6 +82,22 @@ def test_a_failed_job_is_resumed_where_its_data_was_right(queue: Queue, job_id: 
     queue.set(job_id, checked=Checked({"optim": {}}, 1, 1).to_json())
     resumed = queue.resume(job_id)
     assert (resumed.status, resumed.error, resumed.finished) == ("queued", None, None)
+
+
+def test_minutes_that_a_failed_job_gave_back_are_not_taken_twice(
+    queue: Queue, files: TrainingFiles, tmp_path: Path
+) -> None:
+    acme = queue.of("acme")
+    order = order_of(keep(files, tmp_path), config={"budget": {"minutes": 6.0}})
+    first = acme.add(order, most_minutes=10.0)
+    acme.set(first.id, checked=Checked({"optim": {}}, 1, 1).to_json())
+    acme.fail(first.id, Fault("x", "why", "y"), before=("validating_files",))
+    second = acme.add(order, most_minutes=10.0)
+    with pytest.raises(QuotaExceeded, match="promised"):
+        acme.resume(first.id, 10.0)
+    assert acme.get(first.id).status == "failed"
+    acme.cancel(second.id)
+    assert acme.resume(first.id, 10.0).status == "queued"
 
 
 def test_pages(queue: Queue, files: TrainingFiles, tmp_path: Path) -> None:
