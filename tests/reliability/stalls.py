@@ -33,7 +33,7 @@ DRIP_SECONDS = 1.0  # between two bytes of who sends slowly
 FAST = 100_000  # bytes at once, of a body that then stops
 REPLIES_BYTES = 5 << 20  # asked for by who reads nothing; the system keeps some three megabytes
 COME_SECONDS = 4.0
-CUT_SECONDS = 12.0  # ten, and what a machine that is not too busy takes to notice
+CUT_SECONDS = 10.0  # the deadlines leave a machine that is not too busy a second to notice
 KINDS = ("head", "body", "fast body", "reader")
 OF_64 = (0,) * 25 + (1,) * 20 + (2,) * 18 + (3,)
 
