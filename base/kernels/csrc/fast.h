@@ -15,11 +15,10 @@
  * next 4 columns, ... In NF4 each byte has two codes: columns 8 j + i low, 8 j + 4 + i high.
  * `_lines4` and `_lines8` in panels.py lay them out.
  *
- * x8 is kept by tiles of up to FAST_TILE rows: for each block [rows][64] bytes, [rows] scales, [rows]
+ * x8 is kept by tiles of rows, one of up to FAST_TILE or many of up to X_TILE: for each block [rows][64] bytes, [rows] scales, [rows]
  * sums. The sums, -128 sum x8, take off what the 128 too many in a byte of w8 has added.
  *
- * Tiling. For one tile of rows the codes go to the registers directly. For more, a stretch of a
- * panel is decoded to 8 bits first (L1) and then used for all tiles.
+ * Tiling. For one tile of rows the codes go to the registers directly; for more, wide.h.
  */
 #include "kernels.h"
 #include "pool.h"
@@ -31,9 +30,8 @@
 #define ROWS 32                                /* rows of W in a panel */
 #define NF4_BYTES (ROWS * BLOCK / 2 + ROWS * 4) /* of one block of a panel */
 #define INT8_BYTES (ROWS * BLOCK + ROWS * 4)
-#define STRETCH 8                              /* blocks that are decoded at a time */
 #define X_BYTES (BLOCK + 8)                    /* of one block of one row of x */
-#define X_LIMIT (4 << 20)                      /* bytes of x8 at a time */
+#define X_LIMIT (2 << 20)                      /* bytes of x8 at a time */
 #define AHEAD_PANELS 4                         /* of B, where there is no product to hide behind */
 
 /* round(112.03 level) + 128: of all tables the one with the smallest error, 1.7e-3 by root mean
@@ -66,7 +64,6 @@ INLINE i32v dot4(i32v sum, w8 w, int32_t x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(_mm512_set1_epi32(x)));
     return sum;
 }
-INLINE void keep8(uint8_t *p, w8 w) { _mm512_storeu_si512(p, w); }
 INLINE f32v scales(const float *p) { return _mm512_loadu_ps(p); }
 INLINE f32v scale_(float scale) { return _mm512_set1_ps(scale); }
 INLINE void add_block(float *sums, i32v n, f32v x_scale, f32v w_scale) {
@@ -100,9 +97,6 @@ INLINE i32v dot4(i32v sum, w8 w, int32_t x) {
         _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_set1_epi32(x), w));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-INLINE void keep8(uint8_t *p, w8 w) {
-    _mm256_storeu_si256((__m256i *)p, _mm256_xor_si256(w, _mm256_set1_epi8(-128)));
-}
 INLINE f32v scales(const float *p) { return _mm256_loadu_ps(p); }
 INLINE f32v scale_(float scale) { return _mm256_set1_ps(scale); }
 INLINE void add_block(float *sums, i32v n, f32v x_scale, f32v w_scale) {
@@ -129,9 +123,6 @@ INLINE void line4(const uint8_t *p, w8 *low, w8 *high) {
 }
 INLINE i32v dot4(i32v sum, w8 w, int32_t x) {
     return vdotq_s32(sum, w, vreinterpretq_s8_s32(vdupq_n_s32(x)));
-}
-INLINE void keep8(uint8_t *p, w8 w) {
-    vst1q_u8(p, veorq_u8(vreinterpretq_u8_s8(w), vdupq_n_u8(128)));
 }
 INLINE f32v scales(const float *p) { return vld1q_f32(p); }
 INLINE f32v scale_(float scale) { return vdupq_n_f32(scale); }
@@ -166,9 +157,6 @@ INLINE i32v dot4(i32v sum, w8 w, int32_t x) {
                      w.at[4 * r + 2] * four[2] + w.at[4 * r + 3] * four[3];
     return sum;
 }
-INLINE void keep8(uint8_t *p, w8 w) {
-    for (int i = 0; i < 16; i++) p[i] = (uint8_t)(w.at[i] + 128);
-}
 INLINE f32v scales(const float *p) { return (f32v){{p[0], p[1], p[2], p[3]}}; }
 INLINE f32v scale_(float scale) { return (f32v){{scale, scale, scale, scale}}; }
 INLINE void add_block(float *sums, i32v n, f32v x_scale, f32v w_scale) {
@@ -196,14 +184,17 @@ INLINE int64_t term_bytes(int64_t rank) {
     return ceil_div(rank, 4) * 4 * ROWS + ceil_div(rank, BLOCK) * 2 * ROWS;
 }
 
-/* Asks memory for what a term has at panel n of the outputs. */
-INLINE void term_prefetch(const lowrank_segment *s, int64_t n) {
-    const int64_t bytes = term_bytes(s->rank);
-    for (int64_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch((const char *)s->b + n * bytes + i, 0, 2);
-    for (int64_t i = 0; i < ROWS; i += 16) {
-        if (s->gain) __builtin_prefetch(s->gain + n * ROWS + i, 0, 2);
-        if (s->bias) __builtin_prefetch(s->bias + n * ROWS + i, 0, 2);
+/* Asks memory for what terms [j, stop) of a product have at panel n of its outputs. */
+INLINE void term_prefetch(const fast_product *p, int64_t n, int64_t j, int64_t stop) {
+    for (; j < stop; j++) {
+        const lowrank_segment *s = p->terms + j;
+        const int64_t bytes = term_bytes(s->rank);
+        for (int64_t i = 0; i < bytes; i += 64)
+            __builtin_prefetch((const char *)s->b + n * bytes + i, 0, 2);
+        for (int64_t i = 0; i < ROWS; i += 16) {
+            if (s->gain) __builtin_prefetch(s->gain + n * ROWS + i, 0, 2);
+            if (s->bias) __builtin_prefetch(s->bias + n * ROWS + i, 0, 2);
+        }
     }
 }
 
@@ -213,15 +204,13 @@ typedef struct {
     int64_t n;
 } far_panel;
 
-/* sums[t][r] += the terms of `blocks` blocks, for the 32 rows r of a panel and `tile` rows of x.
- * far: NULL where the panel is in the cache. */
+/* sums[t][r] += the terms of `blocks` blocks, for the 32 rows r of a panel and `tile` rows of x. */
 INLINE void fast_tile(const uint8_t *panel, const int bits, const far_panel *far, int64_t blocks,
                       const uint8_t *x, const int tile, float sums[][ROWS]) {
     const int bytes = bits == 4 ? NF4_BYTES : INT8_BYTES;
-    const lowrank_segment *term = far ? far->product->terms : NULL;
-    const int64_t terms = far ? far->product->term_count : 0;
-    for (int64_t b = 0, due = 0; b < blocks; b++) {
-        for (due += terms; due >= blocks; due -= blocks) term_prefetch(term++, far->n);
+    const int64_t terms = far->product->term_count;
+    for (int64_t b = 0; b < blocks; b++) {
+        term_prefetch(far->product, far->n, terms * b / blocks, terms * (b + 1) / blocks);
         IN_ORDER;
         const int8_t *x8 = (const int8_t *)x;
         const float *x_scale = (const float *)(x + tile * BLOCK);
@@ -229,9 +218,9 @@ INLINE void fast_tile(const uint8_t *panel, const int bits, const far_panel *far
 #if defined(__x86_64__)
 #pragma GCC unroll 16
         for (int t = 0; t < tile; t++) __builtin_prefetch(x + (tile * X_BYTES) + t * 64);
-        if (far) /* a page ahead: the processor's own prefetch stops at its end */
+        /* a page ahead: the processor's own prefetch stops at its end */
 #pragma GCC unroll 34
-            for (int i = 0; i < bytes; i += 64) __builtin_prefetch(panel + 4608 + i);
+        for (int i = 0; i < bytes; i += 64) __builtin_prefetch(panel + 4608 + i);
 #endif
         const float *w_scale = (const float *)(panel + bytes) - ROWS;
         for (int v = 0; v < VECTORS; v += GROUP) {
@@ -320,87 +309,61 @@ static void fast_tile8(const uint8_t *panel, const far_panel *far, int64_t block
     switch (tile) { FAST_CASES(8) }
 }
 
-/* NF4 blocks of a panel to blocks of 8 bits. */
-static void fast_decode(const uint8_t *panel, int64_t blocks, uint8_t *to) {
-    for (int64_t b = 0; b < blocks; b++, panel += NF4_BYTES, to += INT8_BYTES) {
-        for (int j = 0; j < BLOCK / 8; j++)
-#pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; v++) {
-                w8 low, high;
-                line4(panel + 128 * j + v * (64 / PARTS8), &low, &high);
-                keep8(to + 256 * j + v * (64 / PARTS8), low);
-                keep8(to + 256 * j + 128 + v * (64 / PARTS8), high);
-            }
-        memcpy(to + ROWS * BLOCK, panel + ROWS * BLOCK / 2, ROWS * 4);
-    }
-}
-
-/* Rows of x in the next tile of `rows` that are left: 16 make 8 + 8, not 12 + 4. */
-INLINE int64_t fast_even(int64_t rows) { return ceil_div(rows, ceil_div(rows, FAST_TILE)); }
-
-/* One block of a row: 64 bytes, the scale and -128 times their sum. A block of zeros, or of less
- * than 1e-36, is zero; one with Inf or NaN makes the whole row of y NaN through its scale. */
-INLINE void fast_quantize_block(const float *x, int8_t *x8, float *scale, int32_t *sum) {
-    uint32_t most = 0; /* bits of |x| order as |x| does, and NaN is above Inf */
-    int32_t total = 0;
+/* Bits of the largest |x|: they order as |x| does, and NaN is above Inf. */
+INLINE uint32_t largest_bits(const float *x) {
+    uint32_t most = 0;
     for (int i = 0; i < BLOCK; i++) {
         uint32_t size;
         memcpy(&size, x + i, 4);
         size &= 0x7fffffffu;
         most = size > most ? size : most;
     }
+    return most;
+}
+
+/* x8 = round(factor x), ties to even, of values up to 127; returns their sum. */
+INLINE int32_t round_block(const float *x, float factor, int8_t *x8) {
+    int32_t total = 0, whole[BLOCK];
+    for (int i = 0; i < BLOCK; i++) {
+        const float shifted = x[i] * factor + 12582912.0f; /* rounds to an integer */
+        memcpy(whole + i, &shifted, 4);
+        whole[i] -= 0x4B400000;
+    }
+    for (int i = 0; i < BLOCK; i++) total += whole[i];
+    for (int i = 0; i < BLOCK; i++) x8[i] = (int8_t)whole[i];
+    return total;
+}
+
+/* One block of a row: 64 bytes, the scale and -128 times their sum. A block of zeros, or of less
+ * than 1e-36, is zero; one with Inf or NaN makes the whole row of y NaN through its scale. */
+INLINE void fast_quantize_block(const float *x, int8_t *x8, float *scale, int32_t *sum) {
+    const uint32_t most = largest_bits(x);
     float largest;
     memcpy(&largest, &most, 4);
-    const int finite = most < 0x7f800000u;
-    const float factor = finite && largest > 1e-36f ? 127.0f / largest : 0.0f;
-    const float magic = 12582912.0f; /* adding it rounds to the nearest integer, ties to even */
-    for (int i = 0; i < BLOCK; i++) {
-        const float value = finite ? x[i] * factor : 0.0f;
-        const float shifted = value + magic;
-        int32_t bits;
-        memcpy(&bits, &shifted, 4);
-        x8[i] = (int8_t)(bits - 0x4B400000);
-        total += x8[i];
+    if (most >= 0x7f800000u || !(largest > 1e-36f)) {
+        memset(x8, 0, BLOCK);
+        *scale = most >= 0x7f800000u ? NAN : 0.0f;
+        *sum = 0;
+        return;
     }
-    *scale = !finite ? NAN : factor > 0.0f ? largest / 127.0f : 0.0f;
-    *sum = -128 * total;
+    *sum = -128 * round_block(x, 127.0f / largest, x8);
+    *scale = largest / 127.0f;
 }
 
 typedef struct {
     const fast_product *products;
     const float *x;
-    uint8_t *x8, *panels, *inner; /* inner: u of all terms, terms.h */
+    uint8_t *x8, *x16, *rooms, *inner; /* rooms: wide.h; inner: u of all terms, terms.h */
     int64_t count, first_row, rows, blocks, panels_each, in, rank_tasks;
     _Atomic int64_t *ranks_left; /* of rank_tasks, those that are not done */
 } fast_job;
 
-#include "terms.h"
-
-/* Rows of x in one task: enough to pay for waking a thread. */
-INLINE int64_t fast_rows_each(const fast_job *job) {
-    return max_i(4, ceil_div(256, job->blocks));
+/* The next of `rows` rows by parts of up to `most`, even ones: 16 by 12 make 8 + 8, not 12 + 4. */
+INLINE int64_t even_part(int64_t rows, int64_t most) {
+    return ceil_div(rows, ceil_div(rows, most));
 }
 
-static void fast_quantize_task(const void *data, int64_t task, int worker) {
-    const fast_job *job = data;
-    const int64_t each = fast_rows_each(job), stop = min_(job->rows, (task + 1) * each);
-    int64_t t0 = 0, tile = fast_even(job->rows);
-    (void)worker;
-    for (int64_t t = task * each; t < stop; t++) {
-        while (t >= t0 + tile) {
-            t0 += tile;
-            tile = fast_even(job->rows - t0);
-        }
-        uint8_t *to = job->x8 + t0 * job->blocks * X_BYTES;
-        for (int64_t b = 0; b < job->blocks; b++) {
-            uint8_t *block = to + b * tile * X_BYTES;
-            float *scale = (float *)(block + tile * BLOCK) + (t - t0);
-            fast_quantize_block(job->x + t * job->in + b * BLOCK,
-                                (int8_t *)block + (t - t0) * BLOCK, scale,
-                                (int32_t *)(scale + tile));
-        }
-    }
-}
+INLINE int is_wide(int64_t rows) { return rows > FAST_TILE; }
 
 /* sums -> y[o0 ...] in the end, count values of one row of x. */
 INLINE void fast_finish(const fast_product *p, const float *sums, int64_t o0, const int64_t count,
@@ -412,58 +375,49 @@ INLINE void fast_finish(const fast_product *p, const float *sums, int64_t o0, co
         for (int64_t r = 0; r < count; r++) y[r] = sums[r] * unit;
 }
 
-/* A stretch of panel n, in `codes` or already in 8 bits, times all rows of x, for the `count` rows
- * of W that the panel really has. Between stretches the sums wait in y. */
-INLINE void fast_stretch(const fast_job *job, const fast_product *p, const uint8_t *codes,
-                         const int bits, int64_t b0, int64_t length, int64_t panel,
-                         const int64_t count) {
-    const int last = b0 + length == job->blocks;
-    const far_panel memory = {p, panel}, *far = job->rows <= FAST_TILE ? &memory : NULL;
-    const int64_t o0 = panel * ROWS;
-    for (int64_t t0 = 0, tile; t0 < job->rows; t0 += tile) {
-        float sums[FAST_TILE][ROWS] __attribute__((aligned(64)));
-        tile = fast_even(job->rows - t0);
-        const uint8_t *x = job->x8 + (t0 * job->blocks + b0 * tile) * X_BYTES;
-        float *y = p->y + (job->first_row + t0) * p->out + o0;
-        for (int64_t t = 0; t < tile; t++) {
-            if (b0 == 0) memset(sums[t], 0, sizeof *sums);
-            else memcpy(sums[t], y + t * p->out, (size_t)count * sizeof **sums);
-        }
-        if (bits == 4) fast_tile4(codes, far, length, x, (int)tile, sums);
-        else fast_tile8(codes, far, length, x, (int)tile, sums);
-        for (int64_t t = 0; t < tile; t++) {
-            if (last) fast_finish(p, sums[t], o0, count, y + t * p->out);
-            else memcpy(y + t * p->out, sums[t], (size_t)count * sizeof **sums);
+#include "wide.h"
+#include "terms.h"
+
+/* Rows of x in one task: enough to pay for waking a thread; of many, about a tile. */
+INLINE int64_t fast_rows_each(const fast_job *job) {
+    return max_i(is_wide(job->rows) ? X_TILE : 4, ceil_div(256, job->blocks));
+}
+
+static void fast_quantize_task(const void *data, int64_t task, int worker) {
+    const fast_job *job = data;
+    const int64_t each = fast_rows_each(job), stop = min_(job->rows, (task + 1) * each);
+    (void)worker;
+    for (int64_t t0 = 0, tile; t0 < stop; t0 += tile) {
+        tile = x_tile(job, t0);
+        const int64_t first = max_i(0, task * each - t0), last = min_(tile, stop - t0);
+        if (first >= last) continue;
+        for (int64_t b = 0; b < job->blocks; b++) {
+            uint8_t *block = job->x8 + (t0 * job->blocks + b * tile) * X_BYTES;
+            float *scale = (float *)(block + tile * BLOCK);
+            for (int64_t t = first; t < last; t++) {
+                int8_t *x8 = (int8_t *)block + t * BLOCK;
+                fast_quantize_block(job->x + (t0 + t) * job->in + b * BLOCK, x8, scale + t,
+                                    (int32_t *)(scale + tile) + t);
+                if (job->x16) wide_copy(x8, job->x16 + x16_place(job, t0, tile, b, t));
+            }
         }
     }
 }
 
-/* A stretch's share of the terms at panel n. */
-INLINE void term_prefetch_some(const fast_product *p, int64_t n, int64_t b0, int64_t length,
-                               int64_t blocks) {
-    const int64_t stop = p->term_count * (b0 + length) / blocks;
-    for (int64_t j = p->term_count * b0 / blocks; j < stop; j++) term_prefetch(p->terms + j, n);
-}
-
-/* Panel number `panel` of a weight times all rows of x. `decoded` has room for a stretch. */
-static void fast_panel(const fast_job *job, const fast_product *p, int64_t panel,
-                       uint8_t *decoded) {
+/* Panel number `panel` of a weight times all rows of x, one tile. */
+static void fast_panel(const fast_job *job, const fast_product *p, int64_t panel) {
+    const far_panel far = {p, panel};
+    const int64_t o0 = panel * ROWS, count = min_(ROWS, p->out - o0);
     const int64_t bytes = p->bits == 4 ? NF4_BYTES : INT8_BYTES;
     const uint8_t *codes = p->panels + panel * job->blocks * bytes;
-    const int64_t count = min_(ROWS, p->out - panel * ROWS);
-    const int once = job->rows <= FAST_TILE; /* one tile: nothing is used twice */
-    const int decode = p->bits == 4 && !once;
-    const int64_t stretches = once ? 1 : ceil_div(job->blocks, STRETCH);
-    const int64_t stretch = ceil_div(job->blocks, stretches);
-    for (int64_t b0 = 0; b0 < job->blocks; b0 += stretch) {
-        const int64_t length = min_(stretch, job->blocks - b0);
-        const uint8_t *part = codes + b0 * bytes;
-        if (!once) term_prefetch_some(p, panel, b0, length, job->blocks);
-        if (decode) fast_decode(part, length, decoded);
-        if (decode) part = decoded;
-        const int bits = decode ? 8 : (int)p->bits;
-        if (count == ROWS) fast_stretch(job, p, part, bits, b0, length, panel, ROWS);
-        else fast_stretch(job, p, part, bits, b0, length, panel, count);
+    float sums[FAST_TILE][ROWS] __attribute__((aligned(64)));
+    memset(sums, 0, (size_t)job->rows * sizeof *sums);
+    (p->bits == 4 ? fast_tile4 : fast_tile8)(codes, &far, job->blocks, job->x8, (int)job->rows,
+                                             sums);
+    for (int64_t t = 0; t < job->rows; t++) {
+        float *y = p->y + (job->first_row + t) * p->out + o0;
+        if (count == ROWS) fast_finish(p, sums[t], o0, ROWS, y);
+        else fast_finish(p, sums[t], o0, count, y);
     }
 }
 
@@ -484,13 +438,17 @@ static void fast_multiply_task(const void *data, int64_t task, int worker) {
     int64_t first = task * job->panels_each, stop = first + job->panels_each;
     for (int64_t i = 0; i < job->count && stop > 0; i++) {
         const fast_product *p = job->products + i;
-        const int64_t panels = fast_panels(p);
-        for (int64_t n = max_i(0, first); n < min_(panels, stop); n++) {
-            if (p->panels)
-                fast_panel(job, p, n, job->panels + worker * (int64_t)(STRETCH * INT8_BYTES));
+        const int64_t panels = fast_panels(p), end = min_(panels, stop);
+        for (int64_t n = max_i(0, first), some; n < end; n += some) {
+            some = p->panels && is_wide(job->rows) ? min_(WIDE_PANELS, end - n) : 1;
+            if (p->panels && is_wide(job->rows))
+                wide_panels(job, p, n, some, job->rooms + worker * wide_room(job->rows, job->blocks));
+            else if (p->panels)
+                fast_panel(job, p, n);
             else if (n + AHEAD_PANELS < panels)
-                term_prefetch_some(p, n + AHEAD_PANELS, 0, job->blocks, job->blocks);
-            if (p->term_count) term_panels_of(job, p, u, n);
+                term_prefetch(p, n + AHEAD_PANELS, 0, p->term_count);
+            if (p->term_count)
+                for (int64_t i = 0; i < some; i++) term_panels_of(job, p, u, n + i);
         }
         for (int64_t j = 0; j < p->term_count; j++) u += term_room(job, p->terms + j);
         first -= panels;
@@ -499,15 +457,22 @@ static void fast_multiply_task(const void *data, int64_t task, int worker) {
 }
 
 static int64_t fast_x_rows(int64_t in, int64_t rows) {
-    const int64_t most = X_LIMIT / (ceil_div(in, BLOCK) * X_BYTES) / FAST_TILE * FAST_TILE;
-    return min_(rows, max_i(4 * FAST_TILE, most));
+    const int64_t each = ceil_div(in, BLOCK) * X_BYTES + (X_SIZE == 2 ? in * X_SIZE : 0);
+    const int64_t most = max_i(4, X_LIMIT / each / X_TILE) * X_TILE;
+    return rows <= most ? rows : ceil_div(even_part(rows, most), X_TILE) * X_TILE;
+}
+
+/* Bytes of x in 16 bits, of all x rows in the workspace. */
+INLINE int64_t fast_x16(int64_t in, int64_t rows) {
+    return X_SIZE == 2 && is_wide(rows) ? fast_x_rows(in, rows) * in * X_SIZE : 0;
 }
 
 /* Bytes. */
 static int64_t fast_workspace(const fast_product *products, int64_t count, int64_t in,
                               int64_t rows, int threads) {
-    return fast_x_rows(in, rows) * (in / BLOCK) * X_BYTES +
-           threads * (int64_t)(STRETCH * INT8_BYTES) + terms_workspace(products, count);
+    const int64_t some = fast_x_rows(in, rows);
+    return terms_workspace(products, count) + threads * wide_room(some, in / BLOCK) +
+           fast_x16(in, rows) + some * (in / BLOCK) * X_BYTES;
 }
 
 static void fast_linear(const fast_product *products, int64_t count, const float *x, int64_t in,
@@ -519,13 +484,16 @@ static void fast_linear(const fast_product *products, int64_t count, const float
     for (int64_t i = 0; i < count; i++) panels += fast_panels(products + i);
     job.ranks_left = &ranks_left;
     job.inner = workspace;
-    job.panels = workspace + terms_workspace(products, count);
-    job.x8 = job.panels + threads * (int64_t)(STRETCH * INT8_BYTES);
+    job.rooms = job.inner + terms_workspace(products, count);
+    uint8_t *const x16 = job.rooms + threads * wide_room(step, job.blocks);
+    job.x8 = x16 + fast_x16(in, rows);
     /* About eight turns for each thread: one that comes late leaves little to wait for. */
     job.panels_each = max_i(1, panels / (8 * threads));
+    if (is_wide(rows)) job.panels_each = ceil_div(job.panels_each, WIDE_PANELS) * WIDE_PANELS;
     for (job.first_row = 0; job.first_row < rows; job.first_row += step) {
         job.x = x + job.first_row * in;
         job.rows = min_(step, rows - job.first_row);
+        job.x16 = X_SIZE == 2 && is_wide(job.rows) ? x16 : NULL;
         job.rank_tasks = rank_tasks(&job);
         atomic_init(&ranks_left, job.rank_tasks);
         pool_run(fast_quantize_task, &job, ceil_div(job.rows, fast_rows_each(&job)), threads);

@@ -18,7 +18,7 @@
 #define RANKS 8                              /* ranks in a panel of A */
 #define RANK_BYTES (RANKS * BLOCK + RANKS * 4) /* of one block of it */
 #define RANK_TILE 4                          /* rows of x that share a line */
-#define TERM_ROWS (4 * FAST_TILE)            /* rows of x in one task */
+#define TERM_ROWS (4 * X_TILE)               /* rows of x in one task */
 #define TERM_PANELS (BLOCK / RANKS)          /* panels of A in one task: a block of u */
 #define TERM_TILE 4                          /* rows of y in one register tile */
 
@@ -176,7 +176,7 @@ static void rank_part(const fast_job *job, const lowrank_segment *s, uint8_t *u8
     float u[TERM_ROWS][BLOCK] __attribute__((aligned(64)));
     memset(u, 0, (size_t)(r1 - r0) * sizeof *u);
     for (int64_t t0 = 0, tile; t0 < begin + r1; t0 += tile) {
-        tile = fast_even(job->rows - t0);
+        tile = x_tile(job, t0);
         const uint8_t *x = job->x8 + t0 * job->blocks * X_BYTES;
         const int64_t stop = min_(tile, begin + r1 - t0);
         for (int64_t p = p0; p < p1; p++) {

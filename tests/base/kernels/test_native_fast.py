@@ -58,6 +58,8 @@ def test_each_set_has_its_products(kernels: native.Native) -> None:
 @example(rows=12, out=33, blocks=9, bits=4, with_bias=True)
 @example(rows=13, out=64, blocks=17, bits=4, with_bias=True)
 @example(rows=37, out=31, blocks=8, bits=8, with_bias=True)
+@example(rows=25, out=96, blocks=13, bits=4, with_bias=True)
+@example(rows=19, out=70, blocks=7, bits=8, with_bias=False)
 def test_any_shape(
     kernels: native.Native, rows: int, out: int, blocks: int, bits: int, with_bias: bool
 ) -> None:
@@ -123,7 +125,7 @@ def test_the_bits_of_a_row_depend_on_that_row_alone(
 
 
 def test_many_rows_are_rounded_in_turns(kernels: native.Native) -> None:
-    """8,192 columns: 432 rows fill the workspace, the rest comes after."""
+    """8,192 columns: some hundred rows fill the workspace, the rest comes after."""
     weight, x = weight_of(8, 8192), torch.randn(500, 8192)
     whole = fast(kernels, x, weight)
     assert ((whole - right(x, weight)).abs() <= bound(x, weight)).all()

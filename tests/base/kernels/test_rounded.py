@@ -210,7 +210,7 @@ def test_in_the_call_of_their_products_the_bits_are_those_of_calls_of_their_own(
 
 
 def test_many_rows_are_rounded_in_turns(kernels: native.Native) -> None:
-    """8,192 columns: 432 rows fill the workspace, the rest comes after."""
+    """8,192 columns: some hundred rows fill the workspace, the rest comes after."""
     plan = LowRankPlan(
         [Segment(400, 470, term_of(8192, 40, 9)), Segment(480, 500, term_of(8192, 40, 3))]
     )
