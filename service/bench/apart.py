@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
-ENDING_SECONDS = 10.0
+ENDING_SECONDS = 5.0
 
 
 class Ended(Exception):
@@ -51,12 +51,13 @@ def answer(process: BaseProcess, pipe: Connection) -> Any:
 
 
 def close(process: BaseProcess, pipe: Connection) -> None:
-    """It ends when its pipe does; it is ended when it does not."""
+    """It ends when its pipe does, or it is ended; one that does not care is killed."""
     pipe.close()
     process.join(ENDING_SECONDS)
-    if process.is_alive():
-        process.terminate()
-        process.join(ENDING_SECONDS)
+    for end in (process.terminate, process.kill):
+        if process.is_alive():
+            end()
+            process.join(ENDING_SECONDS)
 
 
 def apart(work: Callable[..., T], *arguments: Any) -> T:

@@ -12,7 +12,7 @@ import pytest
 from service.bench.apart import Ended, apart
 
 WAITING = """
-import sys, tempfile, time
+import signal, sys, tempfile, time
 from pathlib import Path
 from service.bench.apart import apart, heeding_sigterm
 
@@ -22,6 +22,7 @@ def work(where):
         time.sleep(60)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is deaf
     with heeding_sigterm():
         apart(work, sys.argv[1])
 """
