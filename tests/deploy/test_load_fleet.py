@@ -122,5 +122,6 @@ def test_two_servers_beside_their_simulation(
     fleet.main()
     found = json.loads(out.read_text())
     assert found["replicas"] == 2
+    assert found["rows"][-1]["name"] == "servers' processor time (s)"
     assert all(row["measured"] > 0 and row["simulated"] > 0 for row in found["rows"])
     assert "| tokens/s |" in capsys.readouterr().out
