@@ -362,16 +362,17 @@ def test_a_thousand_adapters_come_in_pages(page: Any, thousand: list[str]) -> No
     page.get_by_text("51 to 100, by name").wait_for()
     assert rows.first.inner_text().startswith("many-0049")  # behind cipher
     page.get_by_label("Search names").fill("0999")
-    page.wait_for_function("document.querySelectorAll('tbody tr').length === 1")
+    playwright.expect(rows).to_have_count(1, timeout=PATIENCE)
     assert rows.first.inner_text().startswith("many-0999")
     page.get_by_label("Search names").fill("nothing")
     page.get_by_text("No name has this in it.").wait_for()
     page.get_by_label("Search names").fill("")
     said.wait_for()
-    one = page.get_by_role("form").get_by_label("Adapter", exact=True)
+    offered = page.locator("#compare-one-offered option")
+    one = page.locator("input[list='compare-one-offered']")
     one.fill("many-07")
-    page.wait_for_function("document.querySelector('#compare-one-offered option[value=many-0700]')")
-    assert page.locator("#compare-one-offered option").count() == 20
+    playwright.expect(offered.first).to_have_attribute("value", "many-0700", timeout=PATIENCE)
+    assert offered.count() == 20
     one.fill("cipher")
     page.wait_for_selector("#compare-one-offered option[value='cipher@1']", state="attached")
     assert max(sizes) < 100_000, "a page brings what it shows"
