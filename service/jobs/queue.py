@@ -268,7 +268,7 @@ class Queue:
                 if done:
                     _note(connection, job_id, "info", f"Asked to {asked}; its step ends first.")
             if not done:
-                raise WrongState(f"{job_id} has {job.status}: there is nothing to {asked}")
+                raise WrongState(f"{job_id} ended as {job.status}: there is nothing to {asked}")
         return self.get(job_id)
 
     def _mine(self) -> sa.Select[Any]:

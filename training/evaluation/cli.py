@@ -149,6 +149,7 @@ def evaluate(
     The first system is what the others are tested against: the base, unless --no-with-base.
     """
     try:
+        _check_there([data, *(adapter or [])])
         templates = {one: find_template(one, store_home) for one in template or ()}
         order = Order(
             data=data,
@@ -175,6 +176,13 @@ def evaluate(
         console.print(_table(found, data))
         if found.against:
             console.print(_tests(found))
+
+
+def _check_there(paths: Sequence[Path]) -> None:
+    """Before a base is loaded for nothing."""
+    for path in paths:
+        if not path.exists():
+            raise TrainingError(f"{path}: No such file or directory")
 
 
 def _model(base: str, precision: str, double_quant: bool | None) -> Base:

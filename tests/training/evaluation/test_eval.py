@@ -169,6 +169,15 @@ def test_what_cannot_be_measured_is_refused(tickets: Path, arguments: list[str],
     assert said in done.output.replace("\n", " ")
 
 
+def test_a_file_that_is_not_there_is_missed_before_a_base_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.evaluation.cli.load_base", lambda *_, **__: pytest.fail("loaded"))
+    done = CliRunner().invoke(app, [str(tmp_path / "no.jsonl")])
+    assert done.exit_code == 2
+    assert "no.jsonl: No such file" in done.output.replace("\n", "")
+
+
 def test_the_metrics_fit_the_answers() -> None:
     def of(*answers: str) -> tuple[str, ...]:
         return fitting([Question(Example((1, 2), 1), answer) for answer in answers])
