@@ -19,7 +19,7 @@ from service.jobs.directory import CONFIG, prepare
 from service.jobs.files import TrainingFiles
 from service.jobs.history import Event, follow, history, page
 from service.jobs.job import Job, new_job_id
-from service.jobs.order import OUT, Order, named, settled
+from service.jobs.order import OUT, Order, named, refusal, settled
 from service.jobs.process import answer
 from service.jobs.publication import Publication
 from service.jobs.queue import MONTH, Queue, minutes_used
@@ -184,9 +184,7 @@ class Office:
             raise Overloaded(f"the server is too busy for that: {error}", 60.0) from None
         refused = (found or {}).get("error")
         if refused is not None:
-            field = refused.get("field")
-            param = f"config.{field}" if field else "training_file"
-            raise InvalidRequest(named(order, refused["message"]), param)
+            raise InvalidRequest(*refusal(order, refused))
         if found is None:
             fault = why_it_failed(order, status, said)
             raise InvalidRequest(fault.message, fault.param)

@@ -234,3 +234,12 @@ def named(order: Order, message: str) -> str:
     if order.template is not None:
         message = message.replace(TEMPLATE, f"template {order.template}")
     return message
+
+
+def refusal(order: Order, refused: Mapping[str, Any]) -> tuple[str, str]:
+    """What `nibble train` refused, and the client's parameter: both in the client's words."""
+    field, message = refused.get("field"), named(order, refused["message"])
+    if field == "method.kind":
+        theirs = _ELSEWHERE[field]
+        return message.replace(field, theirs, 1), theirs
+    return message, f"config.{field}" if field else TRAINING

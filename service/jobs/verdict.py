@@ -6,7 +6,7 @@ import signal
 from typing import Any
 
 from service.jobs.job import Checked, Fault
-from service.jobs.order import TRAINING, VALIDATION, Order, named, settled
+from service.jobs.order import TRAINING, VALIDATION, Order, named, refusal, settled
 from service.jobs.process import REFUSED, STOPPED, document
 
 MOST_STARTS = 3  # of a run, without a step in between
@@ -17,17 +17,15 @@ def verdict(order: Order, status: int, said: str) -> Checked | Fault:
     """What the check of a job's data came to."""
     found = document(said) or {}
     if refused := found.get("error"):
-        field = refused.get("field")
-        param = f"config.{field}" if field else TRAINING
         return Fault(
-            "invalid_config" if field else "invalid_data", _own(order, refused["message"]), param
+            "invalid_config" if refused.get("field") else "invalid_data", *refusal(order, refused)
         )
     if "data" not in found:
         return why_it_failed(order, status, said)
     for param, report in zip((TRAINING, VALIDATION), found["data"], strict=False):
         limit = found["config"]["data"]["max_bad_rows"]
         if report["bad"] > limit or not report["rows"]:
-            return Fault("invalid_data", _own(order, _bad_rows(report, limit)), param)
+            return Fault("invalid_data", named(order, _bad_rows(report, limit)), param)
     train = found["data"][0]
     if not train["examples"]:
         return Fault("invalid_data", f"{TRAINING}: no rows are left to learn from", TRAINING)
@@ -49,7 +47,7 @@ def why_it_failed(order: Order, status: int, said: str) -> Fault:
     """From the exit status and the last words of a process."""
     if status == REFUSED:
         reason = said[said.rfind("refused:") :].removeprefix("refused:").strip()
-        return Fault("refused", _own(order, " ".join(reason.split())[:2000]))
+        return Fault("refused", named(order, " ".join(reason.split())[:2000]))
     if status < 0 or status == STOPPED:
         return Fault("killed", f"{death(status)}, {MOST_STARTS} times without a step in between.")
     lines = [line.strip() for line in said.strip().splitlines() if line.strip()]
@@ -62,11 +60,7 @@ def why_it_failed(order: Order, status: int, said: str) -> Fault:
         )
     if "No space left on device" in said:
         return Fault("store_full", f"The server's disk is full: {last}")
-    return Fault("training_failed", _own(order, f"The run failed (exit {status}): {last}"))
-
-
-def _own(order: Order, message: str) -> str:
-    return named(order, message)
+    return Fault("training_failed", named(order, f"The run failed (exit {status}): {last}"))
 
 
 def death(status: int) -> str:

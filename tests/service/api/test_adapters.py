@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from service.api import adapters as views
+from service.api.door import SMALL_BYTES
 from tests.oracle import make_adapter
 from tests.service.api.conftest import Running, until
 from tests.service.api.test_generate import ask, stream
@@ -348,7 +349,9 @@ def test_a_client_that_goes_in_mid_upload_leaves_nothing(server: Running) -> Non
     head = (
         "POST /adapters HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n"
         "Content-Type: multipart/form-data; boundary=b\r\n\r\n"
-        '--b\r\nContent-Disposition: form-data; name="weights"; filename="w"\r\n\r\nwww'
+        '--b\r\nContent-Disposition: form-data; name="weights"; filename="w"\r\n\r\n'
+        + "w"
+        * SMALL_BYTES
     )
     with socket.create_connection(server.address, timeout=60) as connection:
         connection.sendall(head.encode())
@@ -365,7 +368,9 @@ def test_slow_uploads_hold_up_no_fast_one(
             head = (
                 f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n"
                 "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
-                f'Content-Disposition: form-data; name="{part}"; filename="a.jsonl"\r\n\r\nwww'
+                f'Content-Disposition: form-data; name="{part}"; filename="a.jsonl"\r\n\r\n'
+                + "w"
+                * SMALL_BYTES
             )
             one = slow.enter_context(socket.create_connection(server.address, timeout=60))
             one.sendall(head.encode())

@@ -157,7 +157,7 @@ def test_bad_rows_are_the_job_s_error_with_their_line_and_field(sdk: OpenAI) -> 
         ({"config": {"data": {"train": "/etc/passwd"}}}, "config.data.train", "training_file"),
         ({"config": {"optim": {"steps": 0}}}, "config.optim.steps", "got '0'"),
         ({"config": {"optim": {"stepz": 1}}}, "config.optim.stepz", "no such field"),
-        ({"method": {"type": "nope"}}, "config.method", "'nope'"),
+        ({"method": {"type": "nope"}}, "method.type", "method.type: one of lora"),
         (
             {"hyperparameters": {"n_epochs": 2}, "config": {"optim": {"steps": 2}}},
             "hyperparameters.n_epochs",

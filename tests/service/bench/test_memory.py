@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
+import pytest
+
 from base.load import load_base
 from service.bench.memory import quantised_bytes, resident
 from tests.oracle import make_base
@@ -15,11 +20,16 @@ def test_what_was_written_is_resident() -> None:
     del block
 
 
-def test_nf4_weighs_half_a_byte_and_a_scale_for_each_64(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    base = load_base(make_base(tmp_path / "b", "qwen2"), device="cpu")
-    weights = sum(
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_nf4_weighs_half_a_byte_and_a_scale_for_each_64(tmp_path: Path, double_quant: bool) -> None:
+    """Four bytes a scale; or one, and for 256 of them four more, a table of 256 and a mean."""
+    model = make_base(tmp_path / "b", "qwen2")
+    base = load_base(model, device="cpu", double_quant=double_quant)
+    sizes = [
         shape.out_features * shape.in_features
         for shape in base.spec.linears.values()
         if shape.quantized
-    )
-    assert quantised_bytes(base) == weights // 2 + weights // 64 * 4
+    ]
+    scales = [size // 64 + 4 * math.ceil(size / 64 / 256) + 4 * 257 for size in sizes]
+    plain = [size // 64 * 4 for size in sizes]
+    assert quantised_bytes(base) == sum(sizes) // 2 + sum(scales if double_quant else plain)
