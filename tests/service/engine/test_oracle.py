@@ -56,7 +56,7 @@ def serve_mixed(zoo: Zoo, rounds: int, seed: int) -> int:
                     assert cancelled
                     continue
                 assert (end.reason, end.error) == ("length", None)
-                rows = {p: r for (i, p), r in recorder.rows.items() if i == request.id}
+                rows = {p: r for (i, p), r in recorder.rows.copy().items() if i == request.id}
                 oracle = zoo.oracle(request.adapter.name if request.adapter else None)
                 assert_equals_oracle(oracle, list(request.prompt), [t.id for t in tokens], rows)
                 compared += 1
