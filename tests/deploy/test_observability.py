@@ -59,6 +59,12 @@ def test_every_name_and_label_is_in_the_metrics(expression: str) -> None:
         assert {label.strip() for label in grouped.split(",")} <= known
 
 
+def test_every_kind_of_refusal_has_a_panel() -> None:
+    refusals = {name for name in told() if name.endswith("_refused_total")}
+    assert len(refusals) == 2
+    assert refusals <= set(NAME.findall(DASHBOARD.read_text()))
+
+
 def test_the_autoscaler_s_query_too() -> None:
     shared = "--set=store.blobs=s3://a/b,store.catalogSecret.name=c,persistence.enabled=false"
     made = rendered(shared, "--set=autoscaling.kind=keda,serviceMonitor.enabled=true")
