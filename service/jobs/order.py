@@ -239,7 +239,7 @@ def named(order: Order, message: str) -> str:
 def refusal(order: Order, refused: Mapping[str, Any]) -> tuple[str, str]:
     """What `nibble train` refused, and the client's parameter: both in the client's words."""
     field, message = refused.get("field"), named(order, refused["message"])
-    if field == "method.kind":
-        theirs = _ELSEWHERE[field]
-        return message.replace(field, theirs, 1), theirs
-    return message, f"config.{field}" if field else TRAINING
+    for own, theirs in _ELSEWHERE.items():  # a plain word may be one of a sentence, too
+        place = rf"\b{re.escape(own)}\b" if "." in own else f"^{own}(?=:)"
+        message = re.sub(place, theirs, message, flags=re.MULTILINE)
+    return message, _ELSEWHERE.get(field, f"config.{field}") if field else TRAINING

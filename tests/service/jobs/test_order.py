@@ -14,6 +14,7 @@ from service.jobs.order import (
     allowed,
     method_kind,
     named,
+    refusal,
     run_config,
     settled,
 )
@@ -93,6 +94,39 @@ def test_epochs_become_steps(packing: bool, steps: int) -> None:
 def test_messages_name_files_by_their_ids() -> None:
     told = named(order_of(FILE), "training_file.jsonl:3: prompt: a text is needed")
     assert told == f"training_file {FILE.id}:3: prompt: a text is needed"
+
+
+@pytest.mark.parametrize(
+    ("field", "message", "told", "param"),
+    [
+        ("method.kind", "method.kind: one of lora", "method.type: one of lora", "method.type"),
+        (
+            "optim.epochs",
+            "optim.steps and optim.epochs: one of them",
+            "optim.steps and n_epochs: one of them",
+            "n_epochs",
+        ),
+        ("seed", "seed: at most 9 (got 'seed')", "seed: at most 9 (got 'seed')", "seed"),
+        ("base", "base: the base is none", "model: the base is none", "model"),
+        (
+            "eval.every",
+            "eval.every needs data.eval, or data.split",
+            "eval.every needs validation_file, or data.split",
+            "config.eval.every",
+        ),
+        (
+            "data.columns",
+            "data.columns: data.evals is none\ndata.train: is needed",
+            "data.columns: data.evals is none\ntraining_file: is needed",
+            "config.data.columns",
+        ),
+        (None, "training_file.jsonl: bad", f"training_file {FILE.id}: bad", "training_file"),
+    ],
+)
+def test_a_refusal_names_what_the_client_can_set(
+    field: str | None, message: str, told: str, param: str
+) -> None:
+    assert refusal(order_of(FILE), {"field": field, "message": message}) == (told, param)
 
 
 def test_a_template_is_kept_as_it_was_and_never_named_by_its_path() -> None:
