@@ -96,13 +96,19 @@ def _mean(values: Tensor) -> Tensor:
 def dynamic_code() -> Tensor:
     """float32 [256], ascending: a sign, an exponent of ten that takes as many bits as it needs,
     and a fraction in what it leaves (Dettmers 2015, "8-bit approximations for parallelism in deep
-    learning"), as bitsandbytes' `create_dynamic_map` makes it."""
+    learning"), as bitsandbytes' `create_dynamic_map` makes it. Each weight has a tensor of its own,
+    which it may move and save."""
+    return torch.tensor(_dynamic_code(), dtype=torch.float32)
+
+
+@cache
+def _dynamic_code() -> tuple[float, ...]:
     values = [0.0, 1.0]
     for exponent in range(7):
         ends = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
         middles = 10 ** (exponent - 6) * ((ends[:-1] + ends[1:]) / 2.0)
         values += [*middles.tolist(), *(-middles).tolist()]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return tuple(sorted(values))
 
 
 @cache

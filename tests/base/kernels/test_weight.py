@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from base.kernels import NF4Weight
-from base.kernels.quantization import NF4_LEVELS, quantize_scales
+from base.kernels.quantization import NF4_LEVELS, dynamic_code, quantize_scales
 
 SHAPES = [(128, 256), (33, 70), (5, 64), (7, 9), (1, 1), (300, 64)]
 
@@ -126,3 +126,11 @@ def test_refuses_parts_that_do_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match=r"NF4 weight|nested_absmax"):
             dataclasses.replace(weight, **wrong)
+
+
+def test_the_code_of_scales_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = dynamic_code()
+    monkeypatch.setattr(torch, "linspace", lambda *_, **__: pytest.fail("computed again"))
+    other = dynamic_code()
+    assert torch.equal(one, other)
+    assert one.data_ptr() != other.data_ptr(), "two weights would share it"
