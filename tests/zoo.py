@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,10 +102,12 @@ class Zoo:
 
 
 class Recorder:
-    """Keeps the logits row of every sampled position, by request and position."""
+    """Keeps the logits row of every sampled position, by request and position. The engine's thread
+    adds to them while a test reads."""
 
     def __init__(self, engine: Engine) -> None:
-        self.rows: dict[tuple[str, int], torch.Tensor] = {}
+        self._lock = threading.Lock()
+        self._rows: dict[str, dict[int, torch.Tensor]] = {}
         self._run = engine._runner.run
         self._vocabulary = engine.base.spec.vocab_size
         engine._runner.run = self.run  # type: ignore[method-assign]
@@ -118,8 +121,19 @@ class Recorder:
             chunk = batch.chunks[owner]
             position = chunk.start + place - starts[owner]
             own = chunk.sequence.vocabulary or self._vocabulary
-            self.rows[chunk.sequence.request.id, position] = logits[row, :own].clone()
+            with self._lock:
+                rows = self._rows.setdefault(chunk.sequence.request.id, {})
+                rows[position] = logits[row, :own].clone()
         return logits
+
+    def rows(self, request_id: str) -> dict[int, torch.Tensor]:
+        """Position -> row, of one request so far: a copy, to which nothing is added."""
+        with self._lock:
+            return dict(self._rows.get(request_id, {}))
+
+    def clear(self) -> None:
+        with self._lock:
+            self._rows.clear()
 
 
 def start(base: Base, zoo: Zoo | None = None, *, fetch: Any = None, **limits: Any) -> Engine:

@@ -62,7 +62,7 @@ def test_a_mixed_batch_equals_peft(zoo: Zoo, engine: Engine) -> None:
         outputs,
         strict=True,
     ):
-        rows = {p: row for (ident, p), row in recorder.rows.items() if ident == request.id}
+        rows = recorder.rows(request.id)
         assert_equals_oracle(zoo.oracle(name), list(request.prompt), output, rows)
 
 

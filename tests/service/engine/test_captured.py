@@ -366,7 +366,7 @@ def serve(base: Base, home: Path, names: tuple[str | None, ...]) -> list[bool]:
         outputs = [collect(stream) for stream in [engine.submit(each) for each in asked]]
         for request, name, (tokens, (end,)) in zip(asked, names, outputs, strict=True):
             assert (end.reason, end.error) == ("length", None)
-            rows = {p: r.cpu() for (i, p), r in recorder.rows.items() if i == request.id}
+            rows = {p: row.cpu() for p, row in recorder.rows(request.id).items()}
             oracle = PeftOracle(home / "base", home / name if name else None)
             assert_equals_oracle(oracle, list(request.prompt), [t.id for t in tokens], rows)
         engine.check_integrity()

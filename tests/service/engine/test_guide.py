@@ -49,7 +49,7 @@ def test_a_guided_row_follows_and_others_keep_their_bits(engine: Engine, base: B
     recorder = Recorder(engine)
     asked = [greedy(str(i), random_tokens(5 + i, seed=i)) for i in range(3)]
     alone = [collect(engine.submit(request))[0] for request in asked]
-    before = dict(recorder.rows)
+    before = {request.id: recorder.rows(request.id) for request in asked}
     regex = r"[a-f]{3}-[0-9]{2}"
     guides = [
         guided(base, Grammar("regex", regex, "f")),
@@ -63,7 +63,10 @@ def test_a_guided_row_follows_and_others_keep_their_bits(engine: Engine, base: B
         for end in collect(stream)[1]:
             assert end.reason == "eos_token"
             assert re.fullmatch(regex, end.text), end.text
-    assert all(torch.equal(recorder.rows[key], row) for key, row in before.items())
+    for name, rows in before.items():
+        now = recorder.rows(name)
+        assert rows
+        assert all(torch.equal(now[position], row) for position, row in rows.items())
 
 
 def test_json_by_a_schema(engine: Engine, base: Base) -> None:
@@ -110,7 +113,7 @@ def test_hidden_is_what_the_head_reads(engine: Engine, base: Base) -> None:
     streams.append(engine.submit(greedy("other", random_tokens(50))))
     for request, stream in zip(asked, streams, strict=False):
         (end,) = collect(stream)[1]
-        row = recorder.rows[request.id, len(request.prompt) - 1]
+        row = recorder.rows(request.id)[len(request.prompt) - 1]
         (head,) = base.model.get_output_embeddings().state_dict().values()
         torch.testing.assert_close(head.float() @ torch.tensor(end.hidden), row)
 

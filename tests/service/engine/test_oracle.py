@@ -38,7 +38,7 @@ def serve_mixed(zoo: Zoo, rounds: int, seed: int) -> int:
     compared = 0
     try:
         for turn in range(rounds):
-            recorder.rows.clear()
+            recorder.clear()
             running: list[tuple[Request, Stream, bool]] = []
             for number in range(32):
                 chosen = rng.choice([None, *zoo.specimens])
@@ -56,7 +56,7 @@ def serve_mixed(zoo: Zoo, rounds: int, seed: int) -> int:
                     assert cancelled
                     continue
                 assert (end.reason, end.error) == ("length", None)
-                rows = {p: r for (i, p), r in recorder.rows.copy().items() if i == request.id}
+                rows = recorder.rows(request.id)
                 oracle = zoo.oracle(request.adapter.name if request.adapter else None)
                 assert_equals_oracle(oracle, list(request.prompt), [t.id for t in tokens], rows)
                 compared += 1

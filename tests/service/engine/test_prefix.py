@@ -100,12 +100,12 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 def serve(engine: Engine, recorder: Recorder, zoo: Zoo, requests: list[Request]) -> None:
     """All at once; every output and every logits row is PEFT's for that adapter alone."""
-    recorder.rows.clear()
+    recorder.clear()
     streams = [engine.submit(request) for request in requests]
     for request, stream in zip(requests, streams, strict=True):
         tokens, (end,) = collect(stream)
         assert (end.reason, end.error) == ("length", None)
-        rows = {p: row for (ident, p), row in recorder.rows.items() if ident == request.id}
+        rows = recorder.rows(request.id)
         oracle = zoo.oracle(request.adapter.name if request.adapter else None)
         assert_equals_oracle(oracle, list(request.prompt), [t.id for t in tokens], rows)
     engine.check_integrity()

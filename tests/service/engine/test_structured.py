@@ -44,7 +44,7 @@ def test_a_mixed_batch_equals_each_oracle(architecture: str, tmp_path: Path) -> 
             name = request.adapter.name if request.adapter else None
             path = bottlenecks.get(name or "")
             oracle = BottleneckOracle(source, path) if path else zoo.oracle(name)
-            rows = {p: row for (i, p), row in recorder.rows.items() if i == request.id}
+            rows = recorder.rows(request.id)
             assert_equals_oracle(oracle, list(request.prompt), [t.id for t in tokens], rows)
     finally:
         engine.stop()
