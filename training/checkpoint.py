@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from torch import Tensor
 
 from adapters.checks.bottleneck import is_adapter_hub
 from adapters.config_schema import other_base
@@ -19,6 +19,8 @@ from training.methods.bottleneck import BottleneckAdapter, variant_of
 from training.methods.files import CONFIG, WEIGHTS, fill
 from training.methods.low_rank import KINDS, LowRankAdapter
 
+Tensors = dict[str, Tensor]
+
 
 def load(source: Path, base: Base) -> Attached:
     """Attach the adapter of the directory `source` to the base.
@@ -27,22 +29,13 @@ def load(source: Path, base: Base) -> Attached:
     Raises MethodError when its tensors do not fit the base, or it was trained over another.
     """
     fields = _fields(source)
-    _check_base(source, base)
+    tensors = _tensors(source, base)
     if is_adapter_hub(fields):
-        return _load_bottleneck(source, fields, base)
+        return _load_bottleneck(source, fields, tensors, base)
     config = low_rank_config(fields)
-    return _load_peft(source, fields, base) if config is None else _load_own(source, config, base)
-
-
-def _check_base(source: Path, base: Base) -> None:
-    """Raises MethodError for an adapter that `nibble train` made over another base."""
-    try:
-        with safe_open(source / WEIGHTS, "pt") as file:
-            made_for = (file.metadata() or {}).get("base_fingerprint")
-    except (OSError, SafetensorError) as error:
-        raise MethodError(f"{source / WEIGHTS}: {error}") from None
-    if made_for is not None and (why := other_base(made_for, base.spec)) is not None:
-        raise MethodError(f"{source / WEIGHTS}: {why}")
+    if config is None:
+        return _load_peft(source, fields, tensors, base)
+    return _load_own(source, config, tensors, base)
 
 
 def low_rank_config(fields: dict[str, Any]) -> MethodConfig | None:
@@ -75,16 +68,18 @@ def _beyond(fields: dict[str, Any]) -> bool:
     return fields.get("bias", "none") != "none" or any(fields.get(name) for name in extras)
 
 
-def _load_own(source: Path, config: MethodConfig, base: Base) -> Attached:
+def _load_own(source: Path, config: MethodConfig, tensors: Tensors, base: Base) -> Attached:
     adapter = LowRankAdapter(base, config)
-    unlike = adapter.fill(_tensors(source))
+    unlike = adapter.fill(tensors)
     if unlike is not None:
         adapter.detach()
         raise MethodError(f"{source / WEIGHTS}: {unlike} does not fit {base.spec.id}")
     return adapter
 
 
-def _load_bottleneck(source: Path, fields: dict[str, Any], base: Base) -> Attached:
+def _load_bottleneck(
+    source: Path, fields: dict[str, Any], tensors: Tensors, base: Base
+) -> Attached:
     config = variant_of(fields)
     if config is None:
         raise MethodError(
@@ -92,20 +87,19 @@ def _load_bottleneck(source: Path, fields: dict[str, Any], base: Base) -> Attach
             "are attached: Houlsby's and Pfeiffer's"
         )
     adapter = BottleneckAdapter(base, config)
-    unlike = fill(adapter.tensors(), _tensors(source))
+    unlike = fill(adapter.tensors(), tensors)
     if unlike is not None:
         adapter.detach()
         raise MethodError(f"{source / WEIGHTS}: {unlike} does not fit {base.spec.id}")
     return adapter
 
 
-def _load_peft(source: Path, fields: dict[str, Any], base: Base) -> Attached:
+def _load_peft(source: Path, fields: dict[str, Any], tensors: Tensors, base: Base) -> Attached:
     import peft  # takes seconds, and our own layers do without
     from peft.utils import set_peft_model_state_dict
 
     from training.methods.peft_methods import PeftAdapter
 
-    tensors = _tensors(source)
     try:
         config = peft.PeftConfig.from_peft_type(**fields)
     except (KeyError, TypeError, ValueError) as error:
@@ -137,9 +131,14 @@ def _fields(source: Path) -> dict[str, Any]:
     return fields
 
 
-def _tensors(source: Path) -> dict[str, Any]:
+def _tensors(source: Path, base: Base) -> Tensors:
+    """Raises MethodError for a file that `nibble train` wrote over another base too."""
+    path = source / WEIGHTS
     try:
-        tensors: dict[str, Any] = load_file(source / WEIGHTS)
+        with safe_open(path, "pt") as file:
+            made_for = (file.metadata() or {}).get("base_fingerprint")
+            if made_for is not None and (why := other_base(made_for, base.spec)) is not None:
+                raise MethodError(f"{path}: {why}")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise MethodError(f"{source / WEIGHTS}: {error}") from None
-    return tensors
+        raise MethodError(f"{path}: {error}") from None
