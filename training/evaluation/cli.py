@@ -92,9 +92,15 @@ class Measured:
 
 @app.command()
 def evaluate(
-    data: Annotated[Path, typer.Argument(help="The right answers, in any shape of training data.")],
+    data: Annotated[
+        Path,
+        typer.Argument(exists=True, help="The right answers, in any shape of training data."),
+    ],
     adapter: Annotated[
-        list[Path] | None, typer.Option(help="A directory; may be repeated. Side by side.")
+        list[Path] | None,
+        typer.Option(
+            exists=True, file_okay=False, help="A directory; may be repeated. Side by side."
+        ),
     ] = None,
     system: Annotated[
         list[str] | None, typer.Option(help="A system prompt; may be repeated. Side by side.")
@@ -114,7 +120,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="Ask with so many answered examples too.")
     ] = None,
     examples: Annotated[
-        Path | None, typer.Option(help="The file whose first rows --shots takes.")
+        Path | None,
+        typer.Option(exists=True, help="The file whose first rows --shots takes."),
     ] = None,
     base: Annotated[str, typer.Option(help="mini, a directory, or a hub id.")] = "mini",
     double_quant: DoubleQuant = None,
@@ -149,7 +156,6 @@ def evaluate(
     The first system is what the others are tested against: the base, unless --no-with-base.
     """
     try:
-        _check_there([data, *(adapter or [])])
         templates = {one: find_template(one, store_home) for one in template or ()}
         order = Order(
             data=data,
@@ -176,13 +182,6 @@ def evaluate(
         console.print(_table(found, data))
         if found.against:
             console.print(_tests(found))
-
-
-def _check_there(paths: Sequence[Path]) -> None:
-    """Before a base is loaded for nothing."""
-    for path in paths:
-        if not path.exists():
-            raise TrainingError(f"{path}: No such file or directory")
 
 
 def _model(base: str, precision: str, double_quant: bool | None) -> Base:

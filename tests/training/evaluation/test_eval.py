@@ -173,9 +173,16 @@ def test_a_file_that_is_not_there_is_missed_before_a_base_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.evaluation.cli.load_base", lambda *_, **__: pytest.fail("loaded"))
-    done = CliRunner().invoke(app, [str(tmp_path / "no.jsonl")])
-    assert done.exit_code == 2
-    assert "no.jsonl: No such file" in done.output.replace("\n", "")
+    there = tmp_path / "there.jsonl"
+    there.touch()
+    for arguments in (
+        [tmp_path / "no.jsonl"],
+        [there, "--adapter", tmp_path / "no"],
+        [there, "--shots", "1", "--examples", tmp_path / "no.jsonl"],
+    ):
+        done = CliRunner().invoke(app, [*map(str, arguments)])
+        assert done.exit_code == 2
+        assert "doesnotexist" in "".join(done.output.replace("│", "").split())
 
 
 def test_the_metrics_fit_the_answers() -> None:
