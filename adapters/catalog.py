@@ -28,7 +28,7 @@ from adapters.errors import (
 )
 from adapters.manifest import DEFAULT_TENANT, AdapterManifest
 from adapters.room import check_room
-from adapters.sight import homes, shared, visible
+from adapters.sight import end_shares, homes, shared, visible
 from adapters.tables import adapters, arms, metadata, served, totals
 from adapters.traffic import Arm
 
@@ -236,7 +236,10 @@ class Catalog:
         raise StoreUnavailable(f"{draft.name}: {ATTEMPTS} other writers came first")
 
     def delete(self, name: str, version: int | None, when: str) -> list[AdapterManifest]:
-        """Mark one version, or all of a name, as deleted; what was. Raises AdapterInUse."""
+        """Mark one version, or all of a name, as deleted; what was. Raises AdapterInUse.
+
+        With the last version of a name its shares end.
+        """
         which = [adapters.c.tenant == self.tenant, adapters.c.name == name]
         held = [arms.c.tenant == self.tenant, arms.c.name == name]
         if version is not None:
@@ -250,6 +253,7 @@ class Catalog:
             if holder is not None:
                 raise AdapterInUse(f"the alias {name}@{holder} points to it: move or drop it first")
             connection.execute(sa.update(adapters).where(*which, ALIVE).values(deleted=when))
+            end_shares(connection, "adapter", self.tenant, name)
         return [AdapterManifest.from_json(row) for row in rows]
 
     def set_alias(self, name: str, alias: str, shares: Mapping[int, float]) -> None:
@@ -408,6 +412,8 @@ def _insert(connection: sa.Connection, draft: AdapterManifest, tenant: str) -> A
         found = AdapterManifest.from_json(row)
         if _same(found, draft):
             return _measured_again(connection, found, draft, tenant)
+    else:  # an earlier server did not end them
+        end_shares(connection, "adapter", tenant, draft.name)
     check_room(connection, tenant, draft=draft)
     # Deleted rows count: their numbers are never given again.
     last = connection.execute(sa.select(sa.func.max(adapters.c.version)).where(mine)).scalar()

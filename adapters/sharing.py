@@ -1,4 +1,5 @@
-"""What one tenant lets others read: a name with all its versions and aliases, never to write.
+"""What one tenant lets others read: a name with all its versions and aliases, never to write, for
+as long as it has any.
 
 Whoever looks a name up finds its own; where it has none, the one that is shared with it. So two
 tenants cannot share one name with the same third: the second is refused.
@@ -47,7 +48,7 @@ class Shares:
             if share.audience:
                 self._check(connection, share)
             dropped = connection.execute(sa.delete(shares).where(*mine)).rowcount
-            if not share.audience and not dropped:  # of what is deleted a share may be left
+            if not share.audience and not dropped:  # an earlier server left such
                 _check_there(connection, share)
             own = {"kind": share.kind, "tenant": share.tenant, "name": share.name}
             for audience in sorted(set(share.audience)):

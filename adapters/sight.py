@@ -1,6 +1,7 @@
 """Which rows a tenant sees: its own, and where it has none of a name, those shared with it.
 
-The catalog and the templates' shelf look names up by these; `sharing.py` writes the shares.
+The catalog and the templates' shelf look names up by these, and end the shares of names that they
+delete; `sharing.py` writes the shares.
 """
 
 from __future__ import annotations
@@ -45,6 +46,17 @@ def visible(tenant: str, kind: Kind) -> sa.ColumnElement[bool]:
         shares.c.tenant == table.c.tenant, shares.c.name == table.c.name, *_to(tenant, kind)
     )
     return sa.or_(table.c.tenant == tenant, sa.exists(here))
+
+
+def end_shares(connection: sa.Connection, kind: Kind, tenant: str, name: str) -> None:
+    """Nobody reads a name that has no living version any more: the next who is given it has not
+    been shared."""
+    table = NAMED[kind]
+    living = sa.select(table.c.name).where(
+        table.c.deleted.is_(None), table.c.tenant == tenant, table.c.name == name
+    )
+    those = (shares.c.kind == kind, shares.c.tenant == tenant, shares.c.name == name)
+    connection.execute(sa.delete(shares).where(*those, ~sa.exists(living)))
 
 
 def _to(tenant: str, kind: Kind) -> Sequence[sa.ColumnElement[bool]]:

@@ -33,7 +33,7 @@ from adapters.prompts.template import (
     parse_file,
     parse_template,
 )
-from adapters.sight import homes, visible
+from adapters.sight import end_shares, homes, visible
 from adapters.store import VERSION, read_small
 from adapters.tables import adapters
 from adapters.tables import prompt_aliases as aliases
@@ -193,6 +193,7 @@ class TemplateShelf:
                 self._refuse_if_trained_with(connection, row, others)
             now = _now()
             connection.execute(sa.update(templates).where(*which).values(deleted=now))
+            end_shares(connection, "template", self._catalog.tenant, name)
         return tuple(_stored(row) for row in rows)
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
@@ -260,6 +261,8 @@ class TemplateShelf:
         newest = connection.execute(mine.where(ALIVE).order_by(order).limit(1)).first()
         if newest is not None and newest.digest == template.digest:
             return _stored(newest)
+        if newest is None:  # an earlier server did not end them
+            end_shares(connection, "template", tenant, name)
         # Deleted rows count: their numbers are never given again.
         last = connection.execute(mine.order_by(order).limit(1)).first()
         made = StoredTemplate(name, last.version + 1 if last else 1, _now(), template)

@@ -19,6 +19,7 @@ from alembic.migration import MigrationContext
 
 from adapters.catalog import HEAD, MIGRATIONS, Catalog, metadata
 from adapters.errors import AdapterInUse, AdapterNotFound, StoreUnavailable, Unkeepable
+from adapters.sharing import Share, Shares
 from adapters.store import AdapterStore
 from tests.adapters.test_manifest import MANIFEST
 
@@ -177,6 +178,20 @@ def test_no_alias_points_to_what_another_deletes(replicas: list[Catalog]) -> Non
         else:
             assert isinstance(pointed, AdapterNotFound)
             assert not isinstance(deleted, Exception)
+
+
+def test_a_share_ends_with_what_is_shared(url: str) -> None:
+    catalog = Catalog(url)
+    draft = replace(MANIFEST, name="support", version=0)
+    catalog.add(draft)
+    Shares(catalog).set(Share("adapter", "default", "support", ("*",)))
+    assert catalog.of("zeta").latest("support").version == 1
+    catalog.delete("support", None, "now")
+    assert Shares(catalog).list() == []
+    catalog.add(draft)
+    with pytest.raises(AdapterNotFound):
+        catalog.of("zeta").latest("support")
+    catalog.close()
 
 
 @pytest.mark.slow

@@ -188,13 +188,64 @@ def test_what_is_not_there_is_not_shared(acme: Catalog) -> None:
         Shares(acme).set(Share("template", "acme", "support", ("*",)))
 
 
-def test_a_share_of_what_was_deleted_can_be_taken_back(acme: Catalog) -> None:
-    Shares(acme).set(Share("adapter", "acme", "support", ("zeta",)))
+@pytest.mark.parametrize("versions", [[None], [2, 1]])
+def test_a_share_ends_with_the_last_version(
+    acme: Catalog, zeta: Catalog, versions: list[int | None]
+) -> None:
+    """What comes under that name later was never shared."""
+    add(acme, "c", name="other")
+    kept = Share("adapter", "acme", "other", ("zeta",))
+    for share in (Share("adapter", "acme", "support", ("*",)), kept):
+        Shares(acme).set(share)
     acme.drop_alias("support", "prod")
-    acme.delete("support", None, "now")
-    assert len(Shares(acme).list()) == 1
-    Shares(acme).set(Share("adapter", "acme", "support", ()))
+    for version in versions:
+        assert zeta.versions("support")
+        acme.delete("support", version, "now")
+    assert Shares(acme).list() == [kept]
+    add(acme, "d")
+    with pytest.raises(AdapterNotFound):
+        zeta.latest("support")
+
+
+def left_behind(catalog: Catalog, kind: str, name: str) -> None:
+    """A share of what is no longer there, as servers left it once."""
+    with catalog.writing() as connection:
+        row = {"kind": kind, "tenant": "acme", "name": name, "audience": "zeta"}
+        connection.execute(sa.insert(shares).values(**row))
+
+
+def test_a_share_that_was_left_behind_is_not_one_of_what_comes_later(
+    acme: Catalog, zeta: Catalog
+) -> None:
+    for kind in ("adapter", "template"):
+        left_behind(acme, kind, "later")
+    add(acme, "d", name="later")
+    TemplateShelf(acme).add("later", parse_template({"user": "{{ input }}"}))
     assert Shares(acme).list() == []
+    with pytest.raises(AdapterNotFound):
+        zeta.latest("later")
+    with pytest.raises(TemplateNotFound):
+        TemplateShelf(zeta).get("later")
+
+
+def test_a_share_that_was_left_behind_can_be_taken_back(acme: Catalog) -> None:
+    left_behind(acme, "adapter", "gone")
+    Shares(acme).set(Share("adapter", "acme", "gone", ()))
+    assert Shares(acme).list() == []
+
+
+def test_a_template_s_share_ends_with_its_last_version(catalog: Catalog) -> None:
+    acme, zeta = TemplateShelf(catalog.of("acme")), TemplateShelf(catalog.of("zeta"))
+    for text in "ab":
+        acme.add("t", parse_template({"user": f"{text} {{{{ input }}}}"}))
+    Shares(catalog).set(Share("template", "acme", "t", ("zeta",)))
+    acme.delete("t@1")
+    assert zeta.get("t").version == 2
+    acme.delete("t")
+    assert Shares(catalog).list() == []
+    acme.add("t", parse_template({"user": "c {{ input }}"}))
+    with pytest.raises(TemplateNotFound):
+        zeta.get("t")
 
 
 def test_templates(catalog: Catalog) -> None:
