@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import sqlalchemy as sa
 
 from adapters.errors import QuotaReached
 from adapters.manifest import AdapterManifest
-from adapters.tables import adapters, collections, tenants, training_files
+from adapters.tables import adapters, collections, prompt_templates, tenants, training_files
 
 
 def check_room(
@@ -16,8 +17,7 @@ def check_room(
 ) -> None:
     """Raise QuotaReached where `draft`, or `nbytes` of anything else, is more than `tenant` may
     keep."""
-    query = sa.select(tenants.c.quotas).where(tenants.c.name == tenant)
-    quotas = json.loads(connection.execute(query.with_for_update()).scalar() or "{}")
+    quotas = _quotas(connection, tenant)
     most, room = quotas.get("adapters"), quotas.get("bytes")
     if most is None and room is None:
         return
@@ -45,6 +45,28 @@ def check_room(
             f"tenant {tenant!r} may keep {room} bytes of adapters, training files and collections "
             f"and has {used}: {nbytes} more are too many; delete something first"
         )
+
+
+def check_templates(connection: sa.Connection, tenant: str) -> None:
+    """Raise QuotaReached where one version of a prompt template more is more than `tenant` may
+    keep."""
+    most = _quotas(connection, tenant).get("templates")
+    if most is None:
+        return
+    living = (prompt_templates.c.tenant == tenant, prompt_templates.c.deleted.is_(None))
+    count = sa.select(sa.func.count()).select_from(prompt_templates).where(*living)
+    kept = connection.execute(count).scalar_one()
+    if kept >= most:
+        raise QuotaReached(
+            f"tenant {tenant!r} may keep {most} versions of templates and has {kept}: delete one "
+            "first"
+        )
+
+
+def _quotas(connection: sa.Connection, tenant: str) -> dict[str, Any]:
+    query = sa.select(tenants.c.quotas).where(tenants.c.name == tenant)
+    found: dict[str, Any] = json.loads(connection.execute(query.with_for_update()).scalar() or "{}")
+    return found
 
 
 def _kept(connection: sa.Connection, tenant: str) -> tuple[int, dict[str, int]]:

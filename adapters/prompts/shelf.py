@@ -33,6 +33,7 @@ from adapters.prompts.template import (
     parse_file,
     parse_template,
 )
+from adapters.room import check_templates
 from adapters.sight import end_shares, homes, visible
 from adapters.store import VERSION, read_small
 from adapters.tables import adapters
@@ -90,7 +91,7 @@ class TemplateShelf:
         """Keep a template, checked by the caller, as the next version of `name`.
 
         The same content again, as the newest version's, returns that one. Raises InvalidTemplate
-        (the name).
+        (the name), QuotaReached.
         """
         check_name(name)
         for _ in range(ATTEMPTS):
@@ -263,6 +264,7 @@ class TemplateShelf:
             return _stored(newest)
         if newest is None:  # an earlier server did not end them
             end_shares(connection, "template", tenant, name)
+        check_templates(connection, tenant)
         # Deleted rows count: their numbers are never given again.
         last = connection.execute(mine.order_by(order).limit(1)).first()
         made = StoredTemplate(name, last.version + 1 if last else 1, _now(), template)

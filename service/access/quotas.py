@@ -4,7 +4,7 @@ Requests and tokens of a minute are counted in a sliding window (`limits`: here,
 several servers share). Tokens are reserved by what a request could come to at most and settled by
 what it came to, so a tenant cannot pass its limit by asking for much at once, and is charged for
 nothing that it did not get. What runs at the same time is counted by each server for itself.
-Adapters and bytes are counted by the catalog, in the transaction that adds them.
+Adapters, templates and bytes are counted by the catalog, in the transaction that adds them.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Quotas:
     tokens_per_minute: int | None = None  # of prompts and of outputs
     concurrency: int | None = None  # requests at the same time, on each server
     adapters: int | None = None  # versions
+    templates: int | None = None  # versions
     bytes: int | None = None  # of adapters, training files and collections
     train_minutes: int | None = None  # in thirty days
 

@@ -243,7 +243,7 @@ async def _reply(request: Request, error: Exception) -> JSONResponse:
     answer = failure(error)
     if answer.status >= 500:
         log_failure(error)
-    if isinstance(error, Overloaded | QuotaExceeded):
+    if isinstance(error, Overloaded | QuotaExceeded | QuotaReached):
         request.app.state.desk.metrics.refused(answer.error_type)
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         answer = _no_route(request, error.status_code)

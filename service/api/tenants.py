@@ -35,6 +35,7 @@ class QuotasBody(Incoming):
     tokens_per_minute: Limit = Field(default=0, description="Of prompts and outputs.")
     concurrency: Limit = Field(default=0, description="Requests at the same time, on each server.")
     adapters: Limit = Field(default=0, description="Versions.")
+    templates: Limit = Field(default=0, description="Versions.")
     bytes: Limit = Field(default=0, description="Of adapters, training files and collections.")
     train_minutes: Limit = Field(default=0, description="Of training in thirty days.")
 
@@ -46,6 +47,7 @@ class QuotasView(Outgoing):
     tokens_per_minute: int | None
     concurrency: int | None
     adapters: int | None
+    templates: int | None
     bytes: int | None
     train_minutes: int | None
 

@@ -45,6 +45,7 @@ def quota(
     tokens_per_minute: Limit = 0,
     concurrency: Limit = 0,
     adapters: Limit = 0,
+    templates: Limit = 0,
     bytes_: Annotated[int, typer.Option("--bytes", min=0, help="0: no limit.")] = 0,
     train_minutes: Limit = 0,
     url: Url = None,
@@ -56,6 +57,7 @@ def quota(
         "tokens_per_minute": tokens_per_minute,
         "concurrency": concurrency,
         "adapters": adapters,
+        "templates": templates,
         "bytes": bytes_,
         "train_minutes": train_minutes,
     }

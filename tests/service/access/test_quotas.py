@@ -17,6 +17,8 @@ import pytest
 
 from adapters.catalog import Catalog
 from adapters.errors import QuotaReached
+from adapters.prompts.shelf import TemplateShelf
+from adapters.prompts.template import parse_template
 from service.access.keys import Keys
 from service.access.quotas import Meter, Quotas, Tenants
 from service.errors import NotFound, QuotaExceeded
@@ -187,6 +189,22 @@ def test_adapters_that_a_tenant_keeps(catalog: Catalog) -> None:
     add(catalog.of("zeta"), "c")
     acme.delete(MANIFEST.name, 1, "now")
     add(acme, "c")
+
+
+def test_templates_that_a_tenant_keeps(catalog: Catalog) -> None:
+    Tenants(catalog).set_quotas("acme", Quotas(templates=2))
+    acme, zeta = (TemplateShelf(catalog.of(tenant)) for tenant in ("acme", "zeta"))
+    made = [parse_template({"user": f"{text} {{{{ input }}}}"}) for text in "abc"]
+    for name, one in (("t", made[0]), ("other", made[0]), ("other", made[0])):
+        acme.add(name, one)  # the same again is no new version
+    with pytest.raises(QuotaReached, match="may keep 2 versions of templates and has 2"):
+        acme.add("t", made[1])
+    with pytest.raises(QuotaReached):
+        acme.add("new", made[1])
+    for one in made:
+        zeta.add("t", one)
+    acme.delete("other")
+    assert acme.add("t", made[1]).version == 2
 
 
 def test_bytes_that_a_tenant_keeps(catalog: Catalog, tmp_path: Path) -> None:
