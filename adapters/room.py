@@ -1,4 +1,6 @@
-"""Whether a tenant may keep more: counted in the transaction that adds, so no two pass at once."""
+"""Whether a tenant may keep more: counted in the transaction that adds, so no two pass at once. And
+whether there are others, for whom it leaves room where many wait.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +63,12 @@ def check_templates(connection: sa.Connection, tenant: str) -> None:
             f"tenant {tenant!r} may keep {most} versions of templates and has {kept}: delete one "
             "first"
         )
+
+
+def several(connection: sa.Connection) -> bool:
+    """Whether more than one tenant has had a key."""
+    query = sa.select(tenants.c.name).limit(2)
+    return len(connection.execute(query).all()) > 1
 
 
 def _quotas(connection: sa.Connection, tenant: str) -> dict[str, Any]:

@@ -231,7 +231,12 @@ class Settings(BaseSettings):
     max_file_bytes: Bytes = _setting("Largest training file.", "Training", GIB // 2, ge=KIB, le=TIB)
     jobs_at_once: int = _setting("Training jobs that run at once.", "Training", 1, ge=1, le=16)
     max_jobs: int = _setting(
-        "Training jobs that may wait, run or be paused.", "Training", 100, ge=1, le=100_000
+        "Training jobs that may wait, run or be paused; where several tenants have keys, one may have "
+        "as many as are left.",
+        "Training",
+        100,
+        ge=1,
+        le=100_000,
     )
     job_nice: int = _setting(
         "How far training steps back behind serving; 19 is furthest.", "Training", 19, ge=0, le=19

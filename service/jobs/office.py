@@ -75,17 +75,16 @@ class Office:
         `most_minutes` is what its tenant may train in thirty days: the job gets what is left.
         Raises InvalidRequest, NotFound, Overloaded, QuotaExceeded.
         """
+        self.queue.check_line(self._max_jobs)
         if most_minutes is not None:
             order = within(order, most_minutes - self.queue.minutes(time.time() - MONTH))
-        if self.queue.waiting() >= self._max_jobs:
-            raise Overloaded(f"{self._max_jobs} jobs have not ended (max_jobs): cancel some", 60.0)
         job_id = new_job_id()
         shop = self._workshop
         directory = shop.directory(job_id)
         try:
             prepare(order, directory, self.files, shop.base, shop.double_quant)
             self._ask(order, directory, ("train", "config", CONFIG, "--json"), CONFIG_SECONDS)
-            job = self.queue.add(order, job_id, most_minutes)
+            job = self.queue.add(order, job_id, most_minutes, self._max_jobs)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -123,7 +122,7 @@ class Office:
         return self._told(self.queue.pause(job_id))
 
     def resume(self, job_id: str, most_minutes: float | None = None) -> Job:
-        return self._told(self.queue.resume(job_id, most_minutes))
+        return self._told(self.queue.resume(job_id, most_minutes, self._max_jobs))
 
     def publish(self, job_id: str, *, replaces: bool = False) -> Job:
         """Serve the adapter of a job that was not to publish it; published already, as it is.

@@ -1,13 +1,15 @@
 """The queue: jobs as rows of the catalog, so that it survives whatever the server does not.
 
 Every change of a job's state is one transaction that names the state it expects: of two that want
-to move a job, one does.
+to move a job, one does. Tenants take turns, and leave room for each other.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass
@@ -17,15 +19,17 @@ import sqlalchemy as sa
 
 from adapters.catalog import Catalog
 from adapters.manifest import DEFAULT_TENANT
+from adapters.room import several
 from adapters.tables import job_events as events
 from adapters.tables import training_jobs as jobs
-from service.errors import NotFound, QuotaExceeded, WrongState
+from service.errors import NotFound, Overloaded, QuotaExceeded, WrongState
 from service.jobs.files import page
 from service.jobs.job import ENDED, JOB_ID, STATUSES, Asked, Checked, Fault, Job, Status, new_job_id
 from service.jobs.order import Order
 
 Level = Literal["info", "warn", "error"]
 MONTH = 30 * 24 * 3600.0
+FULL_SECONDS = 60.0  # after which to try again
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class Queue:
         self._catalog = catalog
         self._home = home
         self._tenant: str | None = None
+        self._turns = itertools.count(1)
+        self._last: dict[tuple[Status, str], int] = {}  # turn of a tenant
 
     def of(self, tenant: str) -> Queue:
         """Those of one tenant; another's are not there. The line that they stand in is one."""
@@ -54,14 +60,20 @@ class Queue:
         return found
 
     def add(
-        self, order: Order, job_id: str | None = None, most_minutes: float | None = None
+        self,
+        order: Order,
+        job_id: str | None = None,
+        most_minutes: float | None = None,
+        most_jobs: int | None = None,
     ) -> Job:
         """`most_minutes`: what the tenant's jobs of thirty days may train, this one's budget among
-        them. Raises QuotaExceeded."""
+        them; `most_jobs` as of `check_line`. Raises QuotaExceeded, Overloaded."""
         tenant = self._tenant or DEFAULT_TENANT
         job = Job(job_id or new_job_id(), "validating_files", time.time(), order, tenant=tenant)
-        with self._catalog.writing() as connection:
-            if most_minutes is not None:  # others may have been ordered since it was looked at
+        with self._catalog.writing() as connection:  # others may have come since it was looked at
+            if most_jobs is not None:
+                self._check_line(connection, most_jobs)
+            if most_minutes is not None:
                 promised = self._minutes(connection, job.created - MONTH)
                 if promised + order.config["budget"]["minutes"] > most_minutes + 1e-6:
                     raise minutes_used()
@@ -104,9 +116,27 @@ class Queue:
         found = {row[0]: row[1] for row in rows}
         return {status: found.get(status, 0) for status in STATUSES}
 
-    def waiting(self) -> int:
-        """Jobs, of all tenants, that have not ended."""
-        return sum(n for status, n in self.counts().items() if status not in ENDED)
+    def check_line(self, most: int) -> None:
+        """Raise where the tenant may not have one job more that has not ended: Overloaded where
+        all tenants have `most`; QuotaExceeded where there are several tenants, and this one has as
+        many as are left for others."""
+        with self._catalog.reading() as connection:
+            self._check_line(connection, most)
+
+    def _check_line(self, connection: sa.Connection, most: int) -> None:
+        mine = jobs.c.tenant == (self._tenant or DEFAULT_TENANT)
+        query = sa.select(sa.func.count(), sa.func.count(sa.case((mine, 1))))
+        query = query.where(jobs.c.home == self._home, jobs.c.status.not_in(ENDED))
+        waiting, own = connection.execute(query).one()
+        if waiting >= most:
+            what = f"{waiting} jobs have not ended, {most} may (max_jobs): cancel some"
+            raise Overloaded(what, FULL_SECONDS)
+        if own >= most - waiting and several(connection):
+            raise QuotaExceeded(
+                f"{waiting} jobs have not ended, {own} of them yours, {most} may (max_jobs): the "
+                "others' room is as much as yours; cancel some",
+                FULL_SECONDS,
+            )
 
     def minutes(self, since: float) -> float:
         """What the tenant's jobs created since a time, on all servers, have trained, or may still
@@ -125,12 +155,22 @@ class Queue:
         with self._catalog.writing() as connection:
             connection.execute(change.values(minutes=jobs.c.minutes + minutes))
 
-    def first(self, status: Status, but: Iterable[str] = ()) -> Job | None:
-        """The oldest job in a state, `but` these."""
-        query = self._mine().where(jobs.c.status == status, jobs.c.id.not_in(list(but)))
+    def next_in(self, status: Status) -> Job | None:
+        """The job in a state whose turn it is: of the tenant that has the fewest running, of these
+        the one whose last turn was longest ago, and of that one the oldest."""
+        ordered = self._mine().order_by(jobs.c.created, jobs.c.id)
         with self._catalog.reading() as connection:
-            row = connection.execute(query.order_by(jobs.c.created, jobs.c.id).limit(1)).first()
-        return None if row is None else _job(row)
+            rows = connection.execute(ordered.where(jobs.c.status.in_((status, "running")))).all()
+        running = Counter(row.tenant for row in rows if row.status == "running")
+
+        def turn(row: Any) -> tuple[int, int]:  # `min` takes the first of equals
+            return running[row.tenant], self._last.get((status, row.tenant), 0)
+
+        row = min((row for row in rows if row.status == status), key=turn, default=None)
+        if row is None:
+            return None
+        self._last[status, row.tenant] = next(self._turns)
+        return _job(row)
 
     def move(
         self,
@@ -141,13 +181,14 @@ class Queue:
         before: Iterable[Status],
         level: Level = "info",
         most_minutes: float | None = None,
+        most_jobs: int | None = None,
         **fields: Any,
     ) -> bool:
         """Bring a job from one of the states `before` to another; False where it is in none.
 
         `fields` are columns to set with it. What was asked of the job has then happened.
-        `most_minutes`: what the tenant's jobs may train, this one in its new state among them.
-        Raises QuotaExceeded.
+        `most_minutes`: what the tenant's jobs may train, this one in its new state among them;
+        `most_jobs`: as of `check_line`, for one that had ended. Raises QuotaExceeded, Overloaded.
         """
         ended = {"finished": time.time()} if to in ENDED else {}
         change = (
@@ -157,6 +198,8 @@ class Queue:
             .values(status=to, asked=None, **ended, **fields)
         )
         with self._catalog.writing() as connection:
+            if most_jobs is not None:
+                self._check_line(connection, most_jobs)
             if connection.execute(change).rowcount == 0:
                 return False
             if most_minutes is not None:
@@ -167,8 +210,8 @@ class Queue:
         return True
 
     def claim(self) -> Job | None:
-        """The oldest queued job, which is running from now on."""
-        while (job := self.first("queued")) is not None:
+        """The queued job whose turn it is, which is running from now on."""
+        while (job := self.next_in("queued")) is not None:
             started = self.move(
                 job.id, "running", "Started.", before=("queued",), starts=job.starts + 1
             )
@@ -205,11 +248,13 @@ class Queue:
         """As `cancel`, but it can go on from its last checkpoint."""
         return self._ask(job_id, "pause", "paused", "Paused.")
 
-    def resume(self, job_id: str, most_minutes: float | None = None) -> Job:
+    def resume(
+        self, job_id: str, most_minutes: float | None = None, most_jobs: int | None = None
+    ) -> Job:
         """Queue a paused job again, or a failed one whose data was right: what that one had given
-        back of its minutes has to be there still.
+        back, its minutes and its place among `most_jobs`, has to be there still.
 
-        Raises NotFound, WrongState, QuotaExceeded.
+        Raises NotFound, WrongState, QuotaExceeded, Overloaded.
         """
         job = self.get(job_id)
         if job.status == "failed" and job.checked is None:
@@ -220,6 +265,7 @@ class Queue:
             "Queued again; it goes on from its last checkpoint.",
             before=("paused", "failed"),
             most_minutes=most_minutes,
+            most_jobs=most_jobs if job.ended else None,
             error=None,
             finished=None,
             starts=0,

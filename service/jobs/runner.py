@@ -147,7 +147,7 @@ class Runner:
         return False
 
     def _check_all(self) -> None:
-        self._work(lambda: self._queue.first("validating_files"), self._check)
+        self._work(lambda: self._queue.next_in("validating_files"), self._check)
 
     def _run_all(self) -> None:
         self._work(self._queue.claim, self._run)
