@@ -24,9 +24,13 @@ from service.api.shedding import Reply, Shedder
 HEAD_BYTES = 16384  # of one request line and its headers
 PIPELINED = 128  # requests that a client may send ahead of their replies
 MAX_CONNECTIONS = 4096
+HELD_BYTES = 1 << 20  # of a body, until it is there, where its length is known and no larger
+HELD_BY_ALL = 64 << 20  # of such bodies, beyond what each connection may hold by itself
+UNSENT_BYTES = 128 << 10  # that the system takes of a reply before the client takes any
 OWN_FILES = 512  # descriptors that are for files, threads' pipes and other servers
 LOOKS = 10  # at who takes little, in the time that is given to who takes nothing
 
+_UNSENT = getattr(socket, "TCP_NOTSENT_LOWAT", None)
 _TOO_MANY = "too many connections are open"
 
 
@@ -38,14 +42,30 @@ class BadRequest(Exception):
         self.status = status
 
 
+class Room:
+    """Bytes that all connections of a server may hold together."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+
+    def take(self, size: int) -> bool:
+        if size > self._left:
+            return False
+        self._left -= size
+        return True
+
+    def give_back(self, size: int) -> None:
+        self._left += size
+
+
 class Connection(HttpToolsProtocol):
     """A request's head must be complete `head_seconds` after the connection was made, or after
     the first byte that follows the reply before. Who takes nothing of a reply for `stall_seconds`
     is cut off. Connections over `max_open` are refused.
 
-    A request is begun once its body is there, or more of it than a client sends at once: until then
-    it costs no task, and `bounds` say how slowly it may come. What is there and would have to wait
-    in a full server is refused by the `shedder`.
+    A request is begun once its body is there, or more of it than may be held (`shared` bounds what
+    all hold together): until then it costs no task, and `bounds` say how slowly it may come. What
+    is there and would have to wait in a full server is refused by the `shedder`.
 
     httptools checks the syntax and lets everything else pass: what two readers of one request could
     understand differently is refused here, as is a head without end.
@@ -56,6 +76,7 @@ class Connection(HttpToolsProtocol):
     max_open: ClassVar[int] = 1024
     bounds: ClassVar[Bounds] = Bounds(SMALL_BYTES)
     shedder: ClassVar[Shedder] = Shedder()
+    shared: ClassVar[Room] = Room(HELD_BY_ALL)
     url: bytes = b""  # of the head that comes, as much as has come
     _deadline: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
@@ -63,7 +84,9 @@ class Connection(HttpToolsProtocol):
     _endless = 0  # bytes since then, of a head, of trailers or of a chunk's extensions
     _begun = 0  # requests in what came last
     _upgrades = False  # the head asks for another protocol, and is read again without
+    _running: RequestResponseCycle | None = None  # whose turn it is; uvicorn's own is the last one
     _held: tuple[RequestResponseCycle, Any] | None = None  # a request that has not begun
+    _borrowed = 0  # bytes of the room that all share, for its body
     _since = _came = 0.0  # of its body: when its first and its last piece were expected and came
     _between = False  # what came last was answered, and nothing came after it
     _unheard: int | None = None  # of an ended connection: bytes that may come before it is closed
@@ -76,11 +99,19 @@ class Connection(HttpToolsProtocol):
             return
         # Whatever the system does not take at once pauses us, so that `pause_writing` hears of it.
         transport.set_write_buffer_limits(high=0)
+        # And it takes little: who reads nothing of megabytes would have them all made for him.
+        if _UNSENT is not None:
+            with suppress(OSError):  # no TCP
+                self._socket.setsockopt(socket.IPPROTO_TCP, _UNSENT, UNSENT_BYTES)
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._got_head()
         self._taken()
+        self._let_go()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -173,12 +204,32 @@ class Connection(HttpToolsProtocol):
         if self._held is None:
             return
         cycle, app = self._held
-        waits = cycle.more_body and len(cycle.body) < SMALL_BYTES
-        if waits and not cycle.waiting_for_100_continue:
+        if cycle.more_body and not cycle.waiting_for_100_continue and self._may_hold(cycle):
             return
-        self._held = None
+        self._let_go()
         if cycle.more_body or self.pipeline or not self._shed(cycle):
+            self._running = cycle
             super()._start_asgi_task(cycle, app)
+
+    def _may_hold(self, cycle: RequestResponseCycle) -> bool:
+        """Whether what is there of a body is kept until the rest is there."""
+        if len(cycle.body) < SMALL_BYTES:
+            return True
+        if not self._borrowed:
+            length = _length(cycle.scope)
+            longest = min(HELD_BYTES, self.bounds.of(cycle.scope))
+            if not SMALL_BYTES <= length <= longest or not self.shared.take(length):
+                return False
+            self._borrowed = length
+        self.flow.resume_reading()  # which stopped until somebody takes what is there
+        return True
+
+    def _let_go(self) -> None:
+        """Hold no request any more."""
+        self._held = None
+        if self._borrowed:
+            self.shared.give_back(self._borrowed)
+            self._borrowed = 0
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -331,8 +382,9 @@ class Connection(HttpToolsProtocol):
         if left > 0:
             self._deadline = self.loop.call_later(left, self._check_body)
             return
-        self._held, cycle.response_complete = None, True
         reply = self.shedder.late(cycle.scope["path"], len(cycle.body), now - self._since)
+        self._let_go()
+        cycle.response_complete = True
         self._end(self._said(reply, keep_alive=False))
 
     def shutdown(self) -> None:
@@ -340,8 +392,8 @@ class Connection(HttpToolsProtocol):
         if self._held is None:
             super().shutdown()
             return
-        (cycle, _), self._held = self._held, None
-        cycle.response_complete = True
+        self._held[0].response_complete = True
+        self._let_go()
         self._end(_envelope("503 Service Unavailable", "this server is stopping", "draining"))
 
 
@@ -362,9 +414,19 @@ def connection_class(
     max_open: int, bounds: Bounds | None = None, shedder: Shedder | None = None
 ) -> type[Connection]:
     """A Connection with its own bounds: uvicorn makes the instances, so a class carries them."""
-    own: Mapping[str, Any] = {"max_open": max_open, "bounds": bounds, "shedder": shedder}
+    own: Mapping[str, Any] = {
+        "max_open": max_open,
+        "bounds": bounds,
+        "shedder": shedder,
+        "shared": Room(HELD_BY_ALL),
+    }
     given = {name: value for name, value in own.items() if value is not None}
     return type("Connection", (Connection,), given)
+
+
+def _length(scope: Mapping[str, Any]) -> int:
+    """Of the body; 0 where the head does not say."""
+    return next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
 
 
 def _envelope(status: str, message: str, error_type: str, url: bytes = b"") -> bytes:

@@ -27,7 +27,7 @@ from service.api.openai_errors import speaks_openai
 from service.errors import Overloaded, ServiceError
 
 LINE_SECONDS = 1.0  # between two lines of log
-KEPT = 64  # replies; they differ by how many wait, and by when to come again
+KEPT = 64  # replies; they differ by how many wait or came, and by when to come again
 ID = b"#" * 16  # where a request's id belongs
 
 Reply = tuple[bytes, bytes]  # the status line, and all behind it: between is the connection's place
@@ -68,10 +68,14 @@ class Shedder:
 
     def late(self, path: str, received: int, seconds: float) -> Reply:
         """What is said to a body that came too slowly."""
-        answer = failure(too_slow(received, seconds))
-        return self._signed(answer, rendered(answer, path))
+        return self._signed(*self._rendered(too_slow(received, seconds), path))
 
     def _refuse(self, error: ServiceError, path: str) -> Reply:
+        answer, reply = self._rendered(error, path)
+        self._count(answer.error_type)
+        return self._signed(answer, reply)
+
+    def _rendered(self, error: Exception, path: str) -> tuple[Failure, Reply]:
         again = math.ceil(error.retry_after) if isinstance(error, Overloaded) else 0
         key = (str(error), again, speaks_openai(path))
         made = self._made.get(key)
@@ -80,8 +84,7 @@ class Shedder:
                 self._made.clear()
             answer = failure(error)
             made = self._made[key] = (answer, rendered(answer, path))
-        self._count(made[0].error_type)
-        return self._signed(*made)
+        return made
 
     def _signed(self, answer: Failure, reply: Reply) -> Reply:
         request_id = self._log.note(f"{answer.status} {answer.error_type}")

@@ -6,10 +6,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httptools
@@ -23,6 +24,7 @@ class Answer:
     seconds: float  # from before the request was sent
     headers: dict[str, str]
     body: bytes
+    waited: float = 0.0  # from when it was due until it was sent
 
 
 class Lost(Exception):
@@ -112,6 +114,11 @@ class Load:
     def times(self, status: int) -> list[float]:
         return [answer.seconds for answer in self.answers if answer.status == status]
 
+    def since_due(self, status: int) -> list[float]:
+        """With what each waited for its turn to be sent, which a busy machine makes longer."""
+        found = [answer for answer in self.answers if answer.status == status]
+        return [answer.waited + answer.seconds for answer in found]
+
     @property
     def statuses(self) -> Counter[int]:
         return Counter(answer.status for answer in self.answers)
@@ -134,29 +141,45 @@ async def closed_loop(address: Address, content: bytes, clients: int, seconds: f
     return load
 
 
-async def open_loop(address: Address, content: bytes, rate: float, seconds: float) -> Load:
-    """`rate` requests a second at even distances, whether the ones before are answered or not."""
+def evenly(rate: float, seconds: float) -> list[float]:
+    """The moments of `rate` arrivals a second."""
+    return [number / rate for number in range(int(rate * seconds))]
+
+
+def poisson(rate: float, seconds: float, seed: int) -> list[float]:
+    """The same, independent of each other."""
+    rng, moment, found = random.Random(seed), 0.0, []
+    while (moment := moment + rng.expovariate(rate)) < seconds:
+        found.append(moment)
+    return found
+
+
+async def open_loop(
+    address: Address, content: bytes, moments: Sequence[float], seconds: float
+) -> Load:
+    """A request at each of these moments, whether the ones before are answered or not."""
     load, began, tasks = Load(seconds), time.perf_counter(), []
     idle: list[Client] = []
 
-    async def one() -> None:
+    async def one(due: float) -> None:
         client = idle.pop() if idle else Client(address)
-        await _ask(client, content, load)
+        await _ask(client, content, load, due)
         idle.append(client)
 
-    for number in range(int(rate * seconds)):
-        await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
-        tasks.append(asyncio.ensure_future(one()))
+    for moment in moments:
+        await asyncio.sleep(max(0.0, began + moment - time.perf_counter()))
+        tasks.append(asyncio.ensure_future(one(began + moment)))
     await asyncio.gather(*tasks)
     for client in idle:
         await client.close()
     return load
 
 
-async def _ask(client: Client, content: bytes, load: Load) -> int:
+async def _ask(client: Client, content: bytes, load: Load, due: float | None = None) -> int:
     """The status; 0 where there was no answer."""
+    waited = 0.0 if due is None else time.perf_counter() - due
     try:
-        load.answers.append(await client.ask(content))
+        load.answers.append(replace(await client.ask(content), waited=waited))
     except Lost as error:
         load.lost[str(error)] += 1
         return 0

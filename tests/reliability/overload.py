@@ -17,7 +17,7 @@ from statistics import median
 
 import uvloop
 
-from tests.reliability.clients import Load, closed_loop, generate, open_loop, quantile
+from tests.reliability.clients import Load, closed_loop, evenly, generate, open_loop, quantile
 from tests.reliability.served import Served, scratch, serving
 
 RUNNING, QUEUE, TIMES = 8, 8, 10
@@ -34,7 +34,7 @@ def measure(served: Served, tokens: int, seconds: float) -> tuple[Load, Load, fl
     full = uvloop.run(closed_loop(address, content, RUNNING + QUEUE, seconds))
     between = served.loop_seconds()
     rate = len(full.times(200)) / seconds
-    over = uvloop.run(open_loop(address, content, TIMES * rate, seconds))
+    over = uvloop.run(open_loop(address, content, evenly(TIMES * rate, seconds), seconds))
     spent = served.loop_seconds() - between
     # What the admitted ones cost is known from before.
     own = (between - before) / max(1, len(full.times(200))) * len(over.times(200))

@@ -1,204 +1,148 @@
 """Clients that stall, by the hundred, beside some that do not.
 
-    python -m tests.reliability.stalls --clients 1000 --rounds 4
+    python -m tests.reliability.stalls --clients 1000 --rounds 2
 
-They come in the first seconds. Of sixty-four, twenty-five never end the head of a request; twenty
-never end its body, and eighteen stop after a first piece that would pay for minutes; one reads
-nothing of the replies that it asked for, more than the system keeps (few: to make those replies is
-work, and no stall). The others' latency is compared with that of the same seconds without any
-stalled ones, in turn.
+The others' latency is compared with that of the same seconds without any stalled ones, in turn, and
+twice. First at half of what the server can do: requests come by chance (the same moments in both),
+and each one's latency counts from when it was due. Then saturated: four clients that ask again as
+soon as they are answered, so that the machine has no idle time, and whatever the stalled ones cost
+is taken from somebody.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import select
-import socket
 import sys
-import time
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from statistics import median
+from typing import Any
 
 import uvloop
 
-from service.api.console import BUILT
-from tests.reliability.clients import Address, Load, closed_loop, generate, quantile, request
+from tests.reliability.clients import (
+    Load,
+    closed_loop,
+    generate,
+    open_loop,
+    poisson,
+    quantile,
+)
+from tests.reliability.crowd import Stalled, stalling
 from tests.reliability.served import Served, scratch, serving
 
-DRIP_SECONDS = 1.0  # between two bytes of who sends slowly
-FAST = 100_000  # bytes at once, of a body that then stops
-REPLIES_BYTES = 5 << 20  # asked for by who reads nothing; the system keeps some three megabytes
-COME_SECONDS = 4.0
 CUT_SECONDS = 10.0  # the deadlines leave a machine that is not too busy a second to notice
-KINDS = ("head", "body", "fast body", "reader")
-OF_64 = (0,) * 25 + (1,) * 20 + (2,) * 18 + (3,)
+CONTENT = generate("a question", 16)
+SATURATING = 4  # clients
+SHARE = 0.5  # of the capacity, in an open loop
+
+Loading = Callable[[], Coroutine[Any, Any, Load]]
 
 
 @dataclass(slots=True)
-class Stalled:
-    """How long each was borne, by what it did; inf: until it was no longer watched."""
+class Pair:
+    """Latencies of one kind of load, alone and beside stalled clients, of all rounds."""
 
-    borne: dict[str, list[float]] = field(default_factory=dict)
+    name: str
+    alone: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)  # of the p99s, by round
 
-    @property
-    def longest(self) -> float:
-        return max(max(times) for times in self.borne.values())
+    def add(self, alone: list[float], beside: list[float]) -> None:
+        self.alone += alone
+        self.beside += beside
+        self.ratios.append(quantile(beside, 0.99) / quantile(alone, 0.99))
 
     def __str__(self) -> str:
-        kinds = (f"{kind} {len(t)}, {max(t):.1f} s" for kind, t in self.borne.items())
-        return "; ".join(kinds)
-
-
-def large_replies() -> bytes:
-    """Requests for as much as the system does not keep for a client."""
-    asset = max(BUILT.glob("console/*"), key=lambda path: path.stat().st_size)
-    return request(f"/console/{asset.name}") * -(-REPLIES_BYTES // asset.stat().st_size)
-
-
-async def stall(address: Address, clients: int, patience: float, large: bytes) -> Stalled:
-    """Returns when each was cut off. Readers ask for what is `large`."""
-    found = Stalled()
-    order = [KINDS[OF_64[number * 5 % 64]] for number in range(clients)]
-    pause = COME_SECONDS / max(clients, 1)
-    times = await asyncio.gather(
-        *(
-            _stalled(address, kind, patience, number * pause, large)
-            for number, kind in enumerate(order)
+        p50, p99 = (
+            [1e3 * quantile(times, share) for times in (self.alone, self.beside)]
+            for share in (0.5, 0.99)
         )
-    )
-    for kind, seconds in zip(order, times, strict=True):
-        found.borne.setdefault(kind, []).append(seconds)
-    return found
+        spread = f"{min(self.ratios):.2f} to {max(self.ratios):.2f}"
+        return (
+            f"{self.name}: p99 with over without {p99[1] / p99[0]:.2f} ({spread}), "
+            f"{p99[0]:.1f} and {p99[1]:.1f} ms; p50 {p50[0]:.1f} and {p50[1]:.1f} ms; "
+            f"{len(self.alone)} and {len(self.beside)} requests"
+        )
 
 
-async def _stalled(
-    address: Address, kind: str, patience: float, after: float, large: bytes
-) -> float:
-    loop = asyncio.get_running_loop()
-    await asyncio.sleep(after)
-    with socket.socket() as own:
-        own.setblocking(False)
-        if kind == "reader":
-            own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        await loop.sock_connect(own, address)
-        began = time.monotonic()
-        gone = asyncio.ensure_future(_reset(own) if kind == "reader" else _answered(own))
-        doing = asyncio.ensure_future(_DOES[kind](own, large))
-        try:
-            await asyncio.wait_for(gone, patience)
-        except TimeoutError:
-            return float("inf")
-        finally:
-            doing.cancel()
-            await asyncio.gather(doing, return_exceptions=True)
-        return time.monotonic() - began
-
-
-async def _answered(own: socket.socket) -> None:
-    """Until the server has said no, or has gone."""
-    with contextlib.suppress(OSError):
-        while await asyncio.get_running_loop().sock_recv(own, 4096):
-            pass
-
-
-async def _reset(own: socket.socket) -> None:
-    """Until it is cut, without reading a byte of what has come."""
-    look = select.poll()
-    look.register(own, select.POLLHUP | select.POLLERR)
-    while not look.poll(0):  # noqa: ASYNC110
-        await asyncio.sleep(0.2)
-
-
-async def _head(own: socket.socket, large: bytes) -> None:
-    await _drip(own, b"POST /generate HTTP/1.1\r\nhost: 127.0.0.1\r\nx-a: ")
-
-
-async def _body(own: socket.socket, large: bytes) -> None:
-    await _drip(
-        own, b"POST /generate HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 100000\r\n\r\n"
-    )
-
-
-async def _fast_body(own: socket.socket, large: bytes) -> None:
-    head = f"POST /generate HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {2 * FAST}\r\n\r\n"
-    with contextlib.suppress(OSError):
-        await asyncio.get_running_loop().sock_sendall(own, head.encode() + b"a" * FAST)
-
-
-async def _reader(own: socket.socket, large: bytes) -> None:
-    with contextlib.suppress(OSError):
-        await asyncio.get_running_loop().sock_sendall(own, large)
-
-
-async def _drip(own: socket.socket, start: bytes) -> None:
-    loop = asyncio.get_running_loop()
-    with contextlib.suppress(OSError):
-        await loop.sock_sendall(own, start)
-        while True:
-            await asyncio.sleep(DRIP_SECONDS)
-            await loop.sock_sendall(own, b"a")
-
-
-_DOES = {"head": _head, "body": _body, "fast body": _fast_body, "reader": _reader}
-
-
-def stalling(address: Address, clients: int) -> Stalled:
-    """In a process of its own: what they cost here is no part of what others wait for."""
-    return uvloop.run(stall(address, clients, 60, large_replies()))
-
-
-async def beside(
-    address: Address, clients: int, seconds: float, elsewhere: Executor
-) -> tuple[Load, Stalled | None]:
-    """What honest clients see for so many seconds, with `clients` stalled ones or with none."""
+async def _beside(crowd: Callable[[], Any], load: Loading) -> tuple[Load, Any]:
+    """What honest clients see, with what `crowd` does in the meantime."""
     await asyncio.sleep(1)
-    loop = asyncio.get_running_loop()
-    crowd = loop.run_in_executor(elsewhere, stalling, address, clients) if clients else None
-    load = await closed_loop(address, generate("a question", 16), 4, seconds)
-    return load, await crowd if crowd else None
+    coming = crowd()
+    found = await load()
+    return found, await coming if coming else None
+
+
+class Measure:
+    def __init__(self, served: Served, clients: int, seconds: float, elsewhere: Executor) -> None:
+        self.served = served
+        self.address = ("127.0.0.1", served.port)
+        self.clients = clients
+        self.seconds = seconds
+        self.half = Pair("at half of capacity")
+        self.full = Pair("saturated")
+        self.longest = 0.0
+        self._elsewhere = elsewhere
+
+    def round(self, number: int) -> None:
+        """Saturated first: that says what half is."""
+        alone, crowded = self._twice(self._saturated)
+        self.full.add(alone.times(200), crowded.times(200))
+        moments = poisson(SHARE * len(alone.times(200)) / self.seconds, self.seconds, number)
+        alone, crowded = self._twice(
+            lambda: open_loop(self.address, CONTENT, moments, self.seconds)
+        )
+        self.half.add(alone.since_due(200), crowded.since_due(200))
+
+    def _saturated(self) -> Coroutine[Any, Any, Load]:
+        return closed_loop(self.address, CONTENT, SATURATING, self.seconds)
+
+    def _twice(self, load: Loading) -> tuple[Load, Load]:
+        """Without stalled clients, and with them."""
+        return self._once(load, 0), self._once(load, self.clients)
+
+    def _once(self, load: Loading, clients: int) -> Load:
+        def crowd() -> Any:
+            loop = asyncio.get_running_loop()
+            arguments = (self._elsewhere, stalling, self.address, clients)
+            return loop.run_in_executor(*arguments) if clients else None
+
+        before = self.served.cpu_seconds(), self.served.loop_seconds()
+        found, stalled = uvloop.run(_beside(crowd, load))
+        spent = self.served.cpu_seconds() - before[0], self.served.loop_seconds() - before[1]
+        told = dict(found.lost + found.statuses)  # type: ignore[operator]
+        p99 = 1e3 * quantile(found.since_due(200), 0.99)
+        print(f"{told}, p99 {p99:.1f} ms; CPU {spent[0]:.2f} s, event loop {spent[1]:.2f} s")
+        if stalled is not None:
+            self._heed(stalled)
+        return found
+
+    def _heed(self, stalled: Stalled) -> None:
+        self.longest = max(self.longest, stalled.longest)
+        print(f"  beside stalled clients: {stalled}; their own CPU {stalled.cpu_seconds:.2f} s")
 
 
 def measure(served: Served, clients: int, seconds: float, rounds: int) -> float:
     """The longest that one was borne, inf for ever; prints what was seen."""
     with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:
         elsewhere.submit(stalling, ("127.0.0.1", served.port), 0).result()  # it has begun
-        return _measure(served, clients, seconds, rounds, elsewhere)
-
-
-def _measure(
-    served: Served, clients: int, seconds: float, rounds: int, elsewhere: Executor
-) -> float:
-    address = ("127.0.0.1", served.port)
-    ratios, longest = [], 0.0
-    for _ in range(rounds):
-        began = served.cpu_seconds()
-        alone, _ = uvloop.run(beside(address, 0, seconds, elsewhere))
-        between = served.cpu_seconds()
-        crowded, stalled = uvloop.run(beside(address, clients, seconds, elsewhere))
-        spent = [between - began, served.cpu_seconds() - between]
-        assert stalled is not None
-        both = [quantile(load.times(200), 0.99) for load in (alone, crowded)]
-        ratios.append(both[1] / both[0])
-        longest = max(longest, stalled.longest)
-        counts = [len(load.times(200)) for load in (alone, crowded)]
-        wrong = [load.statuses + load.lost for load in (alone, crowded)]  # type: ignore[operator]
-        print(f"alone {counts[0]} requests, p99 {1e3 * both[0]:.0f} ms; with {clients} stalled")
-        print(f"  {counts[1]}, {1e3 * both[1]:.0f} ms, x{ratios[-1]:.2f}; {stalled}; {wrong}")
-        print(f"  CPU of the server {spent[0]:.1f} s alone, {spent[1]:.1f} s with them")
-    print(f"p99 with over without: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    print(f"cut after {longest:.1f} s at most; {served.look()}")
-    return longest
+        found = Measure(served, clients, seconds, elsewhere)
+        for number in range(rounds):
+            found.round(number)
+    for pair in (found.half, found.full):
+        print(pair)
+    print(f"cut after {found.longest:.1f} s at most; {served.look()}")
+    return found.longest
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=12.0)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--base", help="directory of a model; default: a tiny random one")
     asked = parser.parse_args()
     with scratch(asked.base) as (work, base), serving(work / "run", "--base", base) as served:

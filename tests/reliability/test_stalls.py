@@ -13,8 +13,9 @@ from service.api.door import Bounds, Door
 from service.tracing.trace import Untraced
 from tests.oracle import make_base
 from tests.reliability.clients import Client, request
+from tests.reliability.crowd import KINDS, Stalled, stall
 from tests.reliability.served import serving
-from tests.reliability.stalls import KINDS, Stalled, measure, stall
+from tests.reliability.stalls import measure
 from tests.service.api.conftest import Running
 
 CLIENTS, LIMIT = 128, 0.4
@@ -23,7 +24,6 @@ CLIENTS, LIMIT = 128, 0.4
 def test_a_hundred_stalled_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Connection, "head_seconds", LIMIT)
     monkeypatch.setattr(Connection, "stall_seconds", LIMIT)
-    monkeypatch.setattr("tests.reliability.stalls.COME_SECONDS", 0.1)
     monkeypatch.setattr("service.api.door.LINGER_SECONDS", 0.1)
     monkeypatch.setattr("service.api.connection.LINGER_SECONDS", 0.1)
     app = FastAPI()
@@ -39,7 +39,9 @@ def test_a_hundred_stalled_clients(monkeypatch: pytest.MonkeyPatch) -> None:
         return Response(await request.body())
 
     async def both() -> tuple[Stalled, list[float]]:
-        stalling = asyncio.ensure_future(stall(running.address, CLIENTS, 20, request("/large")))
+        stalling = asyncio.ensure_future(
+            asyncio.to_thread(stall, running.address, CLIENTS, 20, request("/large"), 0.1)
+        )
         client, times = Client(running.address), []
         while not stalling.done():
             answer = await client.ask(request("/generate", {"a": 1}))

@@ -15,11 +15,11 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from service.api import connection as connections
-from service.api.connection import Connection
+from service.api.connection import Connection, Room
 from service.api.door import Bounds
 from service.api.sse import EventReply
 from tests.service.api.conftest import Running, until
@@ -142,6 +142,48 @@ def test_who_takes_nothing_is_cut_off(
         until(lambda: gone(connection), within=30)
     until(lambda: len(running.server.server_state.tasks) == 0)
     assert path == "/large" or ended.wait(30)
+
+
+def test_who_takes_nothing_has_little_made(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of many replies that he asked for at once; what is begun when he leaves is told so."""
+    made: list[int] = []
+
+    @running.app.get("/one")
+    async def one() -> Response:
+        made.append(1)
+        return Response(LARGE[: connections.UNSENT_BYTES])
+
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect(running.address)
+        connection.sendall(REQUEST.replace(b"/", b"/one", 1) * 60)
+        until(lambda: len(made) > 2)
+        time.sleep(0.2)
+        assert len(made) < 10
+        connection.close()
+        until(lambda: len(running.server.server_state.tasks) == 0)
+    assert not caplog.records, "his going is no failure"
+
+
+def test_who_leaves_ends_what_runs_for_him(running: Running) -> None:
+    """Though another request of his waits behind it."""
+    began, ended = threading.Event(), threading.Event()
+
+    @running.app.get("/wait")
+    async def wait(request: Request) -> None:
+        began.set()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        ended.set()
+
+    with dial(running) as connection:
+        connection.sendall(REQUEST.replace(b"/", b"/wait", 1) * 2)
+        assert began.wait(30)
+    assert ended.wait(5)
+    until(lambda: len(running.server.server_state.tasks) == 0)
 
 
 def test_who_takes_little_is_not(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,12 +418,57 @@ def test_a_small_body_begins_no_request_until_it_is_there(echoing: Running) -> N
         assert b'"abcdef"]' in came
 
 
-def test_a_large_body_begins_before_it_is_there(echoing: Running) -> None:
-    with dial(echoing) as connection:
-        connection.sendall(HEAD + b"Content-Length: 200000\r\n\r\n" + b"a" * 100_000)
-        until(lambda: len(echoing.server.server_state.tasks) == 1)
-        connection.sendall(b"a" * 100_000)
-        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+@pytest.fixture
+def roomy(echoing: Running, monkeypatch: pytest.MonkeyPatch) -> Running:
+    """With a place for one body of 200,000 bytes, and for no second one."""
+    monkeypatch.setattr(Connection, "bounds", Bounds(1 << 20))
+    monkeypatch.setattr(echoing.server.config.http, "shared", Room(300_000))
+    return echoing
+
+
+def begin(connection: socket.socket, declared: bytes) -> None:
+    connection.sendall(HEAD + declared + b"\r\n\r\n" + b"a" * 100_000)
+
+
+def test_a_larger_body_is_held_while_there_is_room_for_it(roomy: Running) -> None:
+    tasks = roomy.server.server_state.tasks
+    with dial(roomy) as first, dial(roomy) as second:
+        begin(first, b"Content-Length: 200000")
+        until(lambda: any(one._borrowed for one in roomy.server.server_state.connections))
+        begin(second, b"Content-Length: 200000")
+        until(lambda: len(tasks) == 1)  # no room for the second
+        first.sendall(b"a" * 100_000)
+        assert first.recv(1000).startswith(b"HTTP/1.1 200")
+        begin(first, b"Content-Length: 200000")  # and there is room again
+        until(lambda: any(one._borrowed for one in roomy.server.server_state.connections))
+        assert len(tasks) == 1
+        second.sendall(b"a" * 100_000)
+        assert second.recv(1000).startswith(b"HTTP/1.1 200")
+    until(lambda: not roomy.server.server_state.connections)
+    own: Any = roomy.server.config.http
+    assert own.shared.take(300_000), "who left gave back what he held"
+
+
+@pytest.mark.parametrize("declared", [b"Content-Length: 1048577", b"Transfer-Encoding: chunked"])
+def test_a_large_body_begins_before_it_is_there(roomy: Running, declared: bytes) -> None:
+    body = b"a" * 100_000
+    with dial(roomy) as connection:
+        if b"chunked" in declared:
+            connection.sendall(HEAD + declared + b"\r\n\r\n186a0\r\n" + body)
+        else:
+            connection.sendall(HEAD + declared + b"\r\n\r\n" + body)
+        until(lambda: len(roomy.server.server_state.tasks) == 1)
+
+
+def test_a_larger_body_that_is_silent_is_refused(
+    roomy: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Connection, "bounds", Bounds(1 << 20, silence_seconds=0.2))
+    with dial(roomy) as connection:
+        begin(connection, b"Content-Length: 200000")
+        came = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert came.startswith(b"HTTP/1.1 408")
+    assert b"100000 bytes" in came
 
 
 @pytest.mark.parametrize("pace", [{"grace_seconds": 0.1}, {"silence_seconds": 0.1}])
