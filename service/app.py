@@ -235,7 +235,9 @@ def _open(desk: Desk, loaded: Serving) -> None:
     desk.serving = loaded
     if desk.settings.fine_tuning:
         loaded.jobs.start()
-    desk.admission.open(lambda: loaded.engine.waiting)
+    engine, gate = loaded.engine, loaded.gate
+    engine.share_queue(lambda: gate.several)
+    desk.admission.open(lambda: engine.waiting, engine.waiting_of, lambda: gate.several)
     threading.Thread(target=_warm, args=(loaded,), name="nibble-warm", daemon=True).start()
 
 

@@ -231,8 +231,8 @@ class Settings(BaseSettings):
     max_file_bytes: Bytes = _setting("Largest training file.", "Training", GIB // 2, ge=KIB, le=TIB)
     jobs_at_once: int = _setting("Training jobs that run at once.", "Training", 1, ge=1, le=16)
     max_jobs: int = _setting(
-        "Training jobs that may wait, run or be paused; where several tenants have keys, one may have "
-        "as many as are left.",
+        "Training jobs that may wait, run or be paused; where several tenants have keys, one may "
+        "have as many as it leaves.",
         "Training",
         100,
         ge=1,
@@ -335,7 +335,14 @@ class Settings(BaseSettings):
         ge=0,
         le=MAX_DRAFT_TOKENS,
     )
-    max_queue: int = _setting("Requests that may wait.", "Engine", 1024, ge=1, le=100_000)
+    max_queue: int = _setting(
+        "Requests that may wait; where several tenants have keys, one may have as many there as it "
+        "leaves.",
+        "Engine",
+        1024,
+        ge=1,
+        le=100_000,
+    )
     max_queue_tokens: int | None = _setting(
         "Tokens of the prompts that may wait, so that nobody waits long behind long ones: the "
         "seconds that a first token may take, times the prompt tokens a second. Unset: any.",

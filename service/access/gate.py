@@ -40,6 +40,7 @@ class Gate:
         self._strangers = asyncio.Semaphore(STRANGERS)
         self._keyless = admin_key is None
         self._looked = -math.inf
+        self.several = False  # whether more than one tenant has had a key
 
     async def caller(self, authorization: str | None) -> Caller:
         """Raises Unauthenticated, StoreUnavailable."""
@@ -96,13 +97,17 @@ class Gate:
 
     async def _ask(self, key_id: str) -> Key | None:
         asked = time.monotonic()
-        key = await asyncio.to_thread(self.keys.find, key_id)
+        key = await asyncio.to_thread(self._look, key_id)
         if key is None:
             self._known.pop(key_id, None)
         else:
             self._known[key_id] = (asked + SECONDS, key)
             _bound(self._known, key_id)
         return key
+
+    def _look(self, key_id: str) -> Key | None:
+        self.several = self.several or self.keys.several()
+        return self.keys.find(key_id)
 
 
 def _bound(remembered: OrderedDict[str, Any], key_id: str) -> None:

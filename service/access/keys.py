@@ -20,6 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from adapters.catalog import Catalog
+from adapters.room import several
 from adapters.tables import api_keys as rows
 from adapters.tables import tenants
 from service.access.caller import SCOPES, TENANT, Caller, Scope
@@ -125,6 +126,11 @@ class Keys:
         with self._catalog.reading() as connection:
             found = connection.execute(sa.select(rows).order_by(rows.c.created, rows.c.id))
             return [_key(row) for row in found]
+
+    def several(self) -> bool:
+        """Whether more than one tenant ever had one."""
+        with self._catalog.reading() as connection:
+            return several(connection)
 
     def any(self) -> bool:
         """Whether there ever was one."""

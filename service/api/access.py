@@ -98,7 +98,7 @@ class Guarded(APIRoute):
             structlog.contextvars.bind_contextvars(key=caller.key, tenant=caller.tenant)
         self.check(caller)
         if self.queues:
-            desk.admission.check_room()
+            desk.admission.check_room(caller.tenant)
         counted = caller.key is not None and self.scopes != ("admin",)
         lease = await here.meter.admit(caller.tenant, generates=self.queues) if counted else None
         scope["lease"] = lease

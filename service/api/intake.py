@@ -142,7 +142,7 @@ async def start(order: Order, request_id: str, desk: Desk, serving: Serving) -> 
     reserved = _most_tokens(order, _length(order.prompt))
     if serving.lease is not None:  # before anything is read or tokenized
         await serving.lease.reserve(reserved)
-    ticket = desk.admission.admit()
+    ticket = desk.admission.admit(serving.caller.tenant)
     trace = desk.tracing.generation(request_id)
     try:
         order = await templated(order, serving)

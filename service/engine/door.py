@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from adapters.errors import AdapterNotFound
+from adapters.manifest import DEFAULT_TENANT
 from service.engine.request import AdapterRef
-from service.errors import Draining, EngineFailed, Overloaded
+from service.errors import Draining, EngineFailed, Overloaded, QuotaExceeded
 
 MAX_RETRY_AFTER = 60.0
 KEPT = 0.9  # of what is known of the pace, when another one leaves
@@ -38,6 +41,18 @@ class Pace:
         return min(MAX_RETRY_AFTER, max(1.0, tokens * each))
 
 
+@dataclass(slots=True)
+class Waiting:
+    """What waits: of all, or of one tenant."""
+
+    sequences: int = 0
+    tokens: int = 0  # of their prompts
+
+    def add(self, sequences: int, tokens: int) -> None:
+        self.sequences += sequences
+        self.tokens += tokens
+
+
 class Door:
     """Any thread. What has to hold between a check and its consequence is done with `lock` held."""
 
@@ -50,16 +65,23 @@ class Door:
         self.draining = False
         self.failure: str | None = None
         self.forgotten: dict[str, Future[None]] = {}  # by digest; done when nothing is left of it
+        # Whether there are several tenants: then one gets as much as it leaves for others.
+        self.shared: Callable[[], bool] = lambda: False
         self._max_waiting = max_waiting
         self._max_tokens = max_waiting_tokens
-        self._waiting = 0
-        self._tokens = 0
+        self._all = Waiting()
+        self._of: dict[str, Waiting] = {}  # of tenants that have any
         self._pace = Pace()
 
     @property
     def waiting(self) -> int:
         """Sequences, at this moment."""
-        return self._waiting
+        return self._all.sequences
+
+    def waiting_of(self, tenant: str) -> int:
+        """Sequences of one tenant, at this moment."""
+        mine = self._of.get(tenant)
+        return 0 if mine is None else mine.sequences
 
     def check(self, ref: AdapterRef | None) -> None:
         """Raises EngineFailed, Draining or AdapterNotFound."""
@@ -71,33 +93,61 @@ class Door:
             if ref is not None and ref.digest in self.forgotten:
                 raise AdapterNotFound(ref.name)
 
-    def enter(self, ref: AdapterRef | None, sequences: int, tokens: int) -> None:
-        """So many more wait, with prompts of so many tokens. Raises what `check` does, or
-        Overloaded."""
+    def enter(
+        self,
+        ref: AdapterRef | None,
+        sequences: int,
+        tokens: int,
+        tenant: str = DEFAULT_TENANT,
+    ) -> None:
+        """So many more wait, with prompts of so many tokens. Raises what `check` does, Overloaded,
+        or QuotaExceeded where the room that is left is for other tenants."""
         with self.lock:
             self.check(ref)
-            if self._waiting + sequences > self._max_waiting:
+            if self._all.sequences + sequences > self._max_waiting:
                 raise Overloaded(
-                    f"{self._waiting} sequences wait already, {self._max_waiting} may",
+                    f"{self._all.sequences} sequences wait already, {self._max_waiting} may",
                     retry_after=1.0,
                 )
-            over = self._tokens + sequences * tokens - (self._max_tokens or 0)
-            if self._max_tokens is not None and self._waiting and over > 0:
+            over = self._all.tokens + sequences * tokens - (self._max_tokens or 0)
+            if self._max_tokens is not None and self._all.sequences and over > 0:
                 raise Overloaded(
-                    f"prompts of {self._tokens} tokens wait already, of {self._max_tokens} may, "
-                    f"and this is {sequences * tokens} more",
+                    f"prompts of {self._all.tokens} tokens wait already, of {self._max_tokens} "
+                    f"may, and this is {sequences * tokens} more",
                     retry_after=self._pace.seconds(over, time.monotonic()),
                 )
-            if not self._waiting:
+            mine = self._of.get(tenant, Waiting())
+            if mine.sequences and self.shared():
+                self._check_share(mine, sequences, sequences * tokens)
+            if not self._all.sequences:
                 self._pace.begin(time.monotonic())
-            self._waiting += sequences
-            self._tokens += sequences * tokens
+            self._of[tenant] = mine
+            for line in (self._all, mine):
+                line.add(sequences, sequences * tokens)
 
-    def leave_queue(self, tokens: int) -> None:
+    def _check_share(self, mine: Waiting, sequences: int, tokens: int) -> None:
+        """Raises QuotaExceeded where this tenant would have more than it leaves for others."""
+        if mine.sequences + self._all.sequences + sequences > self._max_waiting:
+            raise QuotaExceeded(
+                f"{self._all.sequences} sequences wait already, {mine.sequences} of them yours, "
+                f"{self._max_waiting} may: what is left is for other tenants"
+            )
+        over = mine.tokens + self._all.tokens + tokens - (self._max_tokens or 0)
+        if self._max_tokens is not None and over > 0:
+            raise QuotaExceeded(
+                f"prompts of {self._all.tokens} tokens wait already, {mine.tokens} of them yours, "
+                f"of {self._max_tokens} may, and this is {tokens} more: what is left is for other "
+                "tenants",
+                retry_after=self._pace.seconds(over, time.monotonic()),
+            )
+
+    def leave_queue(self, tokens: int, tenant: str = DEFAULT_TENANT) -> None:
         """One that waited, with a prompt of so many tokens, was admitted, or ended."""
         with self.lock:
-            self._waiting -= 1
-            self._tokens -= tokens
+            for line in (self._all, mine := self._of[tenant]):
+                line.add(-1, -tokens)
+            if not mine.sequences:
+                del self._of[tenant]
             self._pace.left(tokens, time.monotonic())
 
     def drain(self) -> None:

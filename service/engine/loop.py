@@ -10,7 +10,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -119,6 +119,15 @@ class Engine:
         """Sequences that wait, at this moment: `stats` has those of the last step."""
         return self._door.waiting
 
+    def waiting_of(self, tenant: str) -> int:
+        """Those of one tenant."""
+        return self._door.waiting_of(tenant)
+
+    def share_queue(self, when: Callable[[], bool]) -> None:
+        """As long as `when` says so, one tenant gets as much of the queue as it leaves for others:
+        what is more is refused with QuotaExceeded."""
+        self._door.shared = when
+
     @property
     def kv_cache_bytes(self) -> int:
         return self._runner.cache.nbytes
@@ -144,8 +153,8 @@ class Engine:
         return True
 
     def submit(self, request: Request) -> Stream:
-        """Queue the request. Raises InvalidRequest, Overloaded, Draining, EngineFailed or
-        AdapterNotFound, and then nothing of it remains."""
+        """Queue the request. Raises InvalidRequest, Overloaded, QuotaExceeded, Draining,
+        EngineFailed or AdapterNotFound, and then nothing of it remains."""
         self._check(request)
         with self.reserved(request.adapter):
             return self._submit(request)
@@ -158,7 +167,7 @@ class Engine:
         request_ids: list[int] = []
         stream = Stream(request.n, lambda: self._mailbox.post(lambda: self._cancel(request_ids)))
         with self._door.lock:
-            self._door.enter(request.adapter, request.n, len(request.prompt))
+            self._door.enter(request.adapter, request.n, len(request.prompt), request.tenant)
             if request.adapter is not None:
                 self._tiers.claims.take(request.adapter, request.n)
             # Within the door, so that an engine that closes it still sees the request.
@@ -402,7 +411,7 @@ class Engine:
         if sequence.adapter is not None:
             self._tiers.claims.drop(sequence.adapter)
         if not output.scheduled:
-            self._door.leave_queue(sequence.prompt_length)
+            self._door.leave_queue(sequence.prompt_length, sequence.request.tenant)
         finished = output.end(reason, error)
         self._observer.finished(finished, time.perf_counter() - output.submitted)
 
@@ -490,7 +499,8 @@ class Engine:
             output = self._live[chunk.sequence.id]
             if not output.scheduled:
                 output.scheduled = now
-                self._door.leave_queue(chunk.sequence.prompt_length)
+                sequence = chunk.sequence
+                self._door.leave_queue(sequence.prompt_length, sequence.request.tenant)
 
     def _tell(self, step: Schedule, generated: int, seconds: float) -> None:
         scheduler = self._scheduler

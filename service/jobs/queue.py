@@ -133,8 +133,8 @@ class Queue:
             raise Overloaded(what, FULL_SECONDS)
         if own >= most - waiting and several(connection):
             raise QuotaExceeded(
-                f"{waiting} jobs have not ended, {own} of them yours, {most} may (max_jobs): the "
-                "others' room is as much as yours; cancel some",
+                f"{waiting} jobs have not ended, {own} of them yours, {most} may (max_jobs): what "
+                "is left is for other tenants; cancel some",
                 FULL_SECONDS,
             )
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from service.admission import MAX_RETRY_AFTER, Admission, Loading, State
-from service.errors import Draining, Overloaded, ServiceError
+from service.errors import Draining, Overloaded, QuotaExceeded, ServiceError
 
 
 def ready(max_queue: int = 4, waiting: int = 0) -> Admission:
@@ -46,6 +46,38 @@ def test_who_prepares_counts_like_who_waits(preparing: int, waiting: int) -> Non
     admission._waiting = lambda: waiting
     with pytest.raises(Overloaded, match=f"{preparing + waiting} requests wait, the bound is 4"):
         admission.admit()
+
+
+def test_one_tenant_leaves_room_for_others() -> None:
+    """What prepares counts as what waits: 2 and 2 of 8 are acme's, and then 1 and 1 zeta's."""
+    waits = {"acme": 2, "zeta": 1}
+    several = True
+    admission = Admission(8)
+    admission.open(lambda: sum(waits.values()), lambda name: waits.get(name, 0), lambda: several)
+    waits["zeta"] = 0
+    acme = [admission.admit("acme") for _ in range(2)]
+    with pytest.raises(QuotaExceeded, match="4 requests wait, 4 of them yours, the bound is 8"):
+        admission.admit("acme")
+    waits["zeta"] = 1
+    admission.admit("zeta")
+    with pytest.raises(QuotaExceeded, match="6 requests wait, 2 of them yours"):
+        admission.admit("zeta")
+    admission.check_room("beta")
+    admission.check_room()  # of whoever it may be
+    waits["beta"] = 2
+    with pytest.raises(Overloaded):
+        admission.check_room("gamma")
+    del waits["beta"]
+    acme[0].prepared()
+    acme[0].release()
+    acme[1].prepared()
+    assert dict(admission.preparing_of) == {"zeta": 1}
+    admission.admit("acme").release()
+    several = False
+    for _ in range(4):
+        admission.admit("acme")
+    with pytest.raises(Overloaded, match="8 requests wait"):
+        admission.admit("acme")
 
 
 def test_who_runs_does_not_count() -> None:

@@ -494,3 +494,24 @@ def test_no_field_repeats_what_is_wrong_with_it(
     assert CANARY not in site.acme.get("/metrics").text
     time.sleep(0.5)
     assert CANARY not in str(list(lines(site.audit)))
+
+
+def test_one_tenant_s_requests_leave_room_for_another_s(
+    site: Site, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a queue for eight, acme's four: it hears so before its body is read, zeta is served."""
+    body = {"inputs": "two boats", "parameters": {"max_new_tokens": 2}}
+    admission = server.desk.admission
+    monkeypatch.setattr(admission, "max_queue", 8)
+    monkeypatch.setattr(admission, "_shared", lambda: server.desk.serving.gate.several)  # type: ignore[union-attr]
+    tickets = [admission.admit("acme") for _ in range(4)]
+    try:
+        refused = site.acme.post("/generate", json={"inputs": ["no prompt"]})
+        assert (refused.status_code, refused.json()["error_type"]) == (429, "quota_exceeded")
+        assert "4 requests wait, 4 of them yours, the bound is 8" in refused.json()["error"]
+        assert int(refused.headers["retry-after"]) >= 1
+        assert site.zeta.post("/generate", json=body).status_code == 200
+    finally:
+        for ticket in tickets:
+            ticket.release()
+    assert site.acme.post("/generate", json=body).status_code == 200
