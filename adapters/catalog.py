@@ -29,7 +29,7 @@ from adapters.errors import (
 from adapters.manifest import DEFAULT_TENANT, AdapterManifest
 from adapters.room import check_room
 from adapters.sight import end_shares, homes, shared, visible
-from adapters.tables import adapters, arms, metadata, served, totals
+from adapters.tables import adapters, arms, manifest_json, metadata, served, totals
 from adapters.traffic import Arm
 
 __all__ = ["Catalog", "check_alias", "check_name", "metadata"]
@@ -76,7 +76,8 @@ class Catalog:
     raises StoreUnavailable (or StoreFull) when the database fails.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, migrate: bool = True) -> None:
+        """`migrate`: bring its tables up to date; else they are only read, as they are."""
         # A connection that the database has closed meanwhile is replaced before it is used.
         url = url if "://" in url else f"sqlite:///{url}"
         self._engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
@@ -87,7 +88,8 @@ class Catalog:
         self._writer = self._engine.execution_options(writing=True)
         self.tenant = DEFAULT_TENANT
         try:
-            self._migrate()
+            if migrate:
+                self._migrate()
         except BaseException:
             self.close()
             raise
@@ -183,6 +185,14 @@ class Catalog:
     def everything(self) -> list[AdapterManifest]:
         """Of all tenants."""
         return self._many(_manifests().order_by(adapters.c.name, adapters.c.version))
+
+    def made_for(self, base_fingerprint: str) -> int:
+        """How many living versions, of all tenants, were made for a base."""
+        made_for = manifest_json(self._engine.dialect.name)["base_fingerprint"].as_string()
+        query = sa.select(sa.func.count()).select_from(adapters)
+        with self.reading() as connection:
+            found = connection.execute(query.where(ALIVE, made_for == base_fingerprint))
+            return int(found.scalar_one())
 
     def aliases_of(self, name: str) -> dict[str, dict[int, float]]:
         """Alias -> version -> weight, the largest share first."""

@@ -130,12 +130,21 @@ def other_base(fingerprint: str, spec: BaseSpec) -> str | None:
         return None
     if fingerprint != spec.twin:
         return f"the adapter was made for the base {fingerprint}, this one is {spec.fingerprint}"
-    made, here = ("without", "with") if spec.double_quant else ("with", "without")
-    flag = "--no-double-quant" if spec.double_quant else "--double-quant"
-    setting = "false" if spec.double_quant else "true"
+    return other_scales(spec.id, spec.double_quant)
+
+
+def other_scales(base: str, double_quant: bool, stored: int | None = None) -> str:
+    """Why what was made for a base with its scales otherwise is refused, and what to do: one
+    adapter, or so many `stored` ones."""
+    which = "the adapter was"
+    if stored is not None:
+        which = f"{stored} stored adapter{' was' if stored == 1 else 's were'}"
+    made, here = ("without", "with") if double_quant else ("with", "without")
+    flag = "--no-double-quant" if double_quant else "--double-quant"
+    setting = "false" if double_quant else "true"
     return (
-        f"the adapter was made for {spec.id} {made} double quantisation, and it is loaded {here} "
-        f"it: give `{flag}` (double_quant={setting}) here, or train the adapter anew"
+        f"{which} made for {base} {made} double quantisation, and it is loaded {here} it: give "
+        f"`{flag}` (double_quant={setting}) here, or train anew"
     )
 
 

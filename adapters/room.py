@@ -11,7 +11,14 @@ import sqlalchemy as sa
 
 from adapters.errors import QuotaReached
 from adapters.manifest import AdapterManifest
-from adapters.tables import adapters, collections, prompt_templates, tenants, training_files
+from adapters.tables import (
+    adapters,
+    collections,
+    manifest_json,
+    prompt_templates,
+    tenants,
+    training_files,
+)
 
 
 def check_room(
@@ -80,12 +87,7 @@ def _quotas(connection: sa.Connection, tenant: str) -> dict[str, Any]:
 def _kept(connection: sa.Connection, tenant: str) -> tuple[int, dict[str, int]]:
     """How many versions live, and the bytes of their blobs by address. The database reads the
     manifests: all who write wait for this."""
-    text = adapters.c.manifest
-    manifest = (
-        sa.cast(text, sa.JSON)
-        if connection.dialect.name == "postgresql"
-        else sa.type_coerce(text, sa.JSON)
-    )
+    manifest = manifest_json(connection.dialect.name)
     sizes = (manifest[size].as_string() for size in ("weights_bytes", "tokenizer_bytes"))
     query = sa.select(adapters.c.weights_sha256, adapters.c.tokenizer_sha256, *sizes)
     rows = connection.execute(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 
 from adapters.manifest import DEFAULT_TENANT
@@ -74,6 +76,15 @@ totals = sa.Table(  # what all requests of one arm came to, those forgotten sinc
     sa.Column("score_sum", sa.Float, nullable=False),
     sa.Column("score_squares", sa.Float, nullable=False),
 )
+
+
+def manifest_json(dialect: str) -> sa.ColumnElement[Any]:
+    """A manifest as the database reads it: its fields by name."""
+    text = adapters.c.manifest
+    as_json = sa.cast if dialect == "postgresql" else sa.type_coerce
+    return as_json(text, sa.JSON)
+
+
 training_files = sa.Table(  # a row is what makes a file on the disk exist
     "training_files",
     metadata,

@@ -23,6 +23,7 @@ import structlog
 import uvicorn
 from fastapi import APIRouter, FastAPI
 
+from adapters.config_schema import other_scales
 from adapters.errors import AdapterError
 from adapters.limits import Limits
 from adapters.prompts.shelf import TemplateShelf
@@ -318,6 +319,9 @@ def assemble(settings: Settings, metrics: Metrics, tracing: Tracing) -> Serving:
         logger.warning("max_model_len", **what, why="the base has no more positions")
     limits = Limits(max_weights_bytes=settings.max_upload_bytes, max_rank=settings.max_rank)
     store = open_store(settings)
+    if base.spec.twin and (stored := store.catalog.made_for(base.spec.twin)):
+        why = other_scales(base.spec.id, base.spec.double_quant, stored)
+        logger.warning("stored adapters are refused", why=why)
 
     def probe(draft: AdapterManifest, weights: Path) -> None:
         engine.probe(lower(draft, weights, base))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,10 +37,11 @@ def run(
 
     cache = default_cache_dir()
     try:
-        kept = configure({"kv_dtype": kv_dtype}).settings.kv_dtype
+        settings = configure({"kv_dtype": kv_dtype}).settings
     except ConfigError as error:
         fail(str(error), status=2, as_json=as_json)
-    machine = inspect()
+    machine, kept = inspect(), settings.kv_dtype
+    refused = _refused(settings, cache)
     dtype, why = choose_dtype(machine, device)
     problem = shadowed()
     if as_json:
@@ -53,6 +55,7 @@ def run(
                 "kv_dtype": kept,
                 "fits": [_as_json(fit) for fit in fits(machine, kept)],
                 "versions": versions(),
+                "stored_adapters": refused,
                 "problem": problem,
             }
         )
@@ -66,9 +69,38 @@ def run(
         computed["KV cache"] = f"{kept}: {dtype}" if kept == "auto" else kept
         _print_machine(machine, computed)
         _print_fits(fits(machine, kept))
+        if refused:
+            typer.echo(f"\nstored adapters: {refused}")
         typer.echo(f"\n{'problem: ' + problem if problem else 'nothing stands in the way'}")
     if problem:
         raise typer.Exit(1)
+
+
+def _refused(settings: Settings, cache: Path) -> str | None:
+    """Why stored adapters will be refused by a server with these settings: they were made over
+    other scales of its base. Of a base and a catalog that are files here; neither is changed."""
+    from adapters.catalog import Catalog
+    from adapters.config_schema import other_scales
+    from adapters.errors import StoreUnavailable
+    from base.checkpoint import read_json, weight_files
+    from base.errors import UnservableBase
+    from base.fingerprint import fingerprints
+    from base.hub import locate
+    from base.scales import double_quant_of
+
+    directory, rows = Path(settings.base_source), settings.catalog.removeprefix("sqlite:///")
+    config = read_json(directory / "config.json") if directory.is_dir() else {}
+    if not config or config.get("quantization_config") or not Path(rows).is_file():
+        return None
+    try:
+        double = double_quant_of(directory, settings.double_quant)
+        catalog = Catalog(settings.catalog, migrate=False)
+        twin = fingerprints(config, weight_files(directory), cache)[not double]
+        stored = catalog.made_for(twin)
+        catalog.close()
+    except (StoreUnavailable, UnservableBase) as error:
+        return str(error)
+    return other_scales(locate(str(directory)).id, double, stored) if stored else None
 
 
 def _default_precision() -> str:

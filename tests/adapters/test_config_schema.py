@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
-from adapters.config_schema import RULES, check_fingerprint, lora_fields, read_config
+from adapters.config_schema import (
+    RULES,
+    check_fingerprint,
+    lora_fields,
+    other_scales,
+    read_config,
+)
 from adapters.errors import InvalidAdapter
 from adapters.limits import Limits
 from base.spec import BaseSpec
@@ -180,6 +186,12 @@ def test_the_same_base_with_other_scales_is_refused_with_the_option(spec: BaseSp
         match=r"with double quantisation, and it is loaded without it: .*`--double-quant`",
     ):
         check_fingerprint({}, {"base_fingerprint": spec.fingerprint}, plain)
+
+
+def test_stored_ones_are_counted_with_the_option() -> None:
+    assert other_scales("m", True, 1).startswith("1 stored adapter was made for m without double")
+    assert other_scales("m", False, 3).startswith("3 stored adapters were made for m with double")
+    assert "`--double-quant`" in other_scales("m", False, 3)
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"\xff", b'{"r":8,"r":9}', b'{"r":NaN}', b"{" * 9000])

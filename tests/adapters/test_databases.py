@@ -238,6 +238,18 @@ def test_no_alias_points_to_what_another_deletes(replicas: list[Catalog]) -> Non
             assert not isinstance(deleted, Exception)
 
 
+def test_versions_are_counted_by_what_they_were_made_for(url: str) -> None:
+    catalog = Catalog(url)
+    for digest, tenant, base in (("a", "acme", "1"), ("b", "zeta", "1"), ("c", "zeta", "2")):
+        told = {"base_fingerprint": "3" * 64}  # of where it came from, not of itself
+        draft = replace(MANIFEST, version=0, digest=digest * 64, provenance=told)
+        catalog.of(tenant).add(replace(draft, base_fingerprint=base * 64))
+    assert [catalog.made_for(base * 64) for base in "123"] == [2, 1, 0]
+    catalog.of("acme").delete(MANIFEST.name, None, "now")
+    assert catalog.made_for("1" * 64) == 1
+    catalog.close()
+
+
 def test_a_share_ends_with_what_is_shared(url: str) -> None:
     catalog = Catalog(url)
     draft = replace(MANIFEST, name="support", version=0)

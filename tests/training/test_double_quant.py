@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from structlog.testing import capture_logs
 
+from adapters.catalog import Catalog
+from adapters.config_schema import other_scales
 from base.load import load_base
 from base.mini import MINI
 from service.config import Settings
 from service.conformance.live import live
+from tests.adapters.test_manifest import MANIFEST
 from tests.oracle import PeftOracle
 from tests.training.runs import run_of
 from training import checkpoint, session
@@ -62,7 +67,14 @@ def test_trained_by_default_serves_by_default(base_directory: Path, tmp_path: Pa
     plain = _trained(base_directory, tmp_path / "plain", double_quant=False)
     said = json.loads((adapter / "training.json").read_text())["config"]
     assert said["double_quant"] is True, "the record does not say null"
-    with live(base_directory, tmp_path / "home") as running:
+    home = tmp_path / "home"
+    home.mkdir()
+    catalog = Catalog(str(home / "catalog.db"))
+    catalog.add(replace(MANIFEST, version=0, base_fingerprint=_made_for(plain)))
+    catalog.close()
+    with capture_logs() as logs, live(base_directory, home) as running:
+        (told,) = [line["why"] for line in logs if line["event"] == "stored adapters are refused"]
+        assert told == other_scales(running.serving.spec.id, True, 1)
         assert running.serving.spec.double_quant
         assert _made_for(adapter) == running.serving.spec.fingerprint
         running.upload("trained", adapter)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from adapters.catalog import Catalog
+from adapters.config_schema import other_scales
+from base.checkpoint import read_json, weight_files
+from base.fingerprint import fingerprints
 from base.kernels import fast_status, native_status
 from base.machine import SIZES, choose_dtype, inspect
+from base.mini import MINI
 from service.commands import doctor
 from service.config import Settings
+from tests.adapters.test_manifest import MANIFEST
 
 
 def test_json_holds_machine_choice_and_fits() -> None:
@@ -67,6 +74,29 @@ def test_keys_and_values_are_counted_in_the_dtype_that_is_set(
     wrong = CliRunner().invoke(doctor.app, ["--kv-dtype", "int4"])
     assert wrong.exit_code == 2
     assert "--kv-dtype: Input should be" in wrong.output
+
+
+def test_stored_adapters_that_would_be_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NIBBLE_HOME", str(tmp_path))
+    files = weight_files(MINI)
+    plain = fingerprints(read_json(MINI / "config.json"), files, tmp_path)[False]
+
+    def told() -> tuple[str | None, str]:
+        found = json.loads(CliRunner().invoke(doctor.app, ["--json"]).stdout)["stored_adapters"]
+        return found, CliRunner().invoke(doctor.app, []).stdout
+
+    assert told()[0] is None
+    assert not (tmp_path / "catalog.db").exists()
+    catalog = Catalog(str(tmp_path / "catalog.db"))
+    catalog.add(replace(MANIFEST, version=0, base_fingerprint=plain))
+    catalog.close()
+    assert told()[0] is None
+    monkeypatch.setenv("NIBBLE_DOUBLE_QUANT", "true")
+    why, shown = told()
+    assert why == other_scales("mini", True, 1)
+    assert f"stored adapters: {why}" in shown
 
 
 def test_a_problem_ends_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
