@@ -262,14 +262,23 @@ def _cpu_features() -> tuple[str, ...]:
 
 def _cores() -> int:
     """Cores this process may use: its affinity, or the container's quota where that is less."""
-    if hasattr(os, "sched_getaffinity"):
-        allowed = len(os.sched_getaffinity(0))
-    else:
-        allowed = os.cpu_count() or 1
-    quota = _cgroup("cpu.max").split()
+    seen, quota = _cores_seen(), _cgroup("cpu.max").split()
     if len(quota) == 2 and quota[0].isdigit():
-        allowed = min(allowed, max(1, int(quota[0]) // int(quota[1])))
-    return allowed
+        return min(seen, max(1, int(quota[0]) // int(quota[1])))
+    return seen
+
+
+def _cores_seen() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def bound_threads() -> None:
+    """Before torch is loaded, which starts a thread for each core that it sees, and does not see a
+    container's quota. What OMP_NUM_THREADS says already holds."""
+    if (cores := _cores()) < _cores_seen():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def _memory() -> tuple[int, int]:

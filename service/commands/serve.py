@@ -9,6 +9,7 @@ import typer
 
 from base.deferred import defer_torch
 from base.heap import few_heaps
+from base.machine import bound_threads
 from base.preload import preload_torch
 from service.commands.flags import with_settings
 from service.commands.installation import shadowed
@@ -32,6 +33,7 @@ def run(configuration: Configuration) -> None:
     if problem := shadowed():
         fail(problem, "Run `pip uninstall adapters`, then install nibble-serve again.")
     few_heaps()
+    bound_threads()
     gc.disable()  # imports make much and drop little; it runs again once the server is ready
     preload_torch()
     defer_torch()

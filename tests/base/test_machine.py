@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -140,6 +141,22 @@ def test_the_limits_of_a_container_count(monkeypatch: pytest.MonkeyPatch) -> Non
     assert here.cores == 1
     group.update({"memory.max": "max", "cpu.max": "max 100000"})
     assert inspect().memory_total == total
+
+
+def test_no_more_threads_than_a_container_s_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = {"cpu.max": "200000 100000"}
+    monkeypatch.setattr(machine, "_cgroup", lambda name: group[name])
+    monkeypatch.setattr(machine, "_cores_seen", lambda: 64)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    machine.bound_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    machine.bound_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    group["cpu.max"] = "max 100000"
+    machine.bound_threads()
+    assert "OMP_NUM_THREADS" not in os.environ, "torch knows which cores are threads of one"
 
 
 def test_importing_the_module_leaves_torch_out() -> None:
