@@ -167,7 +167,7 @@ def check_references(manifests: list[Manifest]) -> None:
     pools = {one["metadata"]["name"]: one["spec"] for one in of_kind(manifests, "InferencePool")}
     for route in of_kind(manifests, "HTTPRoute"):
         for rule in route["spec"]["rules"]:
-            for backend in rule["backendRefs"]:
+            for backend in rule.get("backendRefs", []):
                 known = pools if backend.get("kind") == "InferencePool" else services
                 assert backend["name"] in known
     for pool in pools.values():

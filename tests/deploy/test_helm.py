@@ -29,9 +29,11 @@ from training.config import TrainConfig
 
 GATEWAY = ("--values", str(CHART / "examples" / "gateway.yaml"))  # on top of the fleet's
 EXAMPLES = sorted(path for path in (CHART / "examples").glob("*.yaml") if path.stem != "gateway")
+FROM = "networkPolicy.from[0].namespaceSelector.matchLabels.name=ingress"
+SCRAPED = "networkPolicy.metricsFrom[0].namespaceSelector.matchLabels.name=monitoring"
 SHARED = (
     "--set=store.blobs=s3://adapters/prod,store.catalogSecret.name=catalog,"
-    "persistence.enabled=false"
+    "persistence.enabled=false,networkPolicy.egress[0].ports[0].port=5432"
 )
 MATRIX = {
     "defaults": (),
@@ -40,19 +42,19 @@ MATRIX = {
     "claim": ("--set=persistence.existingClaim=mine,image.digest=sha256:" + "a" * 64,),
     "ingress": (
         "--set=ingress.enabled=true,ingress.checkedBy=oauth2-proxy,ingress.host=n.example.org,"
-        "ingress.className=haproxy,ingress.tlsSecret=tls,ingress.annotations.a/b=c",
+        f"ingress.className=haproxy,ingress.tlsSecret=tls,ingress.annotations.a/b=c,{FROM}",
     ),
     "replicas": (SHARED, "--set=replicas=3,migration.enabled=false"),
     "open": (
         "--set=keys.open=true,ingress.enabled=true,ingress.host=a.b,ingress.checkedBy=x,"
-        "ingress.tlsBy=aws-alb",
+        f"ingress.tlsBy=aws-alb,{FROM}",
     ),
-    "keda": (SHARED, "--set=autoscaling.kind=keda,serviceMonitor.enabled=true"),
+    "keda": (SHARED, f"--set=autoscaling.kind=keda,serviceMonitor.enabled=true,{SCRAPED}"),
     "hpa": (SHARED, "--set=autoscaling.kind=hpa,envSecrets={s3},podDisruptionBudget.enabled=false"),
     "placement": (
         "--set=nodeSelector.disk=ssd,image.pullSecrets={regcred},podLabels.team=a,"
         "podAnnotations.b=c,topologySpread=false,serviceMonitor.enabled=true,"
-        "serviceMonitor.labels.release=p,drainSeconds=900,preStopSeconds=30",
+        f"serviceMonitor.labels.release=p,drainSeconds=900,preStopSeconds=30,{SCRAPED}",
     ),
     "training": (
         "--set=training[0].name=a,training[0].config.data.train=/input/a.jsonl,"
@@ -198,6 +200,12 @@ def test_gpus_are_limits_of_servers_and_jobs_that_ask() -> None:
         ("settings.admin_key=aaaaaaaaaaaaaaaaaaaa", "it is a secret"),
         ("ingress.enabled=true,keys.open=true,ingress.host=a.b", "name in ingress.checkedBy"),
         ("ingress.enabled=true,ingress.host=a.b", "ingress.enabled without TLS"),
+        (
+            "ingress.enabled=true,ingress.host=a.b,ingress.tlsSecret=t",
+            "where the ingress controller's pods are",
+        ),
+        ("serviceMonitor.enabled=true", "where Prometheus' pods are"),
+        ("store.blobs=s3://a/b", "say in networkPolicy.egress where"),
         ("gateway.enabled=true", "set gateway.parent.name"),
         ("gateway.enabled=true,gateway.parent.name=g", "where the gateway's pods are"),
         (
@@ -248,7 +256,7 @@ def test_who_installs_it_is_told_of_the_first_key() -> None:
 
 
 def test_prometheus_gets_the_key_where_metrics_want_one() -> None:
-    monitor = "--set=serviceMonitor.enabled=true,keys.admin.name=mine"
+    monitor = f"--set=serviceMonitor.enabled=true,keys.admin.name=mine,{SCRAPED}"
     (plain,) = only(rendered(monitor), "ServiceMonitor")["spec"]["endpoints"]
     assert "authorization" not in plain
     made = only(rendered(monitor, "--set=settings.protect_metrics=true"), "ServiceMonitor")
@@ -258,6 +266,43 @@ def test_prometheus_gets_the_key_where_metrics_want_one() -> None:
     other = ("--set=settings.protect_metrics=true,keys.metrics.name=reads",)
     (endpoint,) = only(rendered(monitor, *other), "ServiceMonitor")["spec"]["endpoints"]
     assert endpoint["authorization"]["credentials"]["name"] == "reads"
+
+
+def test_who_comes_from_outside_needs_a_key_for_the_metrics() -> None:
+    def asked(*more: str) -> tuple[str | None, bool]:
+        made = rendered(*MATRIX["ingress"], f"--set=serviceMonitor.enabled=true,{SCRAPED}", *more)
+        (container,) = server(made)["spec"]["template"]["spec"]["containers"]
+        (endpoint,) = only(made, "ServiceMonitor")["spec"]["endpoints"]
+        return variables(container).get("NIBBLE_PROTECT_METRICS"), "authorization" in endpoint
+
+    assert asked() == ("true", True)
+    assert asked("--set=settings.protect_metrics=true") == ("true", True)
+    assert asked("--set=settings.protect_metrics=false") == ("false", False)
+    assert asked("--set=keys.open=true") == (None, False), "there is no key"
+
+
+def test_as_many_threads_as_cores_were_asked_for() -> None:
+    def threads(*values: str) -> list[str | None]:
+        made = rendered(*MATRIX["training"], *values)
+        containers = [pod["containers"][0] for pod in pod_specs(made)]
+        return [
+            next(
+                (
+                    one["valueFrom"]["resourceFieldRef"]["resource"]
+                    for one in container["env"]
+                    if one["name"] == "OMP_NUM_THREADS" and "valueFrom" in one
+                ),
+                None,
+            )
+            for container in containers
+        ]
+
+    assert threads() == ["requests.cpu"] * 3
+    assert threads("--set-string=resources.limits.cpu=4") == ["limits.cpu"] * 3
+    assert threads("--set=resources.requests.cpu=null") == [None] * 3
+    assert threads("--set-string=env[0].name=OMP_NUM_THREADS,env[0].value=8") == [None] * 3
+    many = threads("--set=training[1].processes=2")
+    assert many == ["requests.cpu"] * 2 + [None], "accelerate's own"
 
 
 def test_settings_are_the_server_s() -> None:
@@ -273,7 +318,7 @@ def test_a_gateway_s_pool_is_the_servers_and_uploads_pass_by_it() -> None:
     assert pool["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
     (container,) = pod["spec"]["containers"]
     assert pool["targetPorts"] == [{"number": container["ports"][0]["containerPort"]}]
-    by_model, rest = only(made, "HTTPRoute")["spec"]["rules"]
+    by_model, figures, rest = only(made, "HTTPRoute")["spec"]["rules"]
     from service.api.openai import chat, completions, embeddings
 
     routes = {
@@ -283,6 +328,8 @@ def test_a_gateway_s_pool_is_the_servers_and_uploads_pass_by_it() -> None:
     }
     assert {one["path"]["value"] for one in by_model["matches"]} == routes
     assert all(one["method"] == "POST" for one in by_model["matches"])
+    assert figures["matches"] == [{"path": {"type": "Exact", "value": "/metrics"}}]
+    assert "backendRefs" not in figures, "they name the adapters of all tenants"
     assert rest["backendRefs"][0]["name"] == front(made)["metadata"]["name"]
     assert "kind" not in rest["backendRefs"][0], "uploads go to the Service"
     (config,) = (one for one in of_kind(made, "ConfigMap") if "picker.yaml" in one["data"])

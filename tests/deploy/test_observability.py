@@ -66,8 +66,8 @@ def test_every_kind_of_refusal_has_a_panel() -> None:
 
 
 def test_the_autoscaler_s_query_too() -> None:
-    shared = "--set=store.blobs=s3://a/b,store.catalogSecret.name=c,persistence.enabled=false"
-    made = rendered(shared, "--set=autoscaling.kind=keda,serviceMonitor.enabled=true")
+    fleet = ("--values", str(CHART / "examples" / "fleet.yaml"))
+    made = rendered(*fleet)
     (trigger,) = only(made, "ScaledObject")["spec"]["triggers"]
     query = trigger["metadata"]["query"]
     assert set(NAME.findall(query)) <= set(told())

@@ -59,6 +59,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and .Values.gateway.enabled .Values.networkPolicy.enabled (not .Values.networkPolicy.from) }}
 {{- fail "gateway.enabled: say in networkPolicy.from where the gateway's pods are, or none reaches a replica" }}
 {{- end }}
+{{- if and .Values.ingress.enabled .Values.networkPolicy.enabled (not .Values.networkPolicy.from) }}
+{{- fail "ingress.enabled: say in networkPolicy.from where the ingress controller's pods are, or none reaches a replica" }}
+{{- end }}
+{{- if and .Values.serviceMonitor.enabled .Values.networkPolicy.enabled (not .Values.networkPolicy.from) (not .Values.networkPolicy.metricsFrom) }}
+{{- fail "serviceMonitor.enabled: say in networkPolicy.metricsFrom where Prometheus' pods are, or it reaches no replica" }}
+{{- end }}
+{{- if and (or .Values.store.blobs (include "nibble.catalogOutside" .)) .Values.networkPolicy.enabled (not .Values.networkPolicy.egress) }}
+{{- fail "store.blobs and store.catalog are outside: say in networkPolicy.egress where, or no pod reaches them (examples/fleet.yaml has rules)" }}
+{{- end }}
 {{- if and .Values.gateway.enabled .Values.settings.protect_metrics }}
 {{- fail "gateway.enabled and settings.protect_metrics: the endpoint picker reads /metrics without a key; leave protect_metrics off, the NetworkPolicy says who reaches it" }}
 {{- end }}
@@ -82,6 +91,24 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 {{- if and .run.sharded (or (not .many) (ne (dig "method" "kind" "lora" .run.config) "full")) }}
 {{- fail (printf "training %s: sharded cuts the weights among nodes and processes, for method.kind full" .run.name) }}
+{{- end }}
+{{- end }}
+
+{{/* /metrics names the adapters of all tenants: who comes through an Ingress needs a key for it. */}}
+{{- define "nibble.metricsProtected" -}}
+{{- if and (not .Values.keys.open) (dig "protect_metrics" .Values.ingress.enabled .Values.settings) }}yes{{ end }}
+{{- end }}
+
+{{/* A container sees all cores of its node, and would compute on each. */}}
+{{- define "nibble.threads.env" -}}
+{{- $own := dict }}
+{{- range .env }}{{- $_ := set $own .name true }}{{- end }}
+{{- $limit := dig "limits" "cpu" "" .resources }}
+{{- if and (or $limit (dig "requests" "cpu" "" .resources)) (not (hasKey $own "OMP_NUM_THREADS")) }}
+- name: OMP_NUM_THREADS
+  valueFrom:
+    resourceFieldRef:
+      resource: {{ ternary "limits" "requests" (ne (toString $limit) "") }}.cpu
 {{- end }}
 {{- end }}
 
