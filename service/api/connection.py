@@ -28,6 +28,7 @@ HELD_BYTES = 1 << 20  # of a body, until it is there, where its length is known 
 HELD_BY_ALL = 64 << 20  # of such bodies, beyond what each connection may hold by itself
 UNSENT_BYTES = 128 << 10  # that the system takes of a reply before the client takes any
 OWN_FILES = 512  # descriptors that are for files, threads' pipes and other servers
+LOOK_SECONDS = 0.02  # at least, between two looks at who sends a body
 LOOKS = 10  # at who takes little, in the time that is given to who takes nothing
 
 _UNSENT = getattr(socket, "TCP_NOTSENT_LOWAT", None)
@@ -380,7 +381,8 @@ class Connection(HttpToolsProtocol):
         (cycle, _), now = self._held, self.loop.time()
         left = self.bounds.left(len(cycle.body), now - self._since, now - self._came)
         if left > 0:
-            self._deadline = self.loop.call_later(left, self._check_body)
+            # Loops count in milliseconds: within the last one it would be asked again and again.
+            self._deadline = self.loop.call_later(max(left, LOOK_SECONDS), self._check_body)
             return
         reply = self.shedder.late(cycle.scope["path"], len(cycle.body), now - self._since)
         self._let_go()

@@ -160,14 +160,13 @@ def main() -> None:
 def _tell_tasks(report: Path) -> None:
     from service.app import Server
 
-    tick = Server.on_tick
+    tick, descriptor = Server.on_tick, os.open(report, os.O_WRONLY)
 
     async def telling(self: Server, counter: int) -> bool:
         if counter % 10 == 0:
+            # In place: a rename makes the system write, and the loop wait for it, milliseconds.
             found = json.dumps({"tasks": len(asyncio.all_tasks())})
-            part = report.with_suffix(".part")
-            part.write_text(found)
-            part.replace(report)
+            os.pwrite(descriptor, found.ljust(32).encode(), 0)
         return await tick(self, counter)
 
     Server.on_tick = telling  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from fastapi import FastAPI, Request
@@ -490,6 +490,26 @@ def test_a_small_body_that_comes_too_slowly_is_refused(
     assert told["error_type"] == "timeout"
     assert "2 bytes" in told["error"]
     assert f"x-request-id: {told['request_id']}".encode() in head
+
+
+class LittleLeft(Bounds):
+    """A moment more, again and again for a while: a byte buys less than a loop can count."""
+
+    looks: ClassVar[list[float]] = []
+
+    def left(self, received: int, seconds: float, silent: float) -> float:
+        self.looks.append(seconds)
+        return 1e-5 if seconds < 0.2 else -1.0
+
+
+def test_a_slow_body_is_looked_at_now_and_then(
+    echoing: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Connection, "bounds", LittleLeft(1000, grace_seconds=0.01))
+    with dial(echoing) as connection:
+        connection.sendall(HEAD + b"Content-Length: 6\r\n\r\na")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+    assert len(LittleLeft.looks) <= 0.2 / connections.LOOK_SECONDS + 2
 
 
 def test_who_still_sends_hears_that_the_server_stops(echoing: Running) -> None:
