@@ -19,6 +19,7 @@ from adapters.tables import (
     tenants,
     training_files,
 )
+from adapters.tables import training_jobs as jobs
 
 
 def check_room(
@@ -49,6 +50,7 @@ def check_room(
     for table in (training_files, collections):
         total = sa.select(sa.func.coalesce(sa.func.sum(table.c.nbytes), 0))
         used += int(connection.execute(total.where(table.c.tenant == tenant)).scalar_one())
+    used += _held_by_jobs(connection, tenant)
     if used + nbytes > room:
         raise QuotaReached(
             f"tenant {tenant!r} may keep {room} bytes of adapters, training files and collections "
@@ -82,6 +84,23 @@ def _quotas(connection: sa.Connection, tenant: str) -> dict[str, Any]:
     query = sa.select(tenants.c.quotas).where(tenants.c.name == tenant)
     found: dict[str, Any] = json.loads(connection.execute(query.with_for_update()).scalar() or "{}")
     return found
+
+
+def _held_by_jobs(connection: sa.Connection, tenant: str) -> int:
+    """Bytes of files that were deleted while jobs still need them, which have links of their own.
+    (As `service.jobs.job.Job.over` has it, those that ended need them no more.)"""
+    over = sa.or_(
+        jobs.c.status.in_(("succeeded", "cancelled")),
+        sa.and_(jobs.c.status == "failed", jobs.c.checked.is_(None)),
+    )
+    query = sa.select(jobs.c.ordered).where(jobs.c.tenant == tenant, sa.not_(over))
+    orders = [json.loads(text) for text in connection.execute(query).scalars()]
+    files = [order[name] for order in orders for name in ("training", "validation") if order[name]]
+    sizes = {one["id"]: int(one["nbytes"]) for one in files}
+    kept = sa.select(training_files.c.id).where(training_files.c.tenant == tenant)
+    for known in connection.execute(kept).scalars():
+        sizes.pop(known, None)
+    return sum(sizes.values())
 
 
 def _kept(connection: sa.Connection, tenant: str) -> tuple[int, dict[str, int]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from service.jobs.files import TrainingFiles
 from service.jobs.order import TEMPLATE, TRAINING, VALIDATION, FileStamp, Order, run_config
+from service.jobs.progress import RUN
 
 CONFIG = "job.json"  # JSON is YAML
 
@@ -37,6 +38,14 @@ def link(stamp: FileStamp, to: Path, files: TrainingFiles) -> None:
     """One file into a job's directory, once."""
     if not to.exists():
         to.hardlink_to(files.path(files.get(stamp.id)))
+
+
+def drop_data(directory: Path) -> None:
+    """Let go of what only a run needs, of a job that will not run again: its links are the last of
+    files that were deleted."""
+    for pattern in (f"{TRAINING}.*", f"{VALIDATION}.*", f"{RUN}/checkpoint.safetensors"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def write_config(directory: Path, config: Any) -> None:

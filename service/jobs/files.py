@@ -20,6 +20,7 @@ import sqlalchemy as sa
 
 from adapters.blobs import disk_errors
 from adapters.catalog import Catalog
+from adapters.errors import QuotaReached
 from adapters.manifest import DEFAULT_TENANT
 from adapters.room import check_room
 from adapters.tables import training_files as files
@@ -82,13 +83,19 @@ class TrainingFiles:
         )
         with self._catalog.writing() as connection:
             check_room(connection, self._tenant or DEFAULT_TENANT, nbytes=nbytes)
+        path = self._path(found.id)
         with disk_errors("cannot keep a training file"):
-            source.rename(self._path(found.id))
+            source.rename(path)
             _sync(self._directory)
         fields = {name: getattr(found, name) for name in TrainingFile.__slots__}
         fields |= {"home": self._home, "tenant": self._tenant or DEFAULT_TENANT}
-        with self._catalog.writing() as connection:
-            connection.execute(sa.insert(files).values(**fields))
+        try:
+            with self._catalog.writing() as connection:  # others may have come meanwhile
+                check_room(connection, self._tenant or DEFAULT_TENANT, nbytes=nbytes)
+                connection.execute(sa.insert(files).values(**fields))
+        except QuotaReached:
+            path.unlink(missing_ok=True)
+            raise
         return found
 
     def get(self, file_id: str) -> TrainingFile:

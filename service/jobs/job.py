@@ -67,6 +67,11 @@ class Job:
     def ended(self) -> bool:
         return self.status in ENDED
 
+    @property
+    def over(self) -> bool:
+        """It ended, and cannot be resumed: it needs its data no more."""
+        return self.ended and (self.status != "failed" or self.checked is None)
+
 
 @dataclass(frozen=True, slots=True)
 class Checked:

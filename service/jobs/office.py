@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adapters.blobs import disk_errors
 from service.errors import InvalidRequest, Overloaded, WrongState
 from service.jobs import progress
-from service.jobs.directory import CONFIG, prepare
+from service.jobs.directory import CONFIG, drop_data, prepare
 from service.jobs.files import TrainingFiles
 from service.jobs.history import Event, follow, history, page
 from service.jobs.job import Job, new_job_id
@@ -116,7 +117,11 @@ class Office:
         }
 
     def cancel(self, job_id: str) -> Job:
-        return self._told(self.queue.cancel(job_id))
+        job = self.queue.cancel(job_id)
+        if job.over:  # else it runs, and its runner does this when it has ended
+            with disk_errors("cannot remove the data of a job"):
+                drop_data(self.directory(job))
+        return self._told(job)
 
     def pause(self, job_id: str) -> Job:
         return self._told(self.queue.pause(job_id))

@@ -257,7 +257,7 @@ class Queue:
         Raises NotFound, WrongState, QuotaExceeded, Overloaded.
         """
         job = self.get(job_id)
-        if job.status == "failed" and job.checked is None:
+        if job.status == "failed" and job.over:
             raise WrongState(f"{job_id} failed before it could start: create another job")
         again = self.move(
             job_id,

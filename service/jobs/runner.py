@@ -13,7 +13,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,11 @@ from typing import Any, Literal
 
 import structlog
 
-from adapters.errors import AdapterError, StoreFull
+from adapters.blobs import disk_errors
+from adapters.errors import AdapterError, QuotaReached, StoreFull
 from service.errors import NotFound, NotTrained, ServiceError
 from service.jobs import progress
-from service.jobs.directory import CONFIG, prepare, write_config
+from service.jobs.directory import CONFIG, drop_data, prepare, write_config
 from service.jobs.files import TrainingFiles
 from service.jobs.job import Checked, Fault, Job
 from service.jobs.order import TRAINING
@@ -164,6 +164,12 @@ class Runner:
                 logger.error("a job could not be worked on", job=job.id, exc_info=True)
                 self._surely(partial(self._broken, job, error))
                 self._wait(IDLE_SECONDS)
+            self._surely(partial(self._tidy, job.id))
+
+    def _tidy(self, job_id: str) -> None:
+        if self._queue.get(job_id).over:
+            with disk_errors("cannot remove the data of a job"):
+                drop_data(self._workshop.directory(job_id))
 
     def _broken(self, job: Job, error: Exception) -> None:
         code = "store_full" if isinstance(error, StoreFull) else "server_error"
@@ -188,11 +194,11 @@ class Runner:
 
     def _sweep(self) -> None:
         """Directories of jobs that have no row: a crash came between the two. Those that were made
-        since this server began may get theirs yet."""
+        since this server began may get theirs yet. And the data of jobs that are over."""
         for path in self._workshop.home.glob("ftjob-*"):
             if path.stat().st_mtime < self._began:
                 try:
-                    self._queue.get(path.name)
+                    self._tidy(path.name)
                 except NotFound:
                     shutil.rmtree(path, ignore_errors=True)
 
@@ -301,7 +307,7 @@ class Runner:
     def _finish(self, job: Job, directory: Path) -> None:
         ends = progress.happened(directory, "finished")
         done = ends[-1].data if ends else {}
-        adapter, left = None, "not published"
+        adapter, left = None, "; not published"
         level: Literal["info", "warn"] = "info"
         try:
             if job.order.publish:
@@ -312,26 +318,29 @@ class Runner:
             self._queue.fail(job.id, fault, before=("running",))
             return
         except NotTrained as error:  # somebody took the name since it was ordered
-            left, level = f"not published: {error}", "warn"
+            left, level = f"; not published: {error}", "warn"
         except ServiceError:
             if not self._stopping:  # else the engine, which was to try it, went first
                 raise
             why = "Trained; the server stops before the adapter is published; queued again."
             self._queue.move(job.id, "queued", why, before=("running",))
             return
+        said = f": {adapter} serves from now on" if adapter else left
+        metrics = None
+        try:
+            metrics = step_metrics(job, directory, self._files)
+        except QuotaReached as error:  # the adapter is there all the same
+            said, level = f"{said}; its metrics are not kept: {error}", "warn"
         self._queue.move(
             job.id,
             "succeeded",
-            f"Succeeded after {done.get('steps', 0):,} steps"
-            + (f": {adapter} serves from now on." if adapter else f"; {left}."),
+            f"Succeeded after {done.get('steps', 0):,} steps{said}.",
             before=("running",),
             level=level,
             adapter=adapter,
             trained_tokens=done.get("tokens"),
-            result_file=step_metrics(job, directory, self._files),
+            result_file=metrics,
         )
-        with suppress(OSError):  # what only a continuation needs
-            (directory / progress.RUN / "checkpoint.safetensors").unlink()
 
     def _held(self) -> tuple[int, ...]:
         return () if self._lock is None else (self._lock,)

@@ -23,6 +23,7 @@ from service.access.keys import Keys
 from service.access.quotas import Meter, Quotas, Tenants
 from service.errors import NotFound, QuotaExceeded
 from service.jobs.files import TrainingFiles
+from service.jobs.job import Fault
 from service.jobs.office import within
 from service.jobs.queue import Queue
 from tests.adapters.test_manifest import MANIFEST
@@ -224,6 +225,45 @@ def test_bytes_that_a_tenant_keeps(catalog: Catalog, tmp_path: Path) -> None:
     assert len(list((tmp_path / "files").iterdir())) == 1
     files.delete(kept.id)
     keep(files, tmp_path, b"x" * 400)
+
+
+def test_no_two_files_take_the_same_room(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another comes between the look at the quota and the row."""
+    Tenants(catalog).set_quotas("acme", Quotas(bytes=100))
+    files = TrainingFiles(catalog, tmp_path / "files", "0" * 32).of("acme")
+    kept = []
+
+    def meanwhile(directory: Path) -> None:
+        monkeypatch.undo()
+        (tmp_path / "other").mkdir()
+        kept.append(keep(files, tmp_path / "other", b"x" * 60))
+
+    monkeypatch.setattr("service.jobs.files._sync", meanwhile)
+    with pytest.raises(QuotaReached, match="has 60: 60 more"):
+        keep(files, tmp_path, b"x" * 60)
+    assert [path.name for path in (tmp_path / "files").iterdir()] == [kept[0].id]
+    assert files.list(limit=9, order="asc")[0] == kept
+
+
+def test_a_file_that_a_job_holds_still_counts(catalog: Catalog, tmp_path: Path) -> None:
+    """The job has a link of its own: the disk has its room back when the job is over."""
+    Tenants(catalog).set_quotas("acme", Quotas(bytes=100))
+    files = TrainingFiles(catalog, tmp_path / "files", "0" * 32).of("acme")
+    queue = Queue(catalog, "0" * 32).of("acme")
+    file = keep(files, tmp_path, b"x" * 60)
+    jobs = [queue.add(order_of(file)) for _ in range(2)]
+    keep(files, tmp_path, b"x" * 40)  # the same bytes are not counted twice
+    files.delete(file.id)
+    with pytest.raises(QuotaReached, match="has 100: 1 more"):
+        keep(files, tmp_path, b"x")
+    keep(files.of("zeta"), tmp_path, b"x")
+    queue.cancel(jobs[0].id)
+    with pytest.raises(QuotaReached):
+        keep(files, tmp_path, b"x")
+    queue.fail(jobs[1].id, Fault("x", "bad rows"), before=("validating_files",))
+    keep(files, tmp_path, b"x" * 60)
 
 
 def test_minutes_of_training(catalog: Catalog, tmp_path: Path) -> None:

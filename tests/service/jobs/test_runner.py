@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import InvalidAdapter, StoreFull, StoreUnavailable
+from adapters.errors import InvalidAdapter, QuotaReached, StoreFull, StoreUnavailable
 from service.errors import EngineFailed, NotTrained, WrongState
 from service.jobs import progress
+from service.jobs.directory import prepare
 from service.jobs.job import Job
 from service.jobs.office import Office
 from service.jobs.runner import Workshop
@@ -122,6 +123,49 @@ def test_a_file_that_is_deleted_meanwhile_is_still_there_for_the_job(
     bench.until(job, "running")
     bench.files.delete(job.order.training.id)
     assert bench.until(job, "succeeded", "failed").status == "succeeded"
+
+
+def data_of(bench: Bench, job: Job) -> list[str]:
+    """What of a job's directory only a run needs."""
+    found = (bench.home / "jobs" / job.id).rglob("*")
+    return sorted(one.name for one in found if one.suffix in (".jsonl", ".safetensors"))
+
+
+def test_a_job_that_is_over_holds_no_data(bench: Bench, tmp_path: Path) -> None:
+    """Else who deletes its files and cancels it keeps them on the disk for ever."""
+    done = begin(bench, tmp_path, {"seconds": 0.02})
+    bench.step(done, 1)
+    assert "training_file.jsonl" in data_of(bench, done)
+    bench.until(done, "succeeded")
+    bench.when(lambda: data_of(bench, done) == ["events.jsonl", "log.jsonl"])
+    bench.stop()
+    queued = bench.queue.add(done.order)
+    prepare(queued.order, bench.home / "jobs" / queued.id, bench.files, "a base")
+    published: Any = bench.published
+    office = Office(bench.queue, bench.files, Workshop(bench.home / "jobs", "b"), published, 8)
+    office.pause(queued.id)
+    assert data_of(bench, queued) == ["training_file.jsonl"], "it may go on"
+    office.cancel(queued.id)
+    assert data_of(bench, queued) == []
+    prepare(queued.order, bench.home / "jobs" / queued.id, bench.files, "a base")
+    bench.start()  # a server that was ended before it let go
+    bench.when(lambda: data_of(bench, queued) == [])
+    failed = bench.queue.add(done.order)
+    bench.restart(report={"bad": 1, "rejects": ["training_file.jsonl:3: prompt"]})
+    bench.until(failed, "failed")
+    bench.when(lambda: data_of(bench, failed) == [])
+
+
+def test_a_job_whose_metrics_have_no_room_has_succeeded_all_the_same(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> str:
+        raise QuotaReached("tenant 'acme' may keep 8 bytes")
+
+    monkeypatch.setattr("service.jobs.runner.step_metrics", full)
+    job = bench.until(begin(bench, tmp_path), "succeeded", "failed")
+    assert (job.status, job.adapter, job.result_file) == ("succeeded", "made@1", None)
+    assert "made@1 serves from now on; its metrics are not kept: tenant" in bench.messages(job)[-1]
 
 
 def test_a_run_that_is_killed_goes_on_from_its_checkpoint(bench: Bench, tmp_path: Path) -> None:
