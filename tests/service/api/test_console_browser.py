@@ -350,7 +350,7 @@ def thousand(running: Running) -> Iterator[list[str]]:
 
 
 def test_a_thousand_adapters_come_in_pages(
-    page: Any, running: Running, thousand: list[str]
+    thousand: list[str], page: Any, running: Running
 ) -> None:
     sizes: list[int] = []
     page.on("response", lambda one: "/adapters?" in one.url and sizes.append(len(one.body())))
@@ -359,8 +359,8 @@ def test_a_thousand_adapters_come_in_pages(
     said = page.get_by_text("1 to 50, by name")
     said.wait_for()
     assert rows.count() == 50
-    assert page.get_by_role("button", name="Before").is_disabled()
-    page.get_by_role("button", name="After").click()
+    assert page.get_by_role("button", name="Previous").is_disabled()
+    page.get_by_role("button", name="Next").click()
     page.get_by_text("51 to 100, by name").wait_for()
     serving = running.desk.serving
     assert serving is not None
@@ -380,3 +380,24 @@ def test_a_thousand_adapters_come_in_pages(
     one.fill("cipher")
     page.wait_for_selector("#compare-one-offered option[value='cipher@1']", state="attached")
     assert max(sizes) < 100_000, "a page brings what it shows"
+
+
+def test_on_a_narrow_screen_every_page_and_what_was_chosen_is_in_sight(
+    thousand: list[str], page: Any
+) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    _open(page, "adapters")
+    for name in ("Playground", "Status"):
+        playwright.expect(page.get_by_role("link", name=name)).to_be_in_viewport(ratio=1)
+    page.get_by_role("button", name="cipher", exact=True).click()
+    details = page.get_by_role("region", name="Adapter cipher")
+    playwright.expect(details.get_by_role("heading", name="cipher")).to_be_in_viewport()
+
+
+def test_the_last_of_many_adapters_is_shown_beside_the_list(thousand: list[str], page: Any) -> None:
+    _open(page, "adapters")
+    rows = page.get_by_role("region", name="Adapters", exact=True).locator("tbody tr")
+    name = rows.nth(49).get_by_role("button").inner_text()
+    rows.nth(49).get_by_role("button").click()
+    details = page.get_by_role("region", name=f"Adapter {name}")
+    playwright.expect(details.get_by_role("heading", name=name)).to_be_in_viewport()

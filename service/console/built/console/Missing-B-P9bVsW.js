@@ -1,1 +1,0 @@
-import{B as e,D as t,E as n,I as r,J as i,k as a,q as o,r as s}from"./index-DUKbbBlM.js";var c=a(`<p class="panel empty"> </p>`);function l(a,l){i(l,!0);var u=c(),d=e(u,!0);r(e=>n(d,e),[()=>s(`This server has no {what}: its API description lists no such routes.`,{what:l.what})]),t(a,u),o()}export{l as t};
