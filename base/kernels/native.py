@@ -70,6 +70,8 @@ class Native:
         self._cache_write.argtypes = [ctypes.POINTER(_CacheCall), ctypes.c_int]
         self._fast_name = library.nibble_fast_name
         self._fast_name.restype = ctypes.c_char_p
+        self._fast_levels = library.nibble_fast_levels
+        self._fast_levels.argtypes, self._fast_levels.restype = [_PTR], ctypes.c_float
         self._fast_linear = library.nibble_fast_linear
         self._fast_linear.argtypes = [ctypes.c_char_p, _I64, _PTR, _I64, _I64, ctypes.c_int]
         self._nf4_rows = library.nibble_nf4_rows
@@ -94,6 +96,13 @@ class Native:
     def fast_isa(self) -> str:
         """What the fast products run on: vnni, avx2, neon or portable."""
         return str(self._fast_name().decode())
+
+    @property
+    def fast_levels(self) -> Tensor:
+        """The levels of NF4 as those products take them: float64 [16]."""
+        steps = torch.empty(16, dtype=torch.int32)
+        unit: float = self._fast_levels(steps.data_ptr())
+        return steps.double() * unit
 
     def nf4_linear(
         self, x: Tensor, weight: NF4Weight, bias: Tensor | None, y: Tensor | None = None

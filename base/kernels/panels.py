@@ -18,10 +18,6 @@ PANEL_ROWS = 32  # rows of W in a panel
 _SCALE_BYTES = 4 * PANEL_ROWS
 _AT_ONCE = 1 << 20  # weights laid out at a time: a bound on temporary memory
 
-# `LEVELS8` and `NF4_UNIT` of csrc/fast.h: level c is about LEVELS8[c] * NF4_UNIT.
-LEVELS8 = (-112, -78, -59, -44, -32, -21, -10, 0, 9, 18, 28, 38, 49, 63, 81, 112)
-NF4_UNIT = 1 / 112.03022
-
 
 @dataclass(frozen=True, eq=False)
 class PanelWeight:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from .kv_rows import unpack
 from .lowrank import LowRankPlan
-from .panels import BLOCK, LEVELS8, NF4_UNIT, PanelWeight
+from .panels import BLOCK, PanelWeight
 from .weight import NF4Weight
 
 _FEW_ROWS = 32  # of x, up to which a float matrix on the CPU stands on the left
@@ -23,13 +23,15 @@ def nf4_linear(x: Tensor, weight: NF4Weight | PanelWeight, bias: Tensor | None =
     return functional.linear(x, weight.dequantize(x.dtype), bias)
 
 
-def fast_linear(x: Tensor, weight: PanelWeight, bias: Tensor | None = None) -> Tensor:
+def fast_linear(
+    x: Tensor, weight: PanelWeight, levels: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """y = x Wᵀ + b as the fast precision rounds, its sums in float64: x [T, in] -> [T, out].
 
-    Each block of 64 values of x is round(127 x / m) * m / 127 with m = max |x|; each NF4 level is
-    LEVELS8 * NF4_UNIT.
+    Each block of 64 values of x is round(127 x / m) * m / 127 with m = max |x|; the `levels` of NF4
+    are those of the instruction set, `Native.fast_levels`.
     """
-    w = _rounded_levels(weight) if weight.bits == 4 else weight.dequantize(torch.float64)
+    w = _of_levels(weight, levels) if weight.bits == 4 else weight.dequantize(torch.float64)
     y = rounded_rows(x) @ w.t()
     return y if bias is None else y + bias.double()
 
@@ -43,9 +45,8 @@ def rounded_rows(x: Tensor) -> Tensor:
     return ((blocks * factor).round().double() * (largest.double() / 127)).view(x.shape)
 
 
-def _rounded_levels(weight: PanelWeight) -> Tensor:
+def _of_levels(weight: PanelWeight, levels: Tensor) -> Tensor:
     codes, scales = weight.codes_and_scales(0, weight.shape[0])
-    levels = torch.tensor(LEVELS8, dtype=torch.float64) * NF4_UNIT
     values = levels[codes.long()].view(weight.shape[0], -1, BLOCK) * scales.double()[..., None]
     return values.view(weight.shape)
 

@@ -96,6 +96,12 @@ EXPORT int nibble_nf4_linear(const nf4_weight *w, const float *x, int64_t rows, 
 
 EXPORT const char *nibble_fast_name(void) { return selected_fast->name; }
 
+/* The 16 levels of NF4 as the fast products take them, in steps of what is returned. */
+EXPORT float nibble_fast_levels(int32_t *levels) {
+    for (int i = 0; i < 16; i++) levels[i] = selected_fast->levels[i] - selected_fast->level_zero;
+    return selected_fast->unit;
+}
+
 EXPORT int nibble_fast_linear(const fast_product *products, int64_t count, const float *x,
                               int64_t in, int64_t rows, int threads) {
     int64_t work = 0;

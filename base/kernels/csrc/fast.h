@@ -3,7 +3,7 @@
  *
  * x8 = round(127 x / m), x_scale = m / 127 with m the largest |x| of the block: 8 bits, to the
  * nearest, made here once for all weights that read the same x. w8 is a signed byte: for NF4 the
- * level in steps of 1 / 112 (LEVELS8, unit = 1 / 112.03), else as stored (unit = 1).
+ * level in steps of NF4_UNIT (LEVELS, unit = NF4_UNIT), else as stored (unit = 1).
  *
  * Order of additions: blocks ascending, one float32 sum for each (t, o); then unit, then the bias.
  * Rows of x, tiles, stretches and threads do not enter.
@@ -16,7 +16,8 @@
  * `_lines4` and `_lines8` in panels.py lay them out.
  *
  * x8 is kept by tiles of rows, one of up to FAST_TILE or many of up to X_TILE: for each block [rows][64] bytes, [rows] scales, [rows]
- * sums. The sums, -128 sum x8, take off what the 128 too many in a byte of w8 has added.
+ * sums. The sums, -128 sum x8, take off what the 128 too many in a byte of w8 has added (or the 64,
+ * where levels have those).
  *
  * Tiling. For one tile of rows the codes go to the registers directly; for more, wide.h.
  */
@@ -34,135 +35,7 @@
 #define X_LIMIT (2 << 20)                      /* bytes of x8 at a time */
 #define AHEAD_PANELS 4                         /* of B, where there is no product to hide behind */
 
-/* round(112.03 level) + 128: of all tables the one with the smallest error, 1.7e-3 by root mean
- * square where 127 steps make 2.2e-3: see docs/LOG.md. */
-static const uint8_t LEVELS8[16] __attribute__((aligned(16))) = {
-    16, 50, 69, 84, 96, 107, 118, 128, 137, 146, 156, 166, 177, 191, 209, 240,
-};
-#define NF4_UNIT (1.0f / 112.03022f)
-
-/* PARTS8 vectors make the 64 bytes of a line; FAST_TILE rows of x at a time.
- * line8: w8 + 128 or w8, whatever `dot4` takes; line4: the low and the high codes of a line. */
-#if defined(FAST_VNNI)
-#define PARTS8 1
-#define FAST_TILE 12 /* 24 sums, 4 w, 1 x, 2 constants */
-typedef __m512i w8;
-typedef __m512i i32v;
-typedef __m512 f32v;
-INLINE i32v start_(int32_t sum) { return _mm512_set1_epi32(sum); }
-INLINE w8 line8(const uint8_t *p) { return _mm512_loadu_si512(p); }
-INLINE void line4(const uint8_t *p, w8 *low, w8 *high) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    const __m512i table =
-        _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)LEVELS8));
-    const __m512i pairs = _mm512_loadu_si512(p);
-    *low = _mm512_shuffle_epi8(table, _mm512_and_si512(pairs, mask));
-    *high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(pairs, 4), mask));
-}
-INLINE i32v dot4(i32v sum, w8 w, int32_t x) {
-    /* As the intrinsic does, but gcc 12 copies and spills the sums of that one. */
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(_mm512_set1_epi32(x)));
-    return sum;
-}
-INLINE f32v scales(const float *p) { return _mm512_loadu_ps(p); }
-INLINE f32v scale_(float scale) { return _mm512_set1_ps(scale); }
-INLINE void add_block(float *sums, i32v n, f32v x_scale, f32v w_scale) {
-    const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(n), x_scale);
-    _mm512_storeu_ps(sums, _mm512_fmadd_ps(value, w_scale, _mm512_loadu_ps(sums)));
-}
-
-#elif defined(FAST_AVX2)
-/* There is no product of unsigned and signed bytes here that cannot overflow 16 bits but |w8| times
- * x8 with the sign of w8: 2 * 112 * 127 and 2 * 127 * 127 both fit. */
-#define PARTS8 2
-#define FAST_TILE 4 /* of one line: 8 sums, 2 w, 1 x, 1 constant */
-typedef __m256i w8;
-typedef __m256i i32v;
-typedef __m256 f32v;
-INLINE i32v start_(int32_t sum) { (void)sum; return _mm256_setzero_si256(); }
-INLINE w8 line8(const uint8_t *p) {
-    return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)p), _mm256_set1_epi8(-128));
-}
-INLINE void line4(const uint8_t *p, w8 *low, w8 *high) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    const __m256i table = _mm256_xor_si256(
-        _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)LEVELS8)),
-        _mm256_set1_epi8(-128));
-    const __m256i pairs = _mm256_loadu_si256((const __m256i *)p);
-    *low = _mm256_shuffle_epi8(table, _mm256_and_si256(pairs, mask));
-    *high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(pairs, 4), mask));
-}
-INLINE i32v dot4(i32v sum, w8 w, int32_t x) {
-    const __m256i pairs =
-        _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_set1_epi32(x), w));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-INLINE f32v scales(const float *p) { return _mm256_loadu_ps(p); }
-INLINE f32v scale_(float scale) { return _mm256_set1_ps(scale); }
-INLINE void add_block(float *sums, i32v n, f32v x_scale, f32v w_scale) {
-    const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(n), x_scale);
-    _mm256_storeu_ps(sums, _mm256_fmadd_ps(value, w_scale, _mm256_loadu_ps(sums)));
-}
-
-#elif defined(FAST_NEON)
-#include <arm_neon.h>
-#define PARTS8 4
-#define FAST_TILE 6 /* of one line: 12 sums, 4 w, 1 x, 2 constants */
-typedef int8x16_t w8;
-typedef int32x4_t i32v;
-typedef float32x4_t f32v;
-INLINE i32v start_(int32_t sum) { (void)sum; return vdupq_n_s32(0); }
-INLINE w8 line8(const uint8_t *p) {
-    return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(128)));
-}
-INLINE void line4(const uint8_t *p, w8 *low, w8 *high) {
-    const int8x16_t table = line8(LEVELS8);
-    const uint8x16_t pairs = vld1q_u8(p);
-    *low = vqtbl1q_s8(table, vandq_u8(pairs, vdupq_n_u8(15)));
-    *high = vqtbl1q_s8(table, vshrq_n_u8(pairs, 4));
-}
-INLINE i32v dot4(i32v sum, w8 w, int32_t x) {
-    return vdotq_s32(sum, w, vreinterpretq_s8_s32(vdupq_n_s32(x)));
-}
-INLINE f32v scales(const float *p) { return vld1q_f32(p); }
-INLINE f32v scale_(float scale) { return vdupq_n_f32(scale); }
-INLINE void add_block(float *sums, i32v n, f32v x_scale, f32v w_scale) {
-    const float32x4_t value = vmulq_f32(vcvtq_f32_s32(n), x_scale);
-    vst1q_f32(sums, vfmaq_f32(vld1q_f32(sums), value, w_scale));
-}
-
-#else /* four rows of W at a time, 16 bit products where the compiler finds them */
-#define PARTS8 4
-#define FAST_TILE 2
-typedef struct { int8_t at[16]; } w8;
-typedef struct { int32_t at[4]; } i32v;
-typedef struct { float at[4]; } f32v;
-INLINE i32v start_(int32_t sum) { (void)sum; return (i32v){{0}}; }
-INLINE w8 line8(const uint8_t *p) {
-    w8 w;
-    for (int i = 0; i < 16; i++) w.at[i] = (int8_t)(p[i] - 128);
-    return w;
-}
-INLINE void line4(const uint8_t *p, w8 *low, w8 *high) {
-    for (int i = 0; i < 16; i++) {
-        low->at[i] = (int8_t)(LEVELS8[p[i] & 15] - 128);
-        high->at[i] = (int8_t)(LEVELS8[p[i] >> 4] - 128);
-    }
-}
-INLINE i32v dot4(i32v sum, w8 w, int32_t x) {
-    int8_t four[4];
-    memcpy(four, &x, 4);
-    for (int r = 0; r < 4; r++)
-        sum.at[r] += w.at[4 * r] * four[0] + w.at[4 * r + 1] * four[1] +
-                     w.at[4 * r + 2] * four[2] + w.at[4 * r + 3] * four[3];
-    return sum;
-}
-INLINE f32v scales(const float *p) { return (f32v){{p[0], p[1], p[2], p[3]}}; }
-INLINE f32v scale_(float scale) { return (f32v){{scale, scale, scale, scale}}; }
-INLINE void add_block(float *sums, i32v n, f32v x_scale, f32v w_scale) {
-    for (int r = 0; r < 4; r++) sums[r] += ((float)n.at[r] * x_scale.at[r]) * w_scale.at[r];
-}
-#endif
+#include "dots.h"
 
 #define LINE_ROWS (16 / PARTS8) /* rows of W in a vector */
 #define VECTORS (2 * PARTS8)    /* vectors of sums in a panel, for one row of x */
@@ -204,6 +77,83 @@ typedef struct {
     int64_t n;
 } far_panel;
 
+/* n[t][g] += a block of GROUP vectors of W from their first lines on, for `tile` rows of x. */
+INLINE void level_block(const uint8_t *line, const int8_t *x8, const int tile, i32v n[][GROUP]) {
+    const int some = tile > FEW ? 1 : GROUP;
+#pragma GCC unroll 2
+    for (int first = 0; first < GROUP; first += some) {
+        const uint8_t *p = line + first * (64 / PARTS8);
+#pragma GCC unroll 1
+        for (int k = 0; k < BLOCK; k += 8, p += 128) {
+            w8 low[GROUP], high[GROUP];
+            IN_ORDER;
+#pragma GCC unroll 2
+            for (int g = 0; g < some; g++) line4(p + g * (64 / PARTS8), &low[g], &high[g]);
+#pragma GCC unroll 16
+            for (int t = 0; t < tile; t++)
+#pragma GCC unroll 2
+                for (int g = 0; g < some; g++)
+                    n[t][first + g] =
+                        level_dot(n[t][first + g], low[g], four_(x8 + t * BLOCK + k));
+#pragma GCC unroll 16
+            for (int t = 0; t < tile; t++)
+#pragma GCC unroll 2
+                for (int g = 0; g < some; g++)
+                    n[t][first + g] =
+                        level_dot(n[t][first + g], high[g], four_(x8 + t * BLOCK + k + 4));
+        }
+    }
+}
+
+/* The same for whole bytes. */
+INLINE void byte_block(const uint8_t *line, const int8_t *x8, const int tile, i32v n[][GROUP]) {
+#pragma GCC unroll 1
+    for (int k = 0; k < BLOCK; k += 16, line += 512)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            w8 w[GROUP];
+            IN_ORDER;
+#pragma GCC unroll 2
+            for (int g = 0; g < GROUP; g++) w[g] = line8(line + 128 * i + g * (64 / PARTS8));
+#pragma GCC unroll 16
+            for (int t = 0; t < tile; t++)
+#pragma GCC unroll 2
+                for (int g = 0; g < GROUP; g++)
+                    n[t][g] = dot4(n[t][g], w[g], four_(x8 + t * BLOCK + k + 4 * i));
+        }
+}
+
+#if defined(FAST_AVX2)
+/* The same for more than FEW rows of x. */
+INLINE void many_block(const uint8_t *line, const int8_t *x8, const int tile, i32v n[][GROUP]) {
+#pragma GCC unroll 2
+    for (int g = 0; g < GROUP; g++) {
+        const uint8_t *p = line + g * (64 / PARTS8);
+        i32v left = start_(0);
+#pragma GCC unroll 1
+        for (int k = 0; k < BLOCK; k += 4, p += 128) {
+            IN_ORDER;
+            const many_w w = many_line(line8(p), &left);
+#pragma GCC unroll 8
+            for (int t = 0; t < tile; t++)
+                n[t][g] = many_dot(n[t][g], w.size, &w.minus, four_(x8 + t * BLOCK + k));
+        }
+        left = many_left(left);
+#pragma GCC unroll 8
+        for (int t = 0; t < tile; t++) n[t][g] = _mm256_add_epi32(n[t][g], left);
+    }
+}
+#endif
+
+INLINE void fast_block(const uint8_t *line, const int bits, const int8_t *x8, const int tile,
+                       i32v n[][GROUP]) {
+    if (bits == 4) level_block(line, x8, tile, n);
+#if defined(FAST_AVX2)
+    else if (tile > FEW) many_block(line, x8, tile, n);
+#endif
+    else byte_block(line, x8, tile, n);
+}
+
 /* sums[t][r] += the terms of `blocks` blocks, for the 32 rows r of a panel and `tile` rows of x. */
 INLINE void fast_tile(const uint8_t *panel, const int bits, const far_panel *far, int64_t blocks,
                       const uint8_t *x, const int tile, float sums[][ROWS]) {
@@ -229,42 +179,9 @@ INLINE void fast_tile(const uint8_t *panel, const int bits, const far_panel *far
 #pragma GCC unroll 16
             for (int t = 0; t < tile; t++)
 #pragma GCC unroll 2
-                for (int g = 0; g < GROUP; g++) n[t][g] = start_(x_sum[t]);
-            if (bits == 4)
-#pragma GCC unroll 1
-                for (int k = 0; k < BLOCK; k += 8, line += 128) {
-                    w8 low[GROUP], high[GROUP];
-                    IN_ORDER;
-#pragma GCC unroll 2
-                    for (int g = 0; g < GROUP; g++)
-                        line4(line + g * (64 / PARTS8), &low[g], &high[g]);
-#pragma GCC unroll 16
-                    for (int t = 0; t < tile; t++)
-#pragma GCC unroll 2
-                        for (int g = 0; g < GROUP; g++)
-                            n[t][g] = dot4(n[t][g], low[g], four_(x8 + t * BLOCK + k));
-#pragma GCC unroll 16
-                    for (int t = 0; t < tile; t++)
-#pragma GCC unroll 2
-                        for (int g = 0; g < GROUP; g++)
-                            n[t][g] = dot4(n[t][g], high[g], four_(x8 + t * BLOCK + k + 4));
-                }
-            else
-#pragma GCC unroll 1
-                for (int k = 0; k < BLOCK; k += 16, line += 512)
-#pragma GCC unroll 4
-                    for (int i = 0; i < 4; i++) {
-                        w8 w[GROUP];
-                        IN_ORDER;
-#pragma GCC unroll 2
-                        for (int g = 0; g < GROUP; g++)
-                            w[g] = line8(line + 128 * i + g * (64 / PARTS8));
-#pragma GCC unroll 16
-                        for (int t = 0; t < tile; t++)
-#pragma GCC unroll 2
-                            for (int g = 0; g < GROUP; g++)
-                                n[t][g] = dot4(n[t][g], w[g], four_(x8 + t * BLOCK + k + 4 * i));
-                    }
+                for (int g = 0; g < GROUP; g++)
+                    n[t][g] = bits == 4 ? level_start(x_sum[t]) : start_(x_sum[t]);
+            fast_block(line, bits, x8, tile, n);
             f32v own[GROUP];
 #pragma GCC unroll 2
             for (int g = 0; g < GROUP; g++) own[g] = scales(w_scale + (v + g) * LINE_ROWS);
@@ -292,9 +209,10 @@ INLINE void fast_tile(const uint8_t *panel, const int bits, const far_panel *far
 #define FAST_CASES(bits)                                                                          \
     FAST_CASE(bits, 1) FAST_CASE(bits, 2) FAST_CASE(bits, 3) FAST_CASE(bits, 4)                    \
     FAST_CASE(bits, 5) FAST_CASE(bits, 6)
-#elif FAST_TILE == 4
+#elif FAST_TILE == 8
 #define FAST_CASES(bits)                                                                          \
-    FAST_CASE(bits, 1) FAST_CASE(bits, 2) FAST_CASE(bits, 3) FAST_CASE(bits, 4)
+    FAST_CASE(bits, 1) FAST_CASE(bits, 2) FAST_CASE(bits, 3) FAST_CASE(bits, 4)                    \
+    FAST_CASE(bits, 5) FAST_CASE(bits, 6) FAST_CASE(bits, 7) FAST_CASE(bits, 8)
 #else
 #define FAST_CASES(bits) FAST_CASE(bits, 1) FAST_CASE(bits, 2)
 #endif
@@ -353,7 +271,7 @@ INLINE void fast_quantize_block(const float *x, int8_t *x8, float *scale, int32_
 typedef struct {
     const fast_product *products;
     const float *x;
-    uint8_t *x8, *x16, *rooms, *inner; /* rooms: wide.h; inner: u of all terms, terms.h */
+    uint8_t *x8, *rooms, *inner; /* rooms: wide.h; inner: u of all terms, terms.h */
     int64_t count, first_row, rows, blocks, panels_each, in, rank_tasks;
     _Atomic int64_t *ranks_left; /* of rank_tasks, those that are not done */
 } fast_job;
@@ -398,7 +316,6 @@ static void fast_quantize_task(const void *data, int64_t task, int worker) {
                 int8_t *x8 = (int8_t *)block + t * BLOCK;
                 fast_quantize_block(job->x + (t0 + t) * job->in + b * BLOCK, x8, scale + t,
                                     (int32_t *)(scale + tile) + t);
-                if (job->x16) wide_copy(x8, job->x16 + x16_place(job, t0, tile, b, t));
             }
         }
     }
@@ -457,14 +374,9 @@ static void fast_multiply_task(const void *data, int64_t task, int worker) {
 }
 
 static int64_t fast_x_rows(int64_t in, int64_t rows) {
-    const int64_t each = ceil_div(in, BLOCK) * X_BYTES + (X_SIZE == 2 ? in * X_SIZE : 0);
+    const int64_t each = ceil_div(in, BLOCK) * X_BYTES;
     const int64_t most = max_i(4, X_LIMIT / each / X_TILE) * X_TILE;
     return rows <= most ? rows : ceil_div(even_part(rows, most), X_TILE) * X_TILE;
-}
-
-/* Bytes of x in 16 bits, of all x rows in the workspace. */
-INLINE int64_t fast_x16(int64_t in, int64_t rows) {
-    return X_SIZE == 2 && is_wide(rows) ? fast_x_rows(in, rows) * in * X_SIZE : 0;
 }
 
 /* Bytes. */
@@ -472,7 +384,7 @@ static int64_t fast_workspace(const fast_product *products, int64_t count, int64
                               int64_t rows, int threads) {
     const int64_t some = fast_x_rows(in, rows);
     return terms_workspace(products, count) + threads * wide_room(some, in / BLOCK) +
-           fast_x16(in, rows) + some * (in / BLOCK) * X_BYTES;
+           some * (in / BLOCK) * X_BYTES;
 }
 
 static void fast_linear(const fast_product *products, int64_t count, const float *x, int64_t in,
@@ -485,15 +397,13 @@ static void fast_linear(const fast_product *products, int64_t count, const float
     job.ranks_left = &ranks_left;
     job.inner = workspace;
     job.rooms = job.inner + terms_workspace(products, count);
-    uint8_t *const x16 = job.rooms + threads * wide_room(step, job.blocks);
-    job.x8 = x16 + fast_x16(in, rows);
+    job.x8 = job.rooms + threads * wide_room(step, job.blocks);
     /* About eight turns for each thread: one that comes late leaves little to wait for. */
     job.panels_each = max_i(1, panels / (8 * threads));
     if (is_wide(rows)) job.panels_each = ceil_div(job.panels_each, WIDE_PANELS) * WIDE_PANELS;
     for (job.first_row = 0; job.first_row < rows; job.first_row += step) {
         job.x = x + job.first_row * in;
         job.rows = min_(step, rows - job.first_row);
-        job.x16 = X_SIZE == 2 && is_wide(job.rows) ? x16 : NULL;
         job.rank_tasks = rank_tasks(&job);
         atomic_init(&ranks_left, job.rank_tasks);
         pool_run(fast_quantize_task, &job, ceil_div(job.rows, fast_rows_each(&job)), threads);
@@ -501,3 +411,5 @@ static void fast_linear(const fast_product *products, int64_t count, const float
                  threads);
     }
 }
+
+#define FAST_TABLE(name) {name, LEVELS, LEVEL_ZERO, NF4_UNIT, fast_linear, fast_workspace}

@@ -2,4 +2,4 @@
 #define FAST_AVX2
 #include "fast.h"
 
-const fast_table fast_avx2 = {"avx2", fast_linear, fast_workspace};
+const fast_table fast_avx2 = FAST_TABLE("avx2");

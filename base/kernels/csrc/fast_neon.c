@@ -2,4 +2,4 @@
 #define FAST_NEON
 #include "fast.h"
 
-const fast_table fast_neon = {"neon", fast_linear, fast_workspace};
+const fast_table fast_neon = FAST_TABLE("neon");

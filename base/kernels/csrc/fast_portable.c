@@ -1,4 +1,4 @@
 #define ISA_PORTABLE
 #include "fast.h"
 
-const fast_table fast_portable = {"portable", fast_linear, fast_workspace};
+const fast_table fast_portable = FAST_TABLE("portable");

@@ -2,4 +2,4 @@
 #define FAST_VNNI
 #include "fast.h"
 
-const fast_table fast_vnni = {"vnni", fast_linear, fast_workspace};
+const fast_table fast_vnni = FAST_TABLE("vnni");

@@ -2,13 +2,13 @@
  *     best[t] = the first place of the largest;   log_sum[t] = log of the sum over j of e^x[t, j]
  * and the `count` largest of one row, largest first, of equals the first. NaN is above all numbers.
  *
- * A row goes by chunks of CHUNK values. For each, m = its largest and l = sum of e^(x - m); then, M
+ * A row goes by chunks of REDUCED values. For each, m = its largest and l = sum of e^(x - m); then, M
  * being the largest m, log_sum = M + log(sum over the chunks of l e^(m - M)).
  *
  * Order of additions. Lane j of VL adds up the values j, j + VL, ... of a chunk; `sum_lanes` joins
  * them; then chunks ascending. Rows and threads do not enter.
  */
-#define CHUNK 8192
+#define REDUCED 8192
 
 typedef struct {
     float top, sum; /* m, or NaN where the chunk has one; l */
@@ -54,10 +54,10 @@ static chunk_sums sum_chunk(const float *x, int64_t count) {
 
 static void chunk_task(const void *data, int64_t task, int worker) {
     const reduce_job *job = data;
-    const int64_t each = ceil_div(job->width, CHUNK), first = task % each * CHUNK;
+    const int64_t each = ceil_div(job->width, REDUCED), first = task % each * REDUCED;
     (void)worker;
     job->chunks[task] =
-        sum_chunk(job->x + task / each * job->stride + first, min_(CHUNK, job->width - first));
+        sum_chunk(job->x + task / each * job->stride + first, min_(REDUCED, job->width - first));
 }
 
 /* The first place in [from, to) that is not below `top`; NaN is not. */
@@ -67,16 +67,16 @@ static int64_t first_place(const float *x, int64_t from, int64_t to, float top) 
 }
 
 static void join_chunks(const reduce_job *job, int64_t row) {
-    const int64_t each = ceil_div(job->width, CHUNK);
+    const int64_t each = ceil_div(job->width, REDUCED);
     const chunk_sums *chunks = job->chunks + row * each;
     int64_t best = 0;
     float sum = 0.0f;
     for (int64_t c = 1; c < each && !isnan(chunks[best].top); c++)
         if (isnan(chunks[c].top) || chunks[c].top > chunks[best].top) best = c;
     const float top = chunks[best].top;
-    const int64_t from = best * CHUNK;
+    const int64_t from = best * REDUCED;
     job->best[row] = first_place(job->x + row * job->stride, from,
-                                 min_(job->width, from + CHUNK) - 1, top);
+                                 min_(job->width, from + REDUCED) - 1, top);
     if (!isfinite(top)) {
         job->log_sum[row] = top;
         return;
@@ -92,13 +92,13 @@ static void join_chunks(const reduce_job *job, int64_t row) {
 static void reduce(const float *x, int64_t rows, int64_t width, int64_t stride, int64_t *best,
                    float *log_sum, int threads, float *workspace) {
     const reduce_job job = {x, rows, width, stride, (chunk_sums *)workspace, best, log_sum};
-    pool_run(chunk_task, &job, rows * ceil_div(width, CHUNK), threads);
+    pool_run(chunk_task, &job, rows * ceil_div(width, REDUCED), threads);
     for (int64_t row = 0; row < rows; row++) join_chunks(&job, row);
 }
 
 /* Floats. */
 static int64_t reduce_workspace(int64_t rows, int64_t width) {
-    return 2 * rows * ceil_div(width, CHUNK);
+    return 2 * rows * ceil_div(width, REDUCED);
 }
 
 INLINE int above(float a, float b) { return a > b || (isnan(a) && !isnan(b)); }

@@ -14,6 +14,7 @@
 
 EXPORT const char *nibble_select(const char *name);
 EXPORT const char *nibble_fast_name(void);
+EXPORT float nibble_fast_levels(int32_t *levels);
 EXPORT int nibble_dense_linear(const void *w, int64_t stored, const float *x, int64_t rows,
                                int64_t in, int64_t out, const float *bias, float *y, int threads);
 
@@ -83,8 +84,8 @@ static uint16_t half_of(float x) { /* towards zero: any bfloat16 will do */
 
 /* Products in 8 bits: fast.h. */
 
-static const int LEVELS8[16] = {-112, -78, -59, -44, -32, -21, -10, 0,
-                                9,    18,  28,  38,  49,  63,  81,  112};
+static int32_t levels[16]; /* of NF4, as the instruction set takes them */
+static float unit;
 
 static float mul_add(float a, float b, float c) {
     const float product = a * b;
@@ -111,7 +112,7 @@ static uint8_t *panels_of(int64_t out, int64_t blocks, int64_t bits) {
 static int weight8(const uint8_t *block, int64_t bits, int64_t r, int64_t k) {
     if (bits == 8) return block[128 * (k / 4) + 4 * r + k % 4] - 128;
     const uint8_t pair = block[128 * (k / 8) + 4 * r + k % 4];
-    return LEVELS8[k % 8 < 4 ? pair & 15 : pair >> 4];
+    return levels[k % 8 < 4 ? pair & 15 : pair >> 4];
 }
 
 static float rounded(const float *x, int8_t *x8) {
@@ -139,7 +140,7 @@ static void product_row(const fast_product *p, const float *x, int64_t in, float
         }
     }
     for (int64_t o = 0; o < p->out; o++) {
-        y[o] = y[o] * (p->bits == 4 ? 1.0f / 112.03022f : 1.0f);
+        y[o] = y[o] * (p->bits == 4 ? unit : 1.0f);
         if (p->bias) y[o] = y[o] + p->bias[o];
     }
 }
@@ -555,6 +556,7 @@ int main(int count, char **names) {
         return 2;
     }
     fused = strcmp(nibble_fast_name(), "portable") != 0;
+    unit = nibble_fast_levels(levels);
     printf("%s, fast products %s\n", isa, nibble_fast_name());
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         const int64_t before = compared;

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from base import kernels as dispatch
 from base.kernels import NF4Weight, PanelWeight, native, reference
+from base.kernels.quantization import NF4_LEVELS
 from tests.base.kernels.guarded import Guarded, one_thread, unaligned
 
 relaxed = settings(
@@ -31,8 +32,10 @@ def fast(
 
 
 @one_thread()
-def right(x: Tensor, weight: PanelWeight, bias: Tensor | None = None) -> Tensor:
-    return reference.fast_linear(x, weight, bias)
+def right(
+    kernels: native.Native, x: Tensor, weight: PanelWeight, bias: Tensor | None = None
+) -> Tensor:
+    return reference.fast_linear(x, weight, kernels.fast_levels, bias)
 
 
 @one_thread()
@@ -44,6 +47,15 @@ def bound(x: Tensor, weight: PanelWeight) -> Tensor:
 def test_each_set_has_its_products(kernels: native.Native) -> None:
     others = {"avx512": {"vnni", "avx2"}, "portable": {"portable", "neon"}}
     assert kernels.fast_isa in others.get(kernels.isa, {kernels.isa})
+
+
+def test_the_levels_are_near_those_of_nf4(kernels: native.Native) -> None:
+    levels, wanted = kernels.fast_levels, torch.tensor(NF4_LEVELS, dtype=torch.float64)
+    assert levels[7] == 0
+    assert (levels - wanted).abs().max() <= 0.55 / 64
+    assert (levels - wanted).square().mean().sqrt() <= (
+        4e-3 if kernels.fast_isa == "avx2" else 2e-3
+    )
 
 
 @relaxed
@@ -69,7 +81,7 @@ def test_any_shape(
     y = Guarded(rows, out)
     kernels.fast_linears(x, [weight], [bias], [y.inside])
     y.check()
-    assert ((y.inside - right(x, weight, bias)).abs() <= bound(x, weight)).all()
+    assert ((y.inside - right(kernels, x, weight, bias)).abs() <= bound(x, weight)).all()
 
 
 @pytest.mark.parametrize("rows", range(1, 27))
@@ -77,16 +89,18 @@ def test_every_tile(kernels: native.Native, rows: int) -> None:
     for bits in (4, 8):
         weight, x = weight_of(40, 128, bits), torch.randn(rows, 128)
         y = fast(kernels, x, weight)
-        assert ((y - right(x, weight)).abs() <= bound(x, weight)).all()
+        assert ((y - right(kernels, x, weight)).abs() <= bound(x, weight)).all()
 
 
 @pytest.mark.parametrize("shape", [(896, 896), (224, 4864), (256, 768), (128, 256)])
 def test_the_stated_error(kernels: native.Native, shape: tuple[int, int]) -> None:
-    """1 % of the result's norm where weights and activations are normal. An outlier 50 times the
-    rest leaves its neighbours of the same 64 few steps: 2 %, in the narrowest layer 5 %."""
+    """1 % of the result's norm where weights and activations are normal, 1.3 % where levels have
+    half as many steps. An outlier 50 times the rest leaves its neighbours of the same 64 few steps:
+    twice as much, in the narrowest layer 5 %."""
+    normal = 0.013 if kernels.fast_isa == "avx2" else 0.01
     exact = NF4Weight.quantize(torch.randn(shape) / 30, False)
     x = torch.randn(16, shape[1])
-    for outlier, allowed in ((1.0, 0.01), (50.0, 0.02 if shape[1] > 256 else 0.05)):
+    for outlier, allowed in ((1.0, normal), (50.0, 2 * normal if shape[1] > 256 else 0.05)):
         x[:, 5] *= outlier
         y, wanted = fast(kernels, x, PanelWeight.pack(exact)), reference.nf4_linear(x, exact)
         assert (y - wanted).norm() <= allowed * wanted.norm()
@@ -103,7 +117,7 @@ def test_the_largest_sums_do_not_overflow(kernels: native.Native) -> None:
                 else PanelWeight.quantize8(w)
             )
             x = torch.stack([signs, -signs, torch.ones(128)])
-            assert (fast(kernels, x, weight) - x @ w.t()).abs().max() <= 0.05 * 128 / 100
+            assert (fast(kernels, x, weight) - x @ w.t()).abs().max() <= 0.1 * 128 / 100
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -128,7 +142,7 @@ def test_many_rows_are_rounded_in_turns(kernels: native.Native) -> None:
     """8,192 columns: some hundred rows fill the workspace, the rest comes after."""
     weight, x = weight_of(8, 8192), torch.randn(500, 8192)
     whole = fast(kernels, x, weight)
-    assert ((whole - right(x, weight)).abs() <= bound(x, weight)).all()
+    assert ((whole - right(kernels, x, weight)).abs() <= bound(x, weight)).all()
     assert torch.equal(fast(kernels, x[450:].contiguous(), weight), whole[450:])
 
 
@@ -169,7 +183,7 @@ def test_blocks_of_zeros_and_of_almost_nothing(kernels: native.Native) -> None:
     x[3] = 3e34
     y = fast(kernels, x, weight)
     assert not y[[0, 2]].any()
-    assert (y[1] - right(x, weight)[1]).abs().max() < 1e-3
+    assert (y[1] - right(kernels, x, weight)[1]).abs().max() < 1e-3
     assert y[3].isfinite().all()
 
 
