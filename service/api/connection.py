@@ -73,7 +73,7 @@ class Connection(HttpToolsProtocol):
     """
 
     head_seconds: ClassVar[float] = 9.0  # with what it takes to notice, ten
-    stall_seconds: ClassVar[float] = 8.0
+    stall_seconds: ClassVar[float] = 7.5
     max_open: ClassVar[int] = 1024
     bounds: ClassVar[Bounds] = Bounds(SMALL_BYTES)
     shedder: ClassVar[Shedder] = Shedder()

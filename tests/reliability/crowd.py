@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from service.api.console import BUILT
 from tests.reliability.clients import Address, request
@@ -46,10 +47,18 @@ class Stalled:
         return "; ".join(kinds)
 
 
+def one_large_reply() -> bytes:
+    """A request for the largest file of the console."""
+    return request(f"/console/{_largest().name}")
+
+
 def large_replies() -> bytes:
     """Requests for as much as the system does not keep for a client."""
-    asset = max(BUILT.glob("console/*"), key=lambda path: path.stat().st_size)
-    return request(f"/console/{asset.name}") * -(-REPLIES_BYTES // asset.stat().st_size)
+    return one_large_reply() * -(-REPLIES_BYTES // _largest().stat().st_size)
+
+
+def _largest() -> Path:
+    return max(BUILT.glob("console/*"), key=lambda path: path.stat().st_size)
 
 
 def first_bytes(large: bytes) -> dict[str, bytes]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from service.api.connection import Connection
 from service.api.door import Bounds, Door
 from service.tracing.trace import Untraced
 from tests.oracle import make_base
-from tests.reliability.clients import Client, request
+from tests.reliability.clients import Client, Load, open_loop, poisson, request
 from tests.reliability.crowd import KINDS, Stalled, stall
 from tests.reliability.served import serving
 from tests.reliability.stalls import measure
@@ -57,6 +59,35 @@ def test_a_hundred_stalled_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stalled.longest < 20, stalled
     assert min(min(times) for times in stalled.borne.values()) > LIMIT / 2
     assert len(times) > 5, "others waited for the stalled ones"
+
+
+def test_requests_by_chance_are_the_same_ones_again() -> None:
+    moments = poisson(50, 10, seed=1)
+    assert moments == poisson(50, 10, seed=1) != poisson(50, 10, seed=2)
+    assert 400 < len(moments) < 600
+    assert moments == sorted(moments)
+    assert moments[-1] < 10
+    gaps = [after - before for before, after in pairwise(moments)]
+    assert max(gaps) > 3 / 50 > 0.5 / 50 > min(gaps)
+
+
+def test_latency_counts_from_when_a_request_was_due() -> None:
+    """A client that is late hides nothing: the loop that sends stands still for a while."""
+    app = FastAPI()
+
+    @app.get("/")
+    async def here() -> str:
+        return "here"
+
+    async def late() -> Load:
+        asyncio.get_running_loop().call_later(0.01, time.sleep, 0.3)
+        return await open_loop(running.address, request("/"), [0.0, 0.05, 0.1], 1)
+
+    running = Running(app)
+    load = asyncio.run(late())
+    running.stop()
+    assert [answer.status for answer in load.answers] == [200] * 3
+    assert sorted(load.since_due(200))[1] > 0.15
 
 
 @pytest.mark.slow
