@@ -1,11 +1,13 @@
 """What a step of the engine costs, fitted to the JSON file that `nibble bench --json` wrote.
 
-    step = max(fixed, prompt_token p + adapter_prompt_token q) + row n + adapter_row m + adapter d
+    step = max(fixed, prompts + prompt_token p + adapter_prompt_token q)
+           + row n + adapter_row m + adapter d
 
 for n sequences that get their next token, m of which use an adapter, d adapters in all, and p
-tokens of prompts, q of which use an adapter. A step reads every weight once, which is most of
-`fixed`, and while it computes many tokens that costs nothing: hence the larger of both. None of the
-six is negative. The median time between two tokens of each workload gives an equation, and so does
+tokens of prompts, q of which use an adapter; `prompts` where p is not 0. A step reads every weight
+once, which is most of `fixed`, and while it computes many tokens that costs nothing: hence the
+larger of both. How much of it few tokens leave to see is in `prompts`. None of the seven is
+negative. The median time between two tokens of each workload gives an equation, and so does
 the median time to the first one.
 """
 
@@ -49,6 +51,7 @@ class StepCost:
     adapter: float
     prompt_token: float
     adapter_prompt_token: float
+    prompts: float = 0.0
 
     def seconds(self, work: Work) -> float:
         return (
@@ -60,8 +63,11 @@ class StepCost:
 
     def reading(self, work: Work) -> float:
         """Of prompts alone."""
+        if not work.prompt_tokens:
+            return 0.0
         return (
-            self.prompt_token * work.prompt_tokens
+            self.prompts
+            + self.prompt_token * work.prompt_tokens
             + self.adapter_prompt_token * work.adapter_prompt_tokens
         )
 
@@ -141,7 +147,7 @@ def _fit(equations: Sequence[tuple[int, Work, float]]) -> tuple[StepCost, float]
     if not (seconds > 0).all():
         raise UnusableBench("a workload took no time at all")
     bounded = [work.prompt_tokens == 0 for _, work, _ in equations]
-    best, least = StepCost(*[0.0] * 6), np.inf
+    best, least = StepCost(*[0.0] * 7), np.inf
     for _ in range(BRANCHES):
         left = [
             _terms(steps, work, as_bounded)
@@ -163,18 +169,15 @@ def _terms(steps: int, work: Work, bounded: bool) -> tuple[float, ...]:
     """How often each cost is in it, in StepCost's order."""
     rows, adapter_rows, adapters, *tokens = (steps * each for each in astuple(work))
     return (
-        (steps, rows, adapter_rows, adapters, 0, 0)
+        (steps, rows, adapter_rows, adapters, 0, 0, 0)
         if bounded
-        else (
-            *(0, rows, adapter_rows, adapters),
-            *tokens,
-        )
+        else (0, rows, adapter_rows, adapters, *tokens, steps)
     )
 
 
 def _least_squares(left: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
-    """What makes every line's sum 1, none below 0: with six, all choices of those that are 0 can be
-    tried."""
+    """What makes every line's sum 1, none below 0: with seven, all choices of those that are 0 can
+    be tried."""
     best, least = np.zeros(left.shape[1]), np.inf
     for count in range(1, left.shape[1] + 1):
         for chosen in itertools.combinations(range(left.shape[1]), count):

@@ -31,6 +31,7 @@ COST = StepCost(
     adapter=0.003,
     prompt_token=0.0005,
     adapter_prompt_token=0.0001,
+    prompts=0.004,
 )
 SERVER = Server(COST, kv_tokens=20_000, slots=8, load_seconds=0.1)
 
@@ -90,6 +91,15 @@ def test_reading_weights_is_hidden_by_computing_much(prompt_token: float) -> Non
     assert found.cost.fixed == pytest.approx(0.02, rel=1e-6)
     if 512 * prompt_token > 0.02:
         assert found.cost.prompt_token == pytest.approx(prompt_token, rel=1e-6)
+
+
+def test_what_a_step_of_prompts_takes_besides_its_tokens_is_no_token_s() -> None:
+    """Of a prompt alone a token costs more than of eight at once, by the clock of one thread."""
+    cost = StepCost(0.031, 0.0016, 0.0005, 0.0002, 0.0020, 0.0, prompts=0.037)
+    found = calibrate(bench(cost))
+    assert found.worst_fit < 1e-6
+    assert found.cost.prompts == pytest.approx(0.037)
+    assert found.cost.seconds(Work(3)) == pytest.approx(0.031 + 3 * 0.0016), "not of other steps"
 
 
 @pytest.mark.parametrize("missing", ["results", "memory", "peers"])
