@@ -98,8 +98,7 @@ class Renderer:
 
     def close(self) -> None:
         """End the processes; those that work end with what they do."""
-        for _ in range(self._processes):
-            process = self._free.get()
+        for process in [self._free.get() for _ in range(self._processes)]:
             if process is not None:
                 process.kill()
             self._free.put(None)

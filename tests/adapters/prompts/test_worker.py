@@ -56,6 +56,17 @@ def test_results_are_kept_by_their_hash(renderer: Renderer) -> None:
     assert renderer.hits == before + 1
 
 
+def test_no_process_is_left_when_it_closes() -> None:
+    renderer = Renderer(processes=2)
+    busy = renderer._free.get()
+    renderer.check(TEMPLATE)
+    renderer._free.put(busy)
+    renderer.check(TEMPLATE)
+    made = [one._process for one in renderer._free.queue if one is not None]
+    renderer.close()
+    assert [one.poll() for one in made] == [-signal.SIGKILL] * 2
+
+
 def test_a_bad_template_is_refused_and_the_process_stays(renderer: Renderer) -> None:
     renderer.check(TEMPLATE)
     own = pid(renderer)
