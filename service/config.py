@@ -415,7 +415,7 @@ class Settings(BaseSettings):
     @classmethod
     def _traceable(cls, endpoint: str | None) -> str | None:
         if endpoint is not None and not can_trace():
-            raise ValueError("needs OpenTelemetry: pip install 'nibble-serve[otel]'")
+            raise ValueError("needs OpenTelemetry: pip install -c constraints.txt -e '.[otel]'")
         return endpoint
 
     @field_validator("catalog")
@@ -429,7 +429,9 @@ class Settings(BaseSettings):
     @classmethod
     def _countable(cls, store: str) -> str:
         if store.startswith("async+redis") and find_spec("redis") is None:
-            raise ValueError("needs a client of Redis: pip install 'nibble-serve[redis]'")
+            raise ValueError(
+                "needs a client of Redis: pip install -c constraints.txt -e '.[redis]'"
+            )
         try:
             _ = urlsplit(store).port
         except ValueError:

@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fault = triton_check.find_fault(device)
     if fault:
         raise SystemExit(
-            f"{fault}; pip install 'nibble-serve[cuda]', then pytest -m cuda says more"
+            f"{fault}; pip install -c constraints.txt -e '.[cuda]', then pytest -m cuda says more"
         )
     most = limits(device, options.rounds)
     print(

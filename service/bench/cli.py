@@ -310,7 +310,8 @@ def _llama_server(wanted: Path | None) -> Path | None:
         raise typer.BadParameter(f"{wanted} {why}", param_hint="--llama-server")
     if absent := missing():
         raise typer.BadParameter(
-            f"its weights are written with {' and '.join(absent)}: pip install '.[bench]'",
+            f"its weights are written with {' and '.join(absent)}: "
+            "pip install -c constraints.txt -e '.[bench]'",
             param_hint="--llama-server",
         )
     return wanted.absolute()

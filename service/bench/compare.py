@@ -214,7 +214,7 @@ def _without_llama(options: Options, spec: BaseSpec) -> str:
     if options.gguf is None:
         return ""
     if absent := missing():
-        return f"{' and '.join(absent)} not installed: pip install '.[bench]'"
+        return f"{' and '.join(absent)} not installed: pip install -c constraints.txt -e '.[bench]'"
     if spec.architecture not in ARCHITECTURES:
         return f"its weights are written for {' and '.join(ARCHITECTURES)} only"
     return ""

@@ -37,7 +37,11 @@ def migrate(configuration: Configuration, as_json: Json = False) -> None:
         step = "Is the database up, and NIBBLE_CATALOG its URL?"
         fail(str(error), step, as_json=as_json)
     except ImportError as error:
-        fail(str(error), "A driver is missing: `pip install '.[postgres]'`", as_json=as_json)
+        fail(
+            str(error),
+            "A driver is missing: `pip install -c constraints.txt -e '.[postgres]'`",
+            as_json=as_json,
+        )
     shown = settings.shown()["catalog"]
     if as_json:
         print_json({"catalog": shown, "revision": HEAD})

@@ -27,7 +27,10 @@ def open_tracing(endpoint: str | None, model: str, version: str) -> Tracing:
     if off or not (endpoint or any(os.environ.get(name) for name in VARIABLES)):
         return Untraced()
     if not can_trace():  # a cluster may set the variables for all that runs in it
-        logger.warning("not traced", why="OpenTelemetry is not installed: nibble-serve[otel]")
+        logger.warning(
+            "not traced",
+            why="OpenTelemetry is not installed: pip install -c constraints.txt -e '.[otel]'",
+        )
         return Untraced()
     from service.tracing.otel import to_collector  # half a second, and only needed here
 
