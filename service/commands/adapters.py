@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -244,8 +245,17 @@ def _interval(found: Mapping[str, Any] | None) -> str:
 def _print_one(adapter: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(adapter)
-    else:
-        print_table(("field", "value"), [(key, _cell(value)) for key, value in adapter.items()])
+        return
+    shown = dict(adapter)
+    if "targets" in shown:
+        shown["targets"] = _by_last_name(shown["targets"])
+    print_table(("field", "value"), [(key, _cell(value)) for key, value in shown.items()])
+
+
+def _by_last_name(modules: list[str]) -> str:
+    """How many of each: a base has hundreds of linear layers. `--json` names each."""
+    count = Counter(module.rpartition(".")[2] for module in modules)
+    return ", ".join(f"{name} ×{n}" if n > 1 else name for name, n in count.items())
 
 
 def _measured(one: Mapping[str, Any]) -> list[list[str]]:

@@ -28,7 +28,8 @@ class Shown:
         self.provenance = provenance
 
     def adapter(self, name: str) -> dict[str, Any]:
-        return {"name": name, "provenance": self.provenance}
+        targets = [f"model.layers.{n}.mlp.{kind}" for n in range(80) for kind in ("up", "down")]
+        return {"name": name, "targets": [*targets, "lm_head"], "provenance": self.provenance}
 
 
 def show(monkeypatch: pytest.MonkeyPatch, provenance: Any) -> str:
@@ -40,6 +41,12 @@ def show(monkeypatch: pytest.MonkeyPatch, provenance: Any) -> str:
     done = CliRunner().invoke(adapters.app, ["show", "desk"])
     assert done.exit_code == 0, done.output
     return done.output
+
+
+def test_targets_are_counted_by_their_last_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = show(monkeypatch, {})
+    assert "up ×80, down ×80, lm_head" in said
+    assert "model.layers" not in said
 
 
 def test_figures_stand_in_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
