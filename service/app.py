@@ -59,6 +59,7 @@ from service.api.openai import chat, completions, embeddings, models
 from service.api.places import Places
 from service.api.shedding import Shedder
 from service.api.spool import Spool
+from service.api.threads import Threads
 from service.api.upload import FORM_BYTES, sweep
 from service.config import Settings
 from service.experiments import Experiments
@@ -113,6 +114,11 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.when_failed = when_failed
+
+    def several() -> bool:
+        serving = app.state.desk.serving
+        return serving is not None and serving.gate.several
+
     app.state.desk = Desk(
         settings=settings,
         admission=Admission(settings.max_queue),
@@ -120,7 +126,8 @@ def create_app(
         places=Places(UPLOADS_AT_ONCE, UPLOADS_WAITING),
         spool=Spool(SPOOLED * bounds.largest, UPLOADS_ARRIVING),
         upload_directory=settings.home / "uploads",
-        slow=ThreadPoolExecutor(SLOW_AT_ONCE, thread_name_prefix="nibble-slow"),
+        slow=Threads(SLOW_AT_ONCE, "nibble-slow", several),
+        plans=Threads(1, "nibble-plans", several),
         tracing=tracing or open_tracing(settings.otlp_traces_endpoint, model, meta.own_version()),
     )
     app.add_middleware(Door, bounds=bounds, tracing=app.state.desk.tracing)
@@ -188,7 +195,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await desk.admission.empty(desk.settings.drain_seconds)
     if desk.serving is not None:
         await asyncio.to_thread(_close, desk.serving, desk.settings.drain_seconds)
-    desk.slow.shutdown(wait=False, cancel_futures=True)
+    desk.slow.close()
+    desk.plans.close()
     await asyncio.to_thread(desk.tracing.close)
 
 

@@ -19,6 +19,7 @@ from service.access.quotas import Lease
 from service.api.deps import Desk, loaded
 from service.api.errors import Refused
 from service.api.openai_errors import speaks_openai
+from service.api.threads import TENANT
 from service.api.wire import refusals
 from service.errors import Forbidden, KeysWanted
 
@@ -94,6 +95,7 @@ class Guarded(APIRoute):
         if caller.key is None and desk.settings.local and not desk.settings.open:
             check_host(headers.get("host", ""))
         scope["caller"], scope["said"] = caller, {}
+        TENANT.set(caller.tenant)
         if caller.key is not None:
             structlog.contextvars.bind_contextvars(key=caller.key, tenant=caller.tenant)
         self.check(caller)

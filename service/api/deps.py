@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +23,7 @@ from service.admission import Admission
 from service.api.errors import Refused
 from service.api.places import Places
 from service.api.spool import Spool
+from service.api.threads import Threads
 from service.config import Settings
 from service.engine.observer import StepReport
 from service.engine.request import AdapterRef
@@ -132,9 +132,8 @@ class Desk:
     places: Places
     spool: Spool
     upload_directory: Path
-    # What may take minutes (an upload's checks, a load, a delete that waits for what runs) has its
-    # own threads, so that it never stands before the look-ups of requests.
-    slow: ThreadPoolExecutor
+    slow: Threads  # apart, so that nothing slow ever stands before the look-ups of requests
+    plans: Threads  # of training, which take a whole base: one at a time
     serving: Serving | None = None
     failure: str | None = None  # why it serves nothing: it could not start, or has no engine
     next_step: str = ""  # for whoever started it
@@ -151,9 +150,9 @@ class Desk:
             self.places.give_back(held)
 
     async def slowly(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-        """Run something slow in a thread. Not undone when the client goes: it is shielded."""
-        call = partial(work, *arguments, **named)
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.slow, call))
+        """Run something slow in a thread, when it is the caller's turn. Not undone when the client
+        goes."""
+        return await self.slow.run(partial(work, *arguments, **named))
 
 
 async def desk(request: Request) -> Desk:

@@ -69,7 +69,7 @@ async def create(
     order = await asyncio.to_thread(_order, body, serving, desk)
     office = serving.jobs
     if body.dry_run:
-        plan = await unless_gone(request, desk.slowly(office.plan, order))
+        plan = await unless_gone(request, desk.plans.run(partial(office.plan, order)))
         named = {"object": "fine_tuning.plan", "model": order.model, "method": _method(order, plan)}
         return JSONResponse({**named, **plan})
     job = await desk.slowly(office.create, order, _most_minutes(serving))

@@ -109,7 +109,8 @@ class Ingestion:
                 loop.call_soon_threadsafe(queue.put_nowait, None)
                 loop.call_soon_threadsafe(self._release)
 
-        working = loop.run_in_executor(self._desk.slow, work)
+        working = asyncio.ensure_future(self._desk.slowly(work))
+        working.add_done_callback(lambda _: queue.put_nowait(None))  # it may never have begun
         while (event := await queue.get()) is not None:
             yield event
         await working

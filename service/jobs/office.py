@@ -48,7 +48,6 @@ class Office:
         self._workshop = workshop
         self._max_jobs = max_jobs
         self._publication = publication
-        self._planning = threading.Lock()
         self._publishing = threading.Lock()
         self._runner = Runner(queue, files, workshop, publication)
 
@@ -94,16 +93,11 @@ class Office:
 
     def plan(self, order: Order) -> dict[str, Any]:
         """What a job would do and cost, by trying; nothing is kept. Raises as `create`."""
-        if not self._planning.acquire(blocking=False):
-            raise Overloaded("another plan is being made; try again in a moment", 10.0)
-        try:
-            shop = self._workshop
-            with self._temporary() as directory:
-                prepare(order, directory, self.files, shop.base, shop.double_quant)
-                asked = ("train", "plan", CONFIG, "--json")
-                found = self._ask(order, directory, asked, PLAN_SECONDS)
-        finally:
-            self._planning.release()
+        shop = self._workshop
+        with self._temporary() as directory:
+            prepare(order, directory, self.files, shop.base, shop.double_quant)
+            asked = ("train", "plan", CONFIG, "--json")
+            found = self._ask(order, directory, asked, PLAN_SECONDS)
         train = found["data"][0]
         config = settled(order, found["config"], train["examples"], train["tokens"])
         plan = dict(found["plan"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,17 @@ import httpx
 import pytest
 
 from adapters.catalog import Catalog
+from adapters.prompts.template import PromptTemplate
 from service.access.audit import AuditLog, find, lines, verify
 from service.access.gate import Gate
 from service.access.keys import Keys
 from service.access.quotas import Meter, Tenants
 from service.api.access import Guarded
-from service.app import create_app
+from service.app import SLOW_AT_ONCE, create_app
 from service.config import Settings
 from service.jobs.order import FileStamp, Order
 from tests.oracle import make_adapter
-from tests.service.api.conftest import Running
+from tests.service.api.conftest import Running, until
 from tests.service.api.test_access import routes
 
 OPERATOR = "the operator's own key"
@@ -515,3 +518,32 @@ def test_one_tenant_s_requests_leave_room_for_another_s(
         for ticket in tickets:
             ticket.release()
     assert site.acme.post("/generate", json=body).status_code == 200
+
+
+def test_one_tenant_s_slow_work_holds_up_no_other(
+    site: Site, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it deletes adapters on which long requests of its own run."""
+    serving = server.desk.serving
+    assert serving is not None
+    serving.gate.several = True
+    go, check = threading.Event(), serving.templates.renderer.check
+
+    def slow(template: PromptTemplate) -> None:
+        assert "wait" not in template.plain()["user"] or go.wait(60)
+        check(template)
+
+    monkeypatch.setattr(serving.templates.renderer, "check", slow)
+    with ThreadPoolExecutor(SLOW_AT_ONCE + 2) as clients:
+        bodies = [{"name": f"slow{n}", "user": "wait"} for n in range(SLOW_AT_ONCE + 1)]
+        waiting = [clients.submit(site.acme.post, "/templates", json=body) for body in bodies]
+        until(lambda: server.desk.slow._lines)
+        quick = {"name": "quick", "user": "{{ input }}"}
+        try:
+            assert site.zeta.post("/templates", json=quick, timeout=20).status_code == 201
+        finally:
+            go.set()
+        assert [one.result().status_code for one in waiting] == [201] * len(waiting)
+    for body in bodies:
+        site.acme.delete(f"/templates/{body['name']}")
+    site.zeta.delete("/templates/quick")
