@@ -1,14 +1,14 @@
 """What a step of the engine costs, fitted to the JSON file that `nibble bench --json` wrote.
 
-    step = max(fixed, prompts + prompt_token p + adapter_prompt_token q)
+    step = max(fixed, prompts + prompt_token (p + n) + adapter_prompt_token q)
            + row n + adapter_row m + adapter d
 
 for n sequences that get their next token, m of which use an adapter, d adapters in all, and p
 tokens of prompts, q of which use an adapter; `prompts` where p is not 0. A step reads every weight
 once, which is most of `fixed`, and while it computes many tokens that costs nothing: hence the
-larger of both. How much of it few tokens leave to see is in `prompts`. None of the seven is
-negative. The median time between two tokens of each workload gives an equation, and so does
-the median time to the first one.
+larger of both, and beside prompts a sequence's token is computed like one of theirs. How much of it
+few tokens leave to see is in `prompts`. None of the seven is negative. The median time between two
+tokens of each workload gives an equation, and so does the median time to the first one.
 """
 
 from __future__ import annotations
@@ -55,19 +55,17 @@ class StepCost:
 
     def seconds(self, work: Work) -> float:
         return (
-            max(self.fixed, self.reading(work))
+            max(self.fixed, self.computing(work))
             + self.row * work.rows
             + self.adapter_row * work.adapter_rows
             + self.adapter * work.adapters
         )
 
-    def reading(self, work: Work) -> float:
-        """Of prompts alone."""
-        if not work.prompt_tokens:
-            return 0.0
+    def computing(self, work: Work) -> float:
+        """Of all tokens, weights at hand."""
         return (
-            self.prompts
-            + self.prompt_token * work.prompt_tokens
+            self.prompts * (work.prompt_tokens > 0)
+            + self.prompt_token * (work.prompt_tokens + work.rows)
             + self.adapter_prompt_token * work.adapter_prompt_tokens
         )
 
@@ -158,7 +156,7 @@ def _fit(equations: Sequence[tuple[int, Work, float]]) -> tuple[StepCost, float]
         error = float(np.abs(found / seconds - 1).max())
         if error < least:
             best, least = cost, error
-        chosen = [cost.reading(work) < cost.fixed for _, work, _ in equations]
+        chosen = [cost.computing(work) < cost.fixed for _, work, _ in equations]
         if chosen == bounded:
             break
         bounded = chosen
@@ -167,11 +165,11 @@ def _fit(equations: Sequence[tuple[int, Work, float]]) -> tuple[StepCost, float]
 
 def _terms(steps: int, work: Work, bounded: bool) -> tuple[float, ...]:
     """How often each cost is in it, in StepCost's order."""
-    rows, adapter_rows, adapters, *tokens = (steps * each for each in astuple(work))
+    rows, adapter_rows, adapters, tokens, of_adapters = (steps * each for each in astuple(work))
     return (
         (steps, rows, adapter_rows, adapters, 0, 0, 0)
         if bounded
-        else (0, rows, adapter_rows, adapters, *tokens, steps)
+        else (0, rows, adapter_rows, adapters, tokens + rows, of_adapters, steps * (tokens > 0))
     )
 
 

@@ -102,6 +102,14 @@ def test_what_a_step_of_prompts_takes_besides_its_tokens_is_no_token_s() -> None
     assert found.cost.seconds(Work(3)) == pytest.approx(0.031 + 3 * 0.0016), "not of other steps"
 
 
+def test_a_sequence_beside_a_prompt_costs_what_computing_its_token_does() -> None:
+    reading = COST.seconds(Work(prompt_tokens=100))
+    beside = COST.seconds(Work(7, prompt_tokens=100))
+    assert beside - reading == pytest.approx(7 * (COST.row + COST.prompt_token))
+    alone = COST.seconds(Work(7)) - COST.seconds(Work(6))
+    assert alone == pytest.approx(COST.row), "hidden behind the weights"
+
+
 @pytest.mark.parametrize("missing", ["results", "memory", "peers"])
 def test_another_file_is_refused(missing: str) -> None:
     figures = bench()
