@@ -34,6 +34,7 @@ from deploy.load.server import served
 from service.bench.cli import directory_of
 from service.bench.scenario import DISTINCT
 from service.plan.calibration import Calibration, UnusableBench, calibrate
+from service.plan.fleet import percentile
 from service.plan.rendezvous import rendezvous
 from service.plan.simulation import Measured, Request, Server, Traffic, arrivals, replay
 
@@ -76,7 +77,7 @@ def main() -> None:
     server = Server(known.cost, known.kv_cache_bytes // known.token_bytes, given.adapters, 0.0)
     simulated = replay([replace(each) for each in due], server, given.replicas, "rendezvous")
     load = os.getloadavg()[0]
-    replies, spent = _run(given, due)
+    replies, spent, own = _run(given, due)
     rows = compared(due, replies, simulated)
     rows.append(Row("servers' processor time (s)", spent, simulated.busy))
     about = {
@@ -84,6 +85,7 @@ def main() -> None:
         "replicas": given.replicas,
         "requests": given.requests,
         "load_average": [round(load, 2), round(os.getloadavg()[0], 2)],
+        "client_seconds": own,
         "calibration": asdict(known),
     }
     _print(rows, known, about)
@@ -102,8 +104,8 @@ def _bearable(figures: Mapping[str, Any], known: Calibration, new_tokens: int) -
     return float(rates[DISTINCT.name]) / new_tokens
 
 
-def _run(given: argparse.Namespace, due: Sequence[Request]) -> tuple[list[Reply], float]:
-    """What came back, and the servers' processor time for it in seconds."""
+def _run(given: argparse.Namespace, due: Sequence[Request]) -> tuple[list[Reply], float, float]:
+    """What came back, and the processor time for it, the servers' and our own, in seconds."""
     flags = ["--base", given.base, "--drain-seconds", "5"]
     with ExitStack() as stack:
         cores = sorted(os.sched_getaffinity(0))
@@ -145,7 +147,7 @@ async def _send(
     due: Sequence[Request],
     vocabulary: int,
     servers: Sequence[psutil.Process],
-) -> tuple[list[Reply], float]:
+) -> tuple[list[Reply], float, float]:
     homes = [rendezvous(each.adapter, range(len(urls)))[0] for each in due]
     unbounded = httpx.Limits(max_connections=None)
     async with AsyncExitStack() as stack:
@@ -159,7 +161,7 @@ async def _send(
             if each.adapter not in {earlier.adapter for earlier in due[:number]}:
                 warm = prompt(f"warm {number}", 8, vocabulary)
                 await ask(https[homes[number]], "", names[each.adapter], warm, 2, 0.0)
-        begun, before = time.perf_counter() + 0.5, _spent(servers)
+        begun, before, own = time.perf_counter() + 0.5, _spent(servers), time.process_time()
 
         async def one(number: int, each: Request) -> Reply:
             when = begun + each.arrived
@@ -168,7 +170,7 @@ async def _send(
             return await ask(https[homes[number]], "", names[each.adapter], ids, each.left, when)
 
         replies = await asyncio.gather(*(one(n, each) for n, each in enumerate(due)))
-        return list(replies), _spent(servers) - before
+        return list(replies), _spent(servers) - before, time.process_time() - own
 
 
 def _spent(servers: Sequence[psutil.Process]) -> float:
@@ -206,6 +208,10 @@ def compared(due: Sequence[Request], replies: Sequence[Reply], simulated: Measur
         for part in (50, 90, 99):
             found = (float(np.percentile(each, part)) for each in (mine, theirs))
             rows.append(Row(f"{name} p{part} (s)", *found))
+    gaps = [gap for _, reply in counted for gap in reply.gaps]
+    for part in (50, 90, 99):
+        told = percentile(simulated.gaps, part / 100)
+        rows.append(Row(f"between tokens p{part} (s)", float(np.percentile(gaps, part)), told))
     return rows
 
 
@@ -213,7 +219,8 @@ def _print(rows: Sequence[Row], known: Calibration, about: dict[str, Any]) -> No
     busy = " to ".join(str(each) for each in about["load_average"])
     print(
         f"{known.model}, {about['replicas']} replicas of one thread, {about['requests']} requests, "
-        f"{about['traffic']}; load average {busy}\n"
+        f"{about['traffic']}; load average {busy}; this client's processor time "
+        f"{about['client_seconds']:.3g} s\n"
     )
     print("| | measured | simulated | error |\n|---|---|---|---|")
     for row in rows:

@@ -29,6 +29,7 @@ def _as_simulated(slower: float = 1.0) -> tuple[list[Reply], Measured]:
         Reply("a", first=slower * first, last=slower * whole, tokens=8)
         for first, whole in zip(sorted(simulated.first), sorted(simulated.whole), strict=True)
     ]
+    replies[-1].gaps = [slower * gap for gap, often in simulated.gaps for _ in range(often)]
     return replies, simulated
 
 
@@ -40,12 +41,13 @@ def test_a_machine_that_does_as_foretold_has_no_error() -> None:
         "tokens/s",
         *(
             f"{name} p{part} (s)"
-            for name in ("first token", "whole reply")
+            for name in ("first token", "whole reply", "between tokens")
             for part in (50, 90, 99)
         ),
     }
     for name, row in rows.items():
-        assert row.error == pytest.approx(0, abs=0.02 if name == "tokens/s" else 1e-9), name
+        near = 0.02 if name == "tokens/s" or name.startswith("between") else 1e-9
+        assert row.error == pytest.approx(0, abs=near), name
     twice, _ = _as_simulated(2.0)
     late = {row.name: row for row in fleet.compared(due, twice, simulated)}
     assert late["first token p50 (s)"].error == pytest.approx(-0.5)
