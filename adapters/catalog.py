@@ -27,7 +27,7 @@ from adapters.errors import (
     Unkeepable,
 )
 from adapters.manifest import DEFAULT_TENANT, AdapterManifest
-from adapters.room import check_room
+from adapters.room import check_aliases, check_room
 from adapters.sight import end_shares, homes, shared, visible
 from adapters.tables import adapters, arms, manifest_json, metadata, served, totals
 from adapters.traffic import Arm
@@ -267,7 +267,8 @@ class Catalog:
         return [AdapterManifest.from_json(row) for row in rows]
 
     def set_alias(self, name: str, alias: str, shares: Mapping[int, float]) -> None:
-        """Point an alias of `name` to living versions of it: version -> weight."""
+        """Point an alias of `name` to living versions of it: version -> weight. Raises
+        QuotaReached."""
         key = (arms.c.tenant == self.tenant, arms.c.name == name, arms.c.alias == alias)
         own = {"tenant": self.tenant, "name": name, "alias": alias}
         mine = _manifests().where(adapters.c.tenant == self.tenant, adapters.c.name == name)
@@ -276,6 +277,7 @@ class Catalog:
                 living = mine.where(adapters.c.version == version)
                 if connection.execute(living).first() is None:
                     raise AdapterNotFound(f"{name}@{version}")
+            check_aliases(connection, arms, self.tenant, name, alias)
             connection.execute(sa.delete(arms).where(*key))
             rows = [{**own, "version": v, "weight": weight} for v, weight in shares.items()]
             connection.execute(sa.insert(arms), rows)

@@ -21,6 +21,8 @@ from adapters.tables import (
 )
 from adapters.tables import training_jobs as jobs
 
+MAX_ALIASES = 256  # of one name: whoever asks for it is told all of them
+
 
 def check_room(
     connection: sa.Connection, tenant: str, *, nbytes: int = 0, draft: AdapterManifest | None = None
@@ -72,6 +74,16 @@ def check_templates(connection: sa.Connection, tenant: str) -> None:
             f"tenant {tenant!r} may keep {most} versions of templates and has {kept}: delete one "
             "first"
         )
+
+
+def check_aliases(
+    connection: sa.Connection, table: sa.Table, tenant: str, name: str, alias: str
+) -> None:
+    """Raise QuotaReached where one more alias of a name is more than any name has."""
+    mine = (table.c.tenant == tenant, table.c.name == name, table.c.alias != alias)
+    others = sa.select(sa.func.count(sa.distinct(table.c.alias))).where(*mine)
+    if (count := connection.execute(others).scalar_one()) >= MAX_ALIASES:
+        raise QuotaReached(f"{name} has {count} aliases, and may have no more: drop one first")
 
 
 def several(connection: sa.Connection) -> bool:

@@ -33,7 +33,7 @@ from adapters.prompts.template import (
     parse_file,
     parse_template,
 )
-from adapters.room import check_templates
+from adapters.room import check_aliases, check_templates
 from adapters.sight import end_shares, homes, visible
 from adapters.store import VERSION, read_small
 from adapters.tables import adapters
@@ -198,7 +198,8 @@ class TemplateShelf:
         return tuple(_stored(row) for row in rows)
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Point `name@alias` to a version. Raises InvalidAdapter (the alias), TemplateNotFound."""
+        """Point `name@alias` to a version. Raises InvalidAdapter (the alias), TemplateNotFound,
+        QuotaReached."""
         check_alias(alias)
         tenant = self._catalog.tenant
         living = sa.select(templates.c.version).where(
@@ -210,6 +211,7 @@ class TemplateShelf:
         with self._catalog.writing() as connection:
             if connection.execute(living).first() is None:
                 raise TemplateNotFound(f"{name}@{version}")
+            check_aliases(connection, aliases, tenant, name, alias)
             mine = (aliases.c.tenant == tenant, aliases.c.name == name)
             connection.execute(sa.delete(aliases).where(*mine, aliases.c.alias == alias))
             row = {"tenant": tenant, "name": name, "alias": alias, "version": version}

@@ -208,6 +208,29 @@ def test_templates_that_a_tenant_keeps(catalog: Catalog) -> None:
     assert acme.add("t", made[1]).version == 2
 
 
+def test_aliases_of_a_name(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that shares its traffic all arms are one."""
+    monkeypatch.setattr("adapters.room.MAX_ALIASES", 2)
+    acme, shelf = catalog.of("acme"), TemplateShelf(catalog.of("acme"))
+    add(acme, "a")
+    add(acme, "b")
+    shelf.add("t", parse_template({"user": "{{ input }}"}))
+
+    def point(alias: str) -> None:
+        acme.set_alias(MANIFEST.name, alias, {1: 1.0, 2: 1.0})
+
+    for set_alias, drop in (
+        (point, lambda alias: acme.drop_alias(MANIFEST.name, alias)),
+        (lambda alias: shelf.set_alias("t", alias, 1), lambda alias: shelf.drop_alias("t", alias)),
+    ):
+        for alias in ("one", "two", "one"):
+            set_alias(alias)
+        with pytest.raises(QuotaReached, match="has 2 aliases, and may have no more"):
+            set_alias("three")
+        drop("one")
+        set_alias("three")
+
+
 def test_bytes_that_a_tenant_keeps(catalog: Catalog, tmp_path: Path) -> None:
     Tenants(catalog).set_quotas("acme", Quotas(bytes=1000))
     acme = catalog.of("acme")
