@@ -55,7 +55,7 @@ class Bounds:
         patterns = (limit for _, _, limit in self.by_pattern)
         return max(self.max_body_bytes, *self.by_route.values(), *patterns)
 
-    def of(self, scope: Scope) -> int:
+    def of(self, scope: Mapping[str, Any]) -> int:
         for method, path, limit in self.by_pattern:
             if method == scope["method"] and path.fullmatch(scope["path"]):
                 return limit

@@ -108,14 +108,15 @@ class Measure:
 
     def _once(self, load: Loading, clients: int) -> Load:
         def crowd() -> Any:
+            if not clients:
+                return None
             loop = asyncio.get_running_loop()
-            arguments = (self._elsewhere, stalling, self.address, clients)
-            return loop.run_in_executor(*arguments) if clients else None
+            return loop.run_in_executor(self._elsewhere, stalling, self.address, clients)
 
         before = self.served.cpu_seconds(), self.served.loop_seconds()
         found, stalled = uvloop.run(_beside(crowd, load))
         spent = self.served.cpu_seconds() - before[0], self.served.loop_seconds() - before[1]
-        told = dict(found.lost + found.statuses)  # type: ignore[operator]
+        told = dict(found.lost + found.statuses)
         p99 = 1e3 * quantile(found.since_due(200), 0.99)
         print(f"{told}, p99 {p99:.1f} ms; CPU {spent[0]:.2f} s, event loop {spent[1]:.2f} s")
         if stalled is not None:
