@@ -178,7 +178,7 @@ def test_a_directory_of_adapters_must_be_there(tmp_path: Path) -> None:
 
 def test_a_redis_wants_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"--quota-store: needs .*nibble-serve\[redis\]"):
+    with pytest.raises(ConfigError, match=r"--quota-store: needs .*'\.\[redis\]'"):
         configure({"quota_store": "async+redis://127.0.0.1:6379"})
     assert configure({}).settings.quota_store == "async+memory://"
 
