@@ -277,7 +277,9 @@ def test_without_the_library_a_setting_is_refused_and_a_variable_passed_over(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("service.config.can_trace", lambda: False)
     monkeypatch.setattr(opening, "can_trace", lambda: False)
-    with pytest.raises(ConfigError, match=r"otlp-traces-endpoint: needs .*nibble-serve\[otel\]"):
+    with pytest.raises(
+        ConfigError, match=r"otlp-traces-endpoint: needs OpenTelemetry: .*'\.\[otel\]'"
+    ):
         configure({"otlp_traces_endpoint": "http://127.0.0.1:9"})
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     assert isinstance(open_tracing(None, "m", "1"), Untraced)
