@@ -7,6 +7,7 @@ named in `parameters.adapter_id`.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -329,7 +330,8 @@ async def generate_stream(
             "a stream cannot take back what it sent: best_of must be 1, or take n",
             "parameters.best_of",
         )
-    started, origin = await unless_gone(request, _start(body, request, desk, serving, tenant))
+    starting = _start(body, request, desk, serving, tenant, streamed=True)
+    started, origin = await unless_gone(request, starting)
     events = stream_events(started.stream, origin, request.scope["request_id"])
     return EventReply(events, started.close, started.headers)
 
@@ -354,7 +356,7 @@ def _listed(reply: Response) -> Response:
 async def _complete(
     body: GenerateBody, request: Request, desk: Desk, serving: Serving, tenant: str
 ) -> Response:
-    started, origin = await _start(body, request, desk, serving, tenant)
+    started, origin = await _start(body, request, desk, serving, tenant, streamed=False)
     try:
         collector = Collector(origin)
         async for event in started.stream:
@@ -367,10 +369,17 @@ async def _complete(
 
 
 async def _start(
-    body: GenerateBody, request: Request, desk: Desk, serving: Serving, tenant: str
+    body: GenerateBody,
+    request: Request,
+    desk: Desk,
+    serving: Serving,
+    tenant: str,
+    *,
+    streamed: bool,
 ) -> tuple[Started, Origin]:
     _check_pairs(body)
     order = _order(body, client_key(body.parameters.client_key, request), tenant)
+    order = replace(order, streamed=streamed)
     started = await start(order, request.scope["request_id"], desk, serving)
     origin = Origin(
         started.request,

@@ -101,6 +101,7 @@ class Order:
     given: frozenset[str] = frozenset()  # sampling that a template's defaults leave alone
     stored: StoredTemplate | None = None  # which template made the prompt
     question: str | None = None  # what was asked before a template's words came around it
+    streamed: bool = True  # does the client get tokens as they come?
 
     @property
     def operation(self) -> Operation:
@@ -196,6 +197,7 @@ async def _started(
         prompt_lookup_num_tokens=_lookup(order, desk),
         tenant=serving.caller.tenant,
         vocabulary=own,
+        streamed=order.streamed,
     )
     _note(order, selection, serving)
     stream = trace.followed(_submitted(generation, selection, serving), generation)

@@ -165,7 +165,11 @@ class Engine:
 
     def _submit(self, request: Request) -> Stream:
         request_ids: list[int] = []
-        stream = Stream(request.n, lambda: self._mailbox.post(lambda: self._cancel(request_ids)))
+        stream = Stream(
+            request.n,
+            lambda: self._mailbox.post(lambda: self._cancel(request_ids)),
+            request.streamed,
+        )
         with self._door.lock:
             self._door.enter(request.adapter, request.n, len(request.prompt), request.tenant)
             if request.adapter is not None:

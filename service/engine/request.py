@@ -103,6 +103,7 @@ class Request:
     pooled: bool = False  # reply the last token's hidden state
     prompt_lookup_num_tokens: int = 0  # most tokens of a draft; 0: no speculation
     vocabulary: Vocabulary | None = None  # of an adapter with a tokenizer of its own
+    streamed: bool = True  # are its tokens wanted as they come?
 
     @property
     def active_from(self) -> int:

@@ -20,14 +20,17 @@ class EventStream(Protocol):
 class Stream:
     """Iterate it with `async for` in an event loop, or with `iterate()` in a thread; once.
 
-    It ends after the last of the request's n sequences has sent its `Finished`.
+    It ends after the last of the request's n sequences has sent its `Finished`. Where it is not
+    `streamed`, an event loop is woken for the first event and for the ends, not for each token.
     """
 
-    def __init__(self, sequences: int, cancel: Callable[[], None]) -> None:
+    def __init__(self, sequences: int, cancel: Callable[[], None], streamed: bool = True) -> None:
         self._open = sequences
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._cancel = cancel
         self._wake: Callable[[], None] | None = None
+        self._wakes = True  # for the next event, whatever it is
+        self._streamed = streamed
 
     def cancel(self) -> None:
         """End what still runs, within one step. Safe to call more than once, from any thread."""
@@ -37,8 +40,9 @@ class Stream:
         """Engine thread: one more event."""
         self._events.put(event)
         wake = self._wake
-        if wake is not None:
+        if wake is not None and (self._wakes or isinstance(event, Finished)):
             wake()
+        self._wakes = self._streamed
 
     def iterate(self, timeout: float | None = None) -> Iterator[Event]:
         """Events as they come; raises queue.Empty when none comes within `timeout` seconds."""

@@ -96,6 +96,7 @@ async def _start(
             names=replace(CHAT, max_new_tokens="max_tokens") if body.max_tokens else CHAT,
             template=body.template.asked if body.template else None,
             given=body.given,
+            streamed=body.stream,
         )
         reading = Reading()
         if body.speaks_of_tools:

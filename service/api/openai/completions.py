@@ -180,6 +180,7 @@ async def _start(body: CompletionBody, request: Request, desk: Desk, serving: Se
         names=TEXT,
         template=body.template.asked if body.template else None,
         given=body.given | {"max_new_tokens"},  # OpenAI's default of it is a number
+        streamed=body.stream,
     )
     request_id: str = request.scope["request_id"]
     with ExitStack() as undo, model_errors(body.model):

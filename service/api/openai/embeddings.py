@@ -86,6 +86,7 @@ async def _embedded(
                 max_new_tokens=1,
                 pooled=True,
                 names=EMBEDDED,
+                streamed=False,
             )
             own_id = f"{request_id}-{place}" if place else request_id
             one = await start(order, own_id, desk, serving)
