@@ -36,12 +36,14 @@ class ServerUnreachable(ClientError):
 
 
 class ServerRefused(ClientError):
-    """The server answered with an error; `body` is its envelope, when it was JSON."""
+    """The server answered with an error; `body` is its envelope, when it was JSON, and `path` what
+    was asked for."""
 
-    def __init__(self, status: int, message: str, body: Any = None) -> None:
+    def __init__(self, status: int, message: str, body: Any = None, path: str = "") -> None:
         super().__init__(f"{message} (HTTP {status})" if status else message)
         self.status = status
         self.body = body
+        self.path = path
 
     @property
     def field(self) -> str | None:
@@ -428,11 +430,13 @@ def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 def _refusal(response: httpx.Response) -> ServerRefused:
+    path = response.request.url.path
     try:
         body = response.json()
     except ValueError:
-        return ServerRefused(response.status_code, response.reason_phrase)
-    return ServerRefused(response.status_code, _message(body) or response.reason_phrase, body)
+        return ServerRefused(response.status_code, response.reason_phrase, None, path)
+    message = _message(body) or response.reason_phrase
+    return ServerRefused(response.status_code, message, body, path)
 
 
 def _message(body: Any) -> str:

@@ -55,9 +55,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _NEXT_STEPS = {
     401: "Set NIBBLE_API_KEY to a key of this server: `nibble keys create` makes one.",
     403: "Set NIBBLE_API_KEY to a key that has it: `nibble keys create NAME --scopes …`",
-    404: "`nibble adapters list` shows what is there.",
     429: "Try again in a moment; `nibble tenants list` shows what a tenant may use.",
     503: "The server is starting, stopping or out of resources: its log tells which.",
+}
+# What lists the things of a path, by how the path begins.
+_LISTS = {
+    "/collections": "rag",
+    "/templates": "templates",
+    "/keys": "keys",
+    "/tenants": "tenants",
+    "/v1/fine_tuning": "jobs",
 }
 
 
@@ -73,10 +80,16 @@ def connect(url: str | None, as_json: bool) -> Iterator[Client]:
         step = "Start one with `nibble serve`, or name another: --url http://HOST:PORT"
         fail(str(error), step, as_json=as_json)
     except ServerRefused as error:
-        step = _NEXT_STEPS.get(error.status, "")
-        fail(str(error), step, as_json=as_json, field=error.field)
+        fail(str(error), _next_step(error), as_json=as_json, field=error.field)
     except ClientError as error:
         fail(str(error), as_json=as_json)
+
+
+def _next_step(error: ServerRefused) -> str:
+    if error.status != 404:
+        return _NEXT_STEPS.get(error.status, "")
+    found = (what for begins, what in _LISTS.items() if error.path.startswith(begins))
+    return f"`nibble {next(found, 'adapters')} list` shows what is there."
 
 
 def default_url() -> str:

@@ -177,6 +177,20 @@ def test_an_unknown_adapter_names_the_next_step(url: str) -> None:
     assert "nibble adapters list" in output
 
 
+@pytest.mark.parametrize(
+    ("args", "lists"),
+    [
+        (("rag", "search", "gone", "a question"), "nibble rag list"),
+        (("templates", "show", "gone"), "nibble templates list"),
+        (("jobs", "show", "ftjob-gone"), "nibble jobs list"),
+    ],
+)
+def test_what_is_missing_is_listed_by_its_own_command(
+    url: str, args: tuple[str, ...], lists: str
+) -> None:
+    assert lists in nibble(*args, "--url", url, status=1)
+
+
 def test_sigterm_ends_with_zero(server: Running, url: str) -> None:
     """The last test here: the server is gone after it."""
     server.process.send_signal(signal.SIGTERM)
