@@ -1,11 +1,13 @@
 """Compile csrc/ into one shared library beside it. By hand: `python -m base.kernels.build`.
 
 Installing the package does this; a machine without a C compiler gets no library, a reason, and the
-torch path. Nothing here imports torch: the installer runs it in an environment of its own.
+torch path. Nothing here imports torch: the installer runs it in an environment of its own. The
+library holds what it was made from, so that installing again, for an extra say, compiles nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -13,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -26,6 +29,8 @@ _FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 _VNNI = [*_AVX512, "-mavx512vnni"]
+_AT_ONCE = 4  # compilers, of up to half a GB each
+_MARK = b"nibble's kernels, made from "
 
 
 class BuildFailed(Exception):
@@ -36,12 +41,15 @@ def build(out_dir: Path | None = None) -> Path | None:
     """Compile the library into `out_dir` (default: this package) and return its path.
 
     None where that is impossible: the reason is then in `_native.txt` beside it.
-    CC names the compiler; NIBBLE_CFLAGS adds flags (sanitizers).
+    CC names the compiler; NIBBLE_CFLAGS adds flags (sanitizers). One that is there already and was
+    made from the same sources, by the same compiler with the same flags, stays as it is.
     """
     target = (out_dir or Path(__file__).parent) / LIBRARY
     reason = target.with_name(REASON)
     try:
-        _compile(target)
+        compiler, flags = _compiler(), _flags()
+        if not _says(target, mark := _mark(compiler, flags)):
+            _compile(target, compiler, flags, mark)
     except (BuildFailed, OSError) as error:
         target.unlink(missing_ok=True)
         reason.write_text(f"{error}\n")
@@ -50,20 +58,51 @@ def build(out_dir: Path | None = None) -> Path | None:
     return target
 
 
-def _compile(target: Path) -> None:
-    compiler = _compiler()
-    flags = [*_FLAGS, *shlex.split(os.environ.get("NIBBLE_CFLAGS", ""))]
+def is_current(library: Path) -> bool:
+    """Was it made from these sources, as `build` would make it now? False without a compiler."""
+    try:
+        return _says(library, _mark(_compiler(), _flags()))
+    except (BuildFailed, OSError):
+        return False
+
+
+def _says(library: Path, mark: bytes) -> bool:
+    return library.exists() and mark in library.read_bytes()
+
+
+def _flags() -> list[str]:
+    return [*_FLAGS, *shlex.split(os.environ.get("NIBBLE_CFLAGS", ""))]
+
+
+def _mark(compiler: list[str], flags: list[str]) -> bytes:
+    """What a library holds that was made from these sources by this compiler."""
+    made = hashlib.sha256(_run([*compiler, "--version"]).encode())
+    made.update(repr((compiler, flags, _units())).encode())
+    for source in sorted(SOURCES.iterdir()):
+        made.update(f"\0{source.name}\0".encode() + source.read_bytes())
+    return _MARK + made.hexdigest().encode()
+
+
+def _compile(target: Path, compiler: list[str], flags: list[str], mark: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        objects = []
-        for name, extra in _units().items():
-            objects.append(f"{folder}/{name}.o")
-            source = str(SOURCES / f"{name}.c")
-            _run([*compiler, *flags, *extra, "-c", source, "-o", objects[-1]])
+        marked = Path(folder) / "made_from.c"
+        marked.write_text(
+            f'__attribute__((used)) const char nibble_made_from[] = "{mark.decode()}";\n'
+        )
+        units = {marked: list[str](), **{SOURCES / f"{n}.c": more for n, more in _units().items()}}
+        objects = [f"{folder}/{source.stem}.o" for source in units]
+        commands = [
+            [*compiler, *flags, *more, "-c", str(source), "-o", made]
+            for (source, more), made in zip(units.items(), objects, strict=True)
+        ]
+        with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as threads:
+            list(threads.map(_run, commands))
         # Link aside and rename: a running server keeps the file it has mapped.
         fresh = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
-            _run([*compiler, "-shared", *sanitizers, *objects, "-o", str(fresh), "-lm", "-pthread"])
+            link = [*compiler, "-shared", *sanitizers, *objects, "-o", str(fresh)]
+            _run([*link, "-lm", "-pthread"])
             os.replace(fresh, target)
         finally:
             fresh.unlink(missing_ok=True)
@@ -87,12 +126,13 @@ def _compiler() -> list[str]:
     raise BuildFailed("no C compiler: none of $CC, cc, gcc, clang is on the PATH")
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         errors = [line for line in lines if "error" in line]
         raise BuildFailed(f"{command[0]} failed: {(errors or lines)[0]}")
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -12,18 +12,10 @@ import torch
 from base.kernels import build, native
 
 
-def is_fresh(installed: Path) -> bool:
-    """Was the installed library made from these sources, and are no other flags asked for?"""
-    if "NIBBLE_CFLAGS" in os.environ or not installed.exists():
-        return False
-    sources = [Path(build.__file__), *build.SOURCES.iterdir()]
-    return all(source.stat().st_mtime < installed.stat().st_mtime for source in sources)
-
-
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> native.Native:
     folder = Path(os.environ.get("NIBBLE_NATIVE") or Path(build.__file__).parent)
-    if "NIBBLE_NATIVE" not in os.environ and not is_fresh(folder / build.LIBRARY):
+    if "NIBBLE_NATIVE" not in os.environ and not build.is_current(folder / build.LIBRARY):
         folder = tmp_path_factory.mktemp("kernels")
         build.build(folder)
     if not (folder / build.LIBRARY).exists():

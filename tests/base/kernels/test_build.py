@@ -35,6 +35,39 @@ def test_a_failing_compiler_is_quoted_and_leaves_no_old_library(
     assert "out of ideas" in native.load(tmp_path)[1]
 
 
+def test_what_was_made_from_the_same_sources_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An extra is installed into a checkout by installing the checkout again."""
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "one.c").write_text("int nibble_one(void) { return 1; }\n")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setattr(build, "_units", lambda: {"one": []})
+    made = build.build(tmp_path)
+    if made is None:
+        pytest.skip((tmp_path / build.REASON).read_text())
+
+    def is_made_again() -> bool:
+        before = made.stat().st_ino
+        with made.open("rb"):  # so that no new file can have the number of the old one
+            build.build(tmp_path)
+            return made.stat().st_ino != before
+
+    assert build.is_current(made)
+    assert not is_made_again()
+    (sources / "one.c").write_text("int nibble_one(void) { return 2; }\n")
+    assert not build.is_current(made)
+    assert is_made_again()
+    monkeypatch.setenv("NIBBLE_CFLAGS", "-O1")
+    assert is_made_again()
+    assert not is_made_again()
+    (sources / "used.h").write_text("/* another file that a unit may include */\n")
+    assert is_made_again()
+    made.write_bytes(b"cut off")
+    assert is_made_again()
+
+
 def test_a_library_that_does_not_load_is_no_crash(tmp_path: Path) -> None:
     (tmp_path / build.LIBRARY).write_bytes(b"not a library")
     library, status = native.load(tmp_path)
