@@ -241,8 +241,9 @@ def _notes(
         )
     if options.isa and not facts.keys().isdisjoint(SLOW):
         lines.append(
-            f"bitsandbytes' own loops over 4-bit weights cannot be held to {options.isa}: they are "
-            "as its wheel was built, in the peers over it"
+            f"bitsandbytes has no switch for its loops over 4-bit weights: in the peers over it "
+            f"what is more than {options.isa} is struck from what its library read of the "
+            "processor, so that it runs what a CPU without runs, to the same bits"
         )
     return lines
 

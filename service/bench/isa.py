@@ -2,7 +2,7 @@
 
 So that one machine can tell how all peers compare on a lesser one. What is set is read when a
 library is loaded, so it holds for the processes that are started afterwards: all that measure.
-bitsandbytes has no such switch for its loops over 4-bit weights; it goes by what torch says.
+bitsandbytes has no such switch; the peers over it hold it by cpuid.py.
 """
 
 from __future__ import annotations

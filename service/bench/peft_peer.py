@@ -14,6 +14,7 @@ from base.kernels import NF4Weight
 from base.kernels.quantization import NESTED_BLOCKSIZE
 from base.load import Base, load_base
 from base.nf4 import NF4Linear
+from service.bench.cpuid import hold_bitsandbytes
 from service.bench.memory import head_bytes, quantised_bytes
 from service.bench.peer import Setup
 from service.bench.scenario import Job, Round, round_of
@@ -24,10 +25,12 @@ MIXED = "adapter_names, mixed batch"
 
 
 class PeftPeer:
-    """Every adapter is loaded at the start. `options["dtype"]` is what the model computes in."""
+    """Every adapter is loaded at the start. `options["dtype"]` is what the model computes in,
+    `options["isa"]` what bitsandbytes is held to."""
 
     def __init__(self, setup: Setup) -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        hold(setup)
         self._dtype: str = setup.options["dtype"]
         base = load_base(setup.model, device="cpu", dtype=self._dtype)
         self._bytes, self._head_bytes = quantised_bytes(base), head_bytes(base)
@@ -114,6 +117,12 @@ def _with_adapters(base: Base, setup: Setup) -> Any:
         for number, directory in enumerate(setup.adapters[1:], start=1):
             model.load_adapter(str(directory), _name(number))
     return model.eval()
+
+
+def hold(setup: Setup) -> None:
+    """`options["isa"]`, if any, holds bitsandbytes' loops too; before it is imported."""
+    if setup.options.get("isa"):
+        hold_bitsandbytes()
 
 
 def to_bitsandbytes(base: Base) -> list[Any]:

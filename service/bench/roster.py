@@ -56,7 +56,8 @@ class Roster:
         if llama:
             self._llama()
         if self._options.transformers:
-            self._start(TRANSFORMERS, TransformersPeer, self._options.setup([]))
+            setup = self._options.setup([], isa=self._options.isa)
+            self._start(TRANSFORMERS, TransformersPeer, setup)
         if self._options.peft_dtypes:
             self._add(PEFT, self._peft)
         for name, peer in self._peers.items():
@@ -95,7 +96,9 @@ class Roster:
     def _peft(self) -> PeerProcess:
         chosen, rates = anchor(
             lambda dtype: PeerProcess(
-                PEFT, PeftPeer, self._options.setup(self._plain, dtype=dtype)
+                PEFT,
+                PeftPeer,
+                self._options.setup(self._plain, dtype=dtype, isa=self._options.isa),
             ),
             self._options.peft_dtypes,
             self._spec.vocab_size,

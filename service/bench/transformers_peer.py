@@ -11,7 +11,7 @@ import torch
 from base.load import load_base
 from service.bench.memory import head_bytes, quantised_bytes
 from service.bench.peer import Setup
-from service.bench.peft_peer import to_bitsandbytes
+from service.bench.peft_peer import hold, to_bitsandbytes
 from service.bench.scenario import Job, Round, round_of
 
 CONTINUOUS = "continuous batching"
@@ -28,6 +28,7 @@ class TransformersPeer:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         logging.getLogger("transformers").setLevel(logging.ERROR)
+        hold(setup)
         base = load_base(setup.model, device="cpu", dtype="float32")
         self._bytes, self._head_bytes = quantised_bytes(base), head_bytes(base)
         to_bitsandbytes(base)
