@@ -65,8 +65,6 @@ def run_mixed(subjects: Sequence[Subject], live: Live, steps: Steps) -> None:
     plain = of_base(subjects[0].prompt, live)
     for start in range(0, len(subjects), ROWS - 1):
         own = list(subjects[start : start + ROWS - 1])
-        for subject in subjects:  # who is still on the way to memory would join too late
-            live.engine.load(subject.ref)
         others = [s for s in subjects if s not in own] + own * ROWS
         fill = [replace(s.asked, prompt=s.prompt[::-1]) for s in others[: ROWS - 1 - len(own)]]
         answers = steps.together([*(s.asked for s in own), plain, *fill], TOKENS)

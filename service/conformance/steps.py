@@ -66,6 +66,9 @@ class Steps:
 
     def together(self, asked: Sequence[Asked], tokens: int) -> list[Answered]:
         """All of them at once, in as few steps as the engine's limits allow."""
+        for one in asked:
+            if one.ref is not None:  # who is still on the way to memory would join too late
+                self._engine.load(one.ref)
         options = Sampling(max_new_tokens=tokens, ignore_eos=True)
         self._everyone.clear()
         running = []
