@@ -7,7 +7,6 @@ named in `parameters.adapter_id`.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -378,8 +377,7 @@ async def _start(
     streamed: bool,
 ) -> tuple[Started, Origin]:
     _check_pairs(body)
-    order = _order(body, client_key(body.parameters.client_key, request), tenant)
-    order = replace(order, streamed=streamed)
+    order = _order(body, client_key(body.parameters.client_key, request), tenant, streamed)
     started = await start(order, request.scope["request_id"], desk, serving)
     origin = Origin(
         started.request,
@@ -394,7 +392,7 @@ async def _start(
     return started, origin
 
 
-def _order(body: GenerateBody, client: str | None, tenant: str) -> Order:
+def _order(body: GenerateBody, client: str | None, tenant: str, streamed: bool) -> Order:
     """This skin's words for what the engine does."""
     given = body.parameters
     return Order(
@@ -426,6 +424,7 @@ def _order(body: GenerateBody, client: str | None, tenant: str) -> Order:
         retrieval=Wanted(body.retrieval, tenant) if body.retrieval else None,
         template=body.template.asked if body.template else None,
         given=frozenset(given.model_fields_set),
+        streamed=streamed,
     )
 
 

@@ -7,13 +7,14 @@ many as it leaves free: it could else hold all of them until its longest request
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import TypeVar
 
 from adapters.manifest import DEFAULT_TENANT
+from service.api.turns import Turns
 
 T = TypeVar("T")
 
@@ -29,14 +30,16 @@ class Threads:
         self._at_once = at_once
         self._shared = shared
         self._held: Counter[str] = Counter()
-        # By tenant, whose turn it is first.
-        self._lines: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._lines = Turns()
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run this for the tenant who asks. Once begun it is not undone when the client goes: its
         thread is held until it has ended."""
         tenant = TENANT.get()
-        await self._turn(tenant)
+        if tenant not in self._lines and self._free(tenant):
+            self._held[tenant] += 1
+        else:
+            await self._lines.wait(tenant, lambda: self._end(tenant))
         try:
             begun = asyncio.get_running_loop().run_in_executor(self._pool, work)
         except RuntimeError:  # the server stops
@@ -52,35 +55,11 @@ class Threads:
         free = self._at_once - self._held.total()
         return free > 0 and (not self._shared() or self._held[tenant] < free)
 
-    async def _turn(self, tenant: str) -> None:
-        if tenant not in self._lines and self._free(tenant):
-            self._held[tenant] += 1
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._lines.setdefault(tenant, deque()).append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it was its turn already
-                self._end(tenant)
-            else:
-                self._leave(tenant, turn)
-            raise
-
     def _end(self, tenant: str) -> None:
         """A thread is free: whose turn is it?"""
         self._held[tenant] -= 1
         if not self._held[tenant]:
             del self._held[tenant]
         while (next_one := next(filter(self._free, self._lines), None)) is not None:
-            turn = self._lines[next_one][0]
-            self._leave(next_one, turn)
-            if next_one in self._lines:
-                self._lines.move_to_end(next_one)
             self._held[next_one] += 1
-            turn.set_result(None)
-
-    def _leave(self, tenant: str, turn: asyncio.Future[None]) -> None:
-        self._lines[tenant].remove(turn)
-        if not self._lines[tenant]:
-            del self._lines[tenant]
+            self._lines.give(next_one)
