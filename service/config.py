@@ -35,6 +35,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from base.extras import install
 from base.mini import MINI
 from service.tracing.open import can_trace
 
@@ -415,7 +416,7 @@ class Settings(BaseSettings):
     @classmethod
     def _traceable(cls, endpoint: str | None) -> str | None:
         if endpoint is not None and not can_trace():
-            raise ValueError("needs OpenTelemetry: pip install -c constraints.txt -e '.[otel]'")
+            raise ValueError(f"needs OpenTelemetry: {install('otel')}")
         return endpoint
 
     @field_validator("catalog")
@@ -429,9 +430,7 @@ class Settings(BaseSettings):
     @classmethod
     def _countable(cls, store: str) -> str:
         if store.startswith("async+redis") and find_spec("redis") is None:
-            raise ValueError(
-                "needs a client of Redis: pip install -c constraints.txt -e '.[redis]'"
-            )
+            raise ValueError(f"needs a client of Redis: {install('redis')}")
         try:
             _ = urlsplit(store).port
         except ValueError:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..extras import install
 from . import cuda, reference, triton_check
 from .lowrank import LowRank, LowRankPlan, Segment
 from .weight import NF4Weight
@@ -143,9 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     fault = triton_check.find_fault(device)
     if fault:
-        raise SystemExit(
-            f"{fault}; pip install -c constraints.txt -e '.[cuda]', then pytest -m cuda says more"
-        )
+        raise SystemExit(f"{fault}; {install('cuda')}, then pytest -m cuda says more")
     most = limits(device, options.rounds)
     print(
         f"{torch.cuda.get_device_name(device)}; copies {most['gbytes']:.0f} GB/s, "

@@ -20,6 +20,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
+from base.extras import install
 from base.fingerprint import default_cache_dir
 from base.kernels import Precision, bench_cuda
 from base.kernels import bench as kernels
@@ -310,8 +311,7 @@ def _llama_server(wanted: Path | None) -> Path | None:
         raise typer.BadParameter(f"{wanted} {why}", param_hint="--llama-server")
     if absent := missing():
         raise typer.BadParameter(
-            f"its weights are written with {' and '.join(absent)}: "
-            "pip install -c constraints.txt -e '.[bench]'",
+            f"its weights are written with {' and '.join(absent)}: {install('bench')}",
             param_hint="--llama-server",
         )
     return wanted.absolute()

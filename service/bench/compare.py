@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from base.extras import install
 from base.machine import inspect
 from base.mini import MINI
 from base.spec import BaseSpec
@@ -214,7 +215,7 @@ def _without_llama(options: Options, spec: BaseSpec) -> str:
     if options.gguf is None:
         return ""
     if absent := missing():
-        return f"{' and '.join(absent)} not installed: pip install -c constraints.txt -e '.[bench]'"
+        return f"{' and '.join(absent)} not installed: {install('bench')}"
     if spec.architecture not in ARCHITECTURES:
         return f"its weights are written for {' and '.join(ARCHITECTURES)} only"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from adapters.errors import AdapterError
+from base.extras import install
 from service.commands.flags import with_settings
 from service.commands.output import fail, print_json
 from service.commands.server import Json
@@ -37,11 +38,7 @@ def migrate(configuration: Configuration, as_json: Json = False) -> None:
         step = "Is the database up, and NIBBLE_CATALOG its URL?"
         fail(str(error), step, as_json=as_json)
     except ImportError as error:
-        fail(
-            str(error),
-            "A driver is missing: `pip install -c constraints.txt -e '.[postgres]'`",
-            as_json=as_json,
-        )
+        fail(str(error), f"A driver is missing: `{install('postgres')}`", as_json=as_json)
     shown = settings.shown()["catalog"]
     if as_json:
         print_json({"catalog": shown, "revision": HEAD})

@@ -16,6 +16,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from base.extras import install
 from service.errors import ServiceError
 
 
@@ -71,5 +72,5 @@ def installed(module: str) -> Any:
     except ModuleNotFoundError as error:
         raise NotInstalled(
             f"retrieval needs {error.name}, which is not installed: run "
-            "`pip install -c constraints.txt -e '.[rag]'` and start the server again"
+            f"`{install('rag')}` and start the server again"
         ) from error

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from base.extras import install
 from service.retrieval.errors import CollectionUnavailable, DocumentRefused, NotInstalled
 from service.retrieval.parsing_child import MEMORY_EXIT
 
@@ -160,7 +161,7 @@ class _Child:
         if "missing" in answer:
             raise NotInstalled(
                 f"reading files needs {answer['missing']}, which is not installed: run "
-                "`pip install -c constraints.txt -e '.[rag]'`"
+                f"`{install('rag')}`"
             )
         if "refused" in answer:
             return DocumentRefused(source.id, answer["refused"])

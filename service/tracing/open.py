@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import structlog
 
+from base.extras import install
 from service.tracing.trace import Tracing, Untraced
 
 VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -29,7 +30,7 @@ def open_tracing(endpoint: str | None, model: str, version: str) -> Tracing:
     if not can_trace():  # a cluster may set the variables for all that runs in it
         logger.warning(
             "not traced",
-            why="OpenTelemetry is not installed: pip install -c constraints.txt -e '.[otel]'",
+            why=f"OpenTelemetry is not installed: {install('otel')}",
         )
         return Untraced()
     from service.tracing.otel import to_collector  # half a second, and only needed here
