@@ -19,6 +19,7 @@ from limits.storage import storage_from_string
 log = logging.getLogger(__name__)
 
 HERE = "async+memory://"
+MINUTE = 60.0
 ANSWER_SECONDS = 0.25  # for the store
 AWAY_SECONDS = 5.0  # until one that gave no answer is asked again
 
@@ -57,6 +58,7 @@ class _Window:
     def __init__(self, store: str) -> None:
         client = {"implementation": "redispy"} if "redis" in store else {}
         storage: Any = storage_from_string(store, wrap_exceptions=True, **client)
+        self._storage = storage
         self._limiter = SlidingWindowCounterRateLimiter(storage)
 
     async def take(
@@ -66,5 +68,27 @@ class _Window:
         do = self._limiter.hit if keep else self._limiter.test
         if await do(item, *names, cost=amount):
             return None
-        stats = await self._limiter.get_window_stats(item, *names)
-        return stats.remaining, max(1.0, min(stats.reset_time - time.time(), 60.0))
+        key = item.key_for(*names)
+        counted = await self._storage.get_sliding_window(key, item.get_expiry())
+        return _left(counted, most), max(1.0, _seconds_until(counted, most, amount))
+
+
+# What `limits` counts: of the minute before this one and how many seconds of it still weigh, and of
+# this one and how long its count is kept: a minute after it has ended.
+Counted = tuple[int, float, int, float]
+
+
+def _left(counted: Counted, most: int) -> int:
+    before, weighs, now, _ = counted
+    return max(0, most - math.floor(before * weighs / MINUTE + now))
+
+
+def _seconds_until(counted: Counted, most: int, amount: int) -> float:
+    """When `amount` is free if nobody takes or gives back any meanwhile. `limits` itself says when
+    one more will be, which is no help to who wants many."""
+    before, weighs, now, kept = counted
+    ends = max(0.0, kept - MINUTE)
+    fits = most - amount + 1  # what is counted has to be below
+    if now < fits:
+        return weighs - MINUTE * (fits - now) / before if before > 0 else 0.0
+    return ends + MINUTE * (1 - fits / now)
