@@ -1,4 +1,5 @@
-"""What every test shares: a cache directory of the run, not the user's."""
+"""What every test shares: a cache directory of the run, not the user's; and examples that are the
+same in every run, however slow the machine is (`--hypothesis-profile=new` looks for others)."""
 
 from __future__ import annotations
 
@@ -8,8 +9,19 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import HealthCheck, settings
 
 from tests import postgres
+
+settings.register_profile(
+    "same",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("new", settings.get_profile("same"), derandomize=False)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session", autouse=True)

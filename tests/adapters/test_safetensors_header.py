@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import safetensors
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.errors import InvalidAdapter, TooLarge, UnsupportedMedia
@@ -210,9 +210,7 @@ def mutants(draw: st.DrawFn) -> bytes:
     return bytes(content)
 
 
-@settings(
-    max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=600)
 @given(mutants())
 def test_mutants_are_refused_or_read_as_the_reference_reads_them(
     tmp_path: Path, content: bytes

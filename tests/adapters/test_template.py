@@ -143,7 +143,7 @@ texts = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(texts, min_size=1, max_size=4), st.sampled_from(sorted(TEMPLATES)))
 def test_no_content_adds_a_control_token(contents: list[str], name: str) -> None:
     tokenizer = TOKENIZER

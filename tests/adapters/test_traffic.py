@@ -28,7 +28,7 @@ def chosen(found: list[Arm], client: str | None, alias: str = ALIAS) -> int:
 Weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weights=Weights, client=st.text(min_size=1, max_size=20), data=st.data())
 def test_a_client_stays(weights: list[float], client: str, data: st.DataObject) -> None:
     found = arms(*weights)
@@ -38,7 +38,7 @@ def test_a_client_stays(weights: list[float], client: str, data: st.DataObject) 
     assert chosen(found, client) == chosen(scaled, client), "90 and 10 are 0.9 and 0.1"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weights=Weights, grown=st.integers(0, 4), factor=st.floats(1, 50))
 def test_only_clients_of_a_growing_arm_move(
     weights: list[float], grown: int, factor: float
@@ -50,7 +50,7 @@ def test_only_clients_of_a_growing_arm_move(
         assert now in (was, grown + 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(weights=Weights)
 def test_a_new_arm_takes_clients_and_moves_no_others(weights: list[float]) -> None:
     before, after = arms(*weights), arms(*weights, 5.0)

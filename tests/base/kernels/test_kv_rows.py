@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base import kernels as dispatch
@@ -13,9 +13,7 @@ from base.kernels.kv_rows import pack, stored_bytes, stored_width, unpack
 from tests.base.kernels.guarded import unaligned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
-relaxed = settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+relaxed = settings(max_examples=25)
 
 
 @relaxed

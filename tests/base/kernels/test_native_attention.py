@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,9 +14,7 @@ from base.kernels import native, reference
 from base.kernels.kv_rows import pack, unpack
 from tests.base.kernels.guarded import Guarded, one_thread, unaligned
 
-relaxed = settings(
-    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+relaxed = settings(max_examples=20)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,9 +13,7 @@ from base.kernels import NF4Weight, PanelWeight, native, reference
 from base.kernels.quantization import NF4_LEVELS
 from tests.base.kernels.guarded import Guarded, one_thread, unaligned
 
-relaxed = settings(
-    deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+relaxed = settings(max_examples=12)
 
 
 def weight_of(out: int, width: int, bits: int = 4) -> PanelWeight:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from base.kernels import LowRank, LowRankPlan, Segment, native, reference
 from tests.base.kernels.guarded import Guarded, one_thread, unaligned
 
-relaxed = settings(
-    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+relaxed = settings(max_examples=20)
 
 
 def random_term(width: int, out: int, rank: int, parts: int, dtype: torch.dtype) -> LowRank:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from base.kernels import NF4Weight, native, reference
 from tests.base.kernels.guarded import Guarded, one_thread, unaligned
 
-relaxed = settings(
-    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+relaxed = settings(max_examples=20)
 MODEL_SHAPES = [(896, 896), (128, 896), (896, 4864), (256, 768), (768, 256), (128, 256)]
 
 

@@ -6,16 +6,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from base import kernels as dispatch
 from base.kernels import native
 from tests.base.kernels.guarded import one_thread, unaligned
 
-relaxed = settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+relaxed = settings(max_examples=25)
 CHUNK = 8192  # of csrc/reduce.h
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -15,9 +15,7 @@ from base.kernels import native
 from base.kernels.steps import GELU_TANH, SILU
 from tests.base.kernels.guarded import Guarded, one_thread, unaligned
 
-relaxed = settings(
-    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+relaxed = settings(max_examples=20)
 FLOATS = (torch.float32, torch.bfloat16)
 
 

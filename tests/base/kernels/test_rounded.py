@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -24,9 +24,7 @@ from base.kernels import (
 )
 from tests.base.kernels.guarded import Guarded, one_thread, unaligned
 
-relaxed = settings(
-    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+relaxed = settings(max_examples=15)
 
 
 def term_of(width: int, out: int, rank: int, parts: int = 0) -> LowRank:

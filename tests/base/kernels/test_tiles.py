@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base.kernels import (
@@ -18,9 +18,7 @@ from base.kernels import (
 )
 from tests.base.kernels.guarded import Guarded
 
-relaxed = settings(
-    deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+relaxed = settings(max_examples=12)
 
 
 @relaxed

@@ -31,7 +31,7 @@ def pieces(tokenizer: Any, text: str, stop: tuple[str, ...] = ()) -> tuple[list[
     return sent, detokenizer
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.text(max_size=40))
 def test_pieces_join_to_the_text(tokenizer: Any, text: str) -> None:
     sent, detokenizer = pieces(tokenizer, text)
@@ -48,7 +48,7 @@ def test_no_piece_shows_half_a_character(tokenizer: Any) -> None:
     assert not any("�" in piece for piece in sent)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     text=st.text(alphabet="ab한", max_size=30),
     stop=st.lists(st.text(alphabet="ab한", min_size=1, max_size=4), min_size=1, max_size=3),

@@ -76,7 +76,7 @@ def digest(sequence: Sequence) -> str:
     return sequence.adapter.digest
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), names=st.integers(2, 4), resident=st.integers(0, 4))
 def test_backlogged_adapters_are_served_alike(
     data: st.DataObject, names: int, resident: int
@@ -180,7 +180,7 @@ def test_the_age_cap_ends_what_counters_alone_would_not() -> None:
     assert 0 < _starved(age_cap=20) <= 30
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     events=st.lists(
         st.tuples(st.sampled_from("abc"), st.integers(1, 12), st.integers(1, 8)), max_size=40

@@ -224,9 +224,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(s.holds_adapter for s in running if s.adapter)
 
 
-SchedulerMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
+SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestScheduler = SchedulerMachine.TestCase
 
 

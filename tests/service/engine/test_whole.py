@@ -181,5 +181,5 @@ class Whole(RuleBasedStateMachine):
         assert host.allocated == sum(nbytes for _, nbytes in host.items()) <= host.budget
 
 
-Whole.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+Whole.TestCase.settings = settings(max_examples=40, stateful_step_count=40)
 TestWhole = Whole.TestCase

@@ -112,7 +112,7 @@ def test_hostile_passages_stay_quotations(assembly: Assembly, hostile: str, form
         assert "<|im_end|>" in body.partition("[2]")[0], "what it says can still be read"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(["\n", "\r", "\u2028", "\x1c", "[2] ", "Question: ", "a", " "])))
 def test_no_line_of_a_passage_begins_at_the_margin(pieces: list[str]) -> None:
     first, *rest = block(["".join(pieces)]).removeprefix("Passages:\n").splitlines() or [""]

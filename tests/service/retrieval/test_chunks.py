@@ -100,7 +100,7 @@ def test_too_long_a_document_is_refused(chunker: Chunker) -> None:
         chunker.cut(Document("d", "word " * 900_000), 192, 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text(st.sampled_from("ab .\n#`\r\u2028é한\t"), min_size=1, max_size=200))
 def test_any_text_gives_slices_or_a_refusal(text: str) -> None:
     try:
