@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from service.engine.model_runner import Resident
 from service.engine.request import AdapterRef, Finished, Request, Sampling, Token
 from service.engine.stream import Stream
 from tests.oracle import PeftOracle, make_adapter, read_manifest, relative_error
+from tests.waiting import PATIENCE
 
 
 @dataclass(slots=True)
@@ -148,7 +150,43 @@ def _nothing(ref: AdapterRef) -> LoweredAdapter:
     raise LookupError(f"no adapter {ref.name!r} here")
 
 
-def collect(stream: Stream, timeout: float = 60) -> tuple[list[Token], list[Finished]]:
+@contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """Within it the engine stands between two steps: what is submitted meanwhile is all there when
+    the next one begins, whatever thread has the processor."""
+    stands, go = threading.Event(), threading.Event()
+
+    def stand() -> None:
+        stands.set()
+        go.wait(PATIENCE)
+
+    engine._mailbox.post(stand)
+    assert stands.wait(PATIENCE)
+    try:
+        yield
+    finally:
+        go.set()
+
+
+@contextmanager
+def slowly(engine: Engine, seconds: float = 0.05) -> Iterator[None]:
+    """Within it a step takes so long at least, so that what runs is still running when another
+    thread comes to look at it."""
+    over, step = threading.Event(), engine._step
+
+    def slow() -> None:
+        step()
+        over.wait(seconds)
+
+    engine._step = slow  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        engine._step = step  # type: ignore[method-assign]
+        over.set()
+
+
+def collect(stream: Stream, timeout: float = PATIENCE) -> tuple[list[Token], list[Finished]]:
     """All events of one request."""
     tokens: list[Token] = []
     ends: list[Finished] = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,8 +18,9 @@ from service.api.door import Bounds
 from service.app import create_app, shedder
 from service.config import Settings
 from tests.oracle import make_adapter, make_base
+from tests.waiting import PATIENCE, until
 
-PATIENCE = 120  # seconds, for whatever must happen at all
+__all__ = ["PATIENCE", "Running", "until"]
 
 
 class Running:
@@ -50,18 +51,20 @@ class Running:
         desk: Desk = self.app.state.desk
         return desk
 
+    @property
+    def engine(self) -> Any:
+        assert self.desk.serving is not None
+        return self.desk.serving.engine
+
+    def settle(self) -> None:
+        """Wait for what follows a reply: the end of its task, and of the step that counts it."""
+        until(lambda: not self.server.server_state.tasks)
+        self.engine.check_integrity()
+
     def stop(self) -> None:
         self.server.should_exit = True
         self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
-
-
-def until(condition: object, within: float = PATIENCE) -> None:
-    """Wait for a condition; fail when it does not come true."""
-    end = time.monotonic() + within
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ from tests.zoo import (
     assert_equals_oracle,
     collect,
     greedy,
+    held,
     random_prompt,
     specimen,
 )
@@ -363,7 +364,11 @@ def serve(base: Base, home: Path, names: tuple[str | None, ...]) -> list[bool]:
             greedy(str(i), random_prompt(rng, 500, 40), name and zoo.named(name).ref(), new=6 + i)
             for i, name in enumerate(names)
         ]
-        outputs = [collect(stream) for stream in [engine.submit(each) for each in asked]]
+        for name in filter(None, names):  # who is loaded late would end late
+            engine.load(zoo.named(name).ref())
+        with held(engine):
+            streams = [engine.submit(each) for each in asked]
+        outputs = [collect(stream) for stream in streams]
         for request, name, (tokens, (end,)) in zip(asked, names, outputs, strict=True):
             assert (end.reason, end.error) == ("length", None)
             rows = {p: row.cpu() for p, row in recorder.rows(request.id).items()}

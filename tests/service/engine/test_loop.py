@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,8 @@ from service.errors import (
     Overloaded,
 )
 from tests.oracle import make_adapter, make_base
-from tests.zoo import Zoo, collect, greedy, specimen, start
+from tests.waiting import PATIENCE, until
+from tests.zoo import Zoo, collect, greedy, held, slowly, specimen, start
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +132,11 @@ def test_preempted_sequences_say_the_same(zoo: Zoo) -> None:
     preempted: list[int] = []
     tight = start(base, Zoo(zoo.source, base, zoo.specimens), kv_cache_bytes=token * 16 * 9)
     tight._observer.stepped = lambda report: preempted.append(report.preempted)  # type: ignore
-    streams = [tight.submit(request) for request in requests]
+    with held(tight):
+        streams = [tight.submit(request) for request in requests]
     assert [[t.id for t in collect(s)[0]] for s in streams] == want
-    assert sum(preempted) > 0, "the cache was meant to be too small"
     tight.check_integrity()
+    assert sum(preempted) > 0, "the cache was meant to be too small"
     tight.stop()
 
 
@@ -172,11 +173,12 @@ def test_prompt_logprobs_are_those_of_the_model(engine: Engine, zoo: Zoo) -> Non
 
 
 def test_cancelling_frees_all_within_a_step(engine: Engine) -> None:
-    streams = [engine.submit(long(str(i))) for i in range(70)]
-    next(iter(streams[0].iterate(30)))
-    for stream in streams:
-        stream.cancel()
-        stream.cancel()
+    with slowly(engine):
+        streams = [engine.submit(long(str(i))) for i in range(70)]
+        next(iter(streams[0].iterate(PATIENCE)))
+        for stream in streams:
+            stream.cancel()
+            stream.cancel()
     for stream in streams:
         _, (end,) = collect(stream)
         assert end.reason == "cancelled"
@@ -186,14 +188,15 @@ def test_cancelling_frees_all_within_a_step(engine: Engine) -> None:
 
 def test_a_full_queue_refuses_and_serves_on(zoo: Zoo) -> None:
     engine = start(zoo.base, zoo, max_waiting=4, max_sequences=1)
-    streams = [engine.submit(long(str(i), new=30)) for i in range(2)]
     refused = []
-    for i in range(10):
-        try:
-            streams.append(engine.submit(long(f"x{i}", new=30)))
-        except Overloaded as error:
-            refused.append(error.retry_after)
-    assert refused
+    with held(engine):
+        streams = [engine.submit(long(str(i), new=30)) for i in range(2)]
+        for i in range(10):
+            try:
+                streams.append(engine.submit(long(f"x{i}", new=30)))
+            except Overloaded as error:
+                refused.append(error.retry_after)
+    assert len(streams) == 4
     assert min(refused) > 0
     assert all(collect(stream)[1][0].reason == "length" for stream in streams)
     assert ids(engine, greedy("later", prompt(4)))
@@ -203,14 +206,15 @@ def test_a_full_queue_refuses_and_serves_on(zoo: Zoo) -> None:
 def test_a_queue_of_long_prompts_refuses_before_it_is_full(zoo: Zoo) -> None:
     engine = start(zoo.base, zoo, max_waiting_tokens=100, max_sequences=1)
     for _ in range(2):  # what has left, cancelled or served, counts no more
-        streams = [engine.submit(greedy(str(i), prompt(30), new=20)) for i in range(3)]
         refused = 0
-        for i in range(10):
-            try:
-                streams.append(engine.submit(greedy(f"x{i}", prompt(30), new=20)))
-            except Overloaded as error:
-                refused += "tokens wait already" in str(error)
-        assert refused >= 6
+        with held(engine):
+            streams = [engine.submit(greedy(str(i), prompt(30), new=20)) for i in range(3)]
+            for i in range(10):
+                try:
+                    streams.append(engine.submit(greedy(f"x{i}", prompt(30), new=20)))
+                except Overloaded as error:
+                    refused += "tokens wait already" in str(error)
+        assert refused == 10
         streams[-1].cancel()
         for stream in streams:
             collect(stream)
@@ -239,18 +243,19 @@ def test_draining_finishes_what_runs_and_admits_nothing(engine: Engine) -> None:
     stream = engine.submit(long("1", new=50))
     drained = threading.Thread(target=engine.drain)
     drained.start()
-    time.sleep(0.02)
+    until(lambda: engine._door.draining)
     with pytest.raises(Draining):
         engine.submit(long("2"))
     assert collect(stream)[1][0].reason == "length"
-    drained.join(30)
+    drained.join(PATIENCE)
     assert not drained.is_alive()
 
 
 def test_stopping_ends_every_stream(zoo: Zoo) -> None:
     engine = start(zoo.base, zoo)
-    streams = [engine.submit(long(str(i))) for i in range(3)]
-    engine.stop()
+    with slowly(engine):
+        streams = [engine.submit(long(str(i))) for i in range(3)]
+        engine.stop()
     assert [collect(s)[1][0].reason for s in streams] == ["cancelled"] * 3
     with pytest.raises(EngineFailed):
         engine.submit(long("late"))
@@ -313,16 +318,17 @@ def test_a_pinned_adapter_keeps_its_slot(zoo: Zoo) -> None:
 def test_forgetting_waits_for_what_runs_and_drops_its_blocks(engine: Engine, zoo: Zoo) -> None:
     ref = zoo.specimens[0].ref()
     ids(engine, greedy("warm", prompt(40), ref))
-    stream = engine.submit(greedy("running", prompt(40), ref, 150))
-    next(iter(stream.iterate(30)))
     gone = threading.Thread(target=engine.forget, args=(ref.digest,))
-    gone.start()
-    time.sleep(0.02)
-    with pytest.raises(AdapterNotFound):
-        engine.submit(greedy("late", prompt(4), ref))
+    with slowly(engine):
+        stream = engine.submit(greedy("running", prompt(40), ref, 150))
+        next(iter(stream.iterate(PATIENCE)))
+        gone.start()
+        until(lambda: ref.digest in engine._door.forgotten)
+        with pytest.raises(AdapterNotFound):
+            engine.submit(greedy("late", prompt(4), ref))
     _, (end,) = collect(stream)
     assert end.reason == "length", "what ran was let run"
-    gone.join(30)
+    gone.join(PATIENCE)
     assert not gone.is_alive()
     assert [r for r in engine.residents() if r.digest == ref.digest] == []
     _, (cold,) = collect(engine.submit(greedy("back", prompt(40), ref)))
@@ -399,7 +405,7 @@ def test_a_fault_of_the_engine_ends_every_request_with_its_reason(zoo: Zoo) -> N
     assert end.reason == "error"
     assert isinstance(end.error, EngineFailed)
     assert "no memory left" in str(end.error)
-    engine._thread.join(10)
+    engine._thread.join(PATIENCE)
     assert not engine.alive
     with pytest.raises(EngineFailed, match="no memory left"):
         engine.submit(greedy("2", prompt(4)))

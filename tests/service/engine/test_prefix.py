@@ -19,7 +19,7 @@ from service.engine.loop import Engine
 from service.engine.request import AdapterRef, Request
 from service.errors import GenerationFailed, InvalidRequest
 from tests.oracle import make_adapter, make_base
-from tests.zoo import Recorder, Zoo, assert_equals_oracle, collect, greedy, specimen, start
+from tests.zoo import Recorder, Zoo, assert_equals_oracle, collect, greedy, held, specimen, start
 
 # With blocks of 16: no whole block, one exactly, one and a piece, two and a piece.
 KINDS: dict[str, dict[str, Any]] = {
@@ -101,7 +101,8 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 def serve(engine: Engine, recorder: Recorder, zoo: Zoo, requests: list[Request]) -> None:
     """All at once; every output and every logits row is PEFT's for that adapter alone."""
     recorder.clear()
-    streams = [engine.submit(request) for request in requests]
+    with held(engine):
+        streams = [engine.submit(request) for request in requests]
     for request, stream in zip(requests, streams, strict=True):
         tokens, (end,) = collect(stream)
         assert (end.reason, end.error) == ("length", None)
@@ -188,7 +189,8 @@ def test_sequences_of_one_adapter_share_the_blocks_of_its_prefix(zoo: Zoo) -> No
 
     engine._runner.run = spy  # type: ignore[method-assign]
     requests = [greedy(str(i), prompt(5, i), ref(zoo, "prefix_tuning"), 30) for i in range(3)]
-    streams = [engine.submit(replace(r, tenant=r.id)) for r in requests]
+    with held(engine):  # so that the last step has all of them
+        streams = [engine.submit(replace(r, tenant=r.id)) for r in requests]
     for stream in streams:
         collect(stream)
     assert len(seen) == 3

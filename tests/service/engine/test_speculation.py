@@ -29,7 +29,8 @@ from service.engine.speculation import (
 )
 from service.grammars import Grammar, Grammars
 from tests.oracle import make_adapter, make_base
-from tests.zoo import Zoo, collect, greedy, specimen, start
+from tests.waiting import PATIENCE
+from tests.zoo import Zoo, collect, greedy, held, specimen, start
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4},
@@ -223,7 +224,9 @@ def mixed(zoo: Zoo, count: int) -> list[Request]:
 def told(engine: Engine, requests: list[Request]) -> list[Any]:
     """All that each of them says, however it was computed."""
     answers = []
-    for stream in [engine.submit(request) for request in requests]:
+    with held(engine):  # so that they run together
+        streams = [engine.submit(request) for request in requests]
+    for stream in streams:
         tokens, ends = collect(stream)
         assert all(end.error is None for end in ends)
         said = [
@@ -363,7 +366,7 @@ def test_a_step_that_fails_with_drafts_is_run_again_without(zoo: Zoo) -> None:
 
 def test_cancelling_between_drafts_frees_all(engine: Engine) -> None:
     streams = [engine.submit(lookup(str(i), [9] * 30, 300, **forced(9))) for i in range(12)]
-    next(iter(streams[0].iterate(30)))
+    next(iter(streams[0].iterate(PATIENCE)))
     for stream in streams:
         stream.cancel()
     for stream in streams:

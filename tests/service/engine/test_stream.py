@@ -11,6 +11,7 @@ import pytest
 
 from service.engine.request import Event, Finished, Token
 from service.engine.stream import Stream
+from tests.waiting import PATIENCE
 
 
 def token(index: int = 0, last: bool = False) -> Token:
@@ -36,7 +37,7 @@ async def read(stream: Stream, said: Sequence[Event]) -> tuple[list[Event], int]
     loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
     engine = threading.Thread(target=lambda: [stream.push(event) for event in said])
     engine.start()
-    found = await asyncio.wait_for(reading, 10)
+    found = await asyncio.wait_for(reading, PATIENCE)
     engine.join()
     return found, wakes
 
