@@ -15,6 +15,7 @@ from service.api import door
 from service.api.door import Bounds, Door
 from service.tracing.trace import Untraced
 from tests.service.api.conftest import Running, until
+from tests.waiting import LOOP_TIME, simulated
 
 CANARY = "canary-of-a-secret-prompt"
 
@@ -42,7 +43,7 @@ def through(bounds: Bounds, app: Any, messages: list[dict[str, Any]], **scope: A
         "headers": [(b"transfer-encoding", b"chunked")],
         **scope,
     }
-    asyncio.run(Door(app, bounds, Untraced())(whole, receive, send))
+    simulated(Door(app, bounds, Untraced())(whole, receive, send))
     return sent
 
 
@@ -61,6 +62,7 @@ def piece(body: bytes, more: bool = True) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(door, "time", LOOP_TIME)
 
 
 def test_a_slow_body_is_not_waited_for() -> None:

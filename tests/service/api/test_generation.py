@@ -12,6 +12,7 @@ from service.api.generation import Collector, Origin, completion, stream_events
 from service.api.generation_schema import StreamEvent
 from service.engine.request import Event, Finished, Request, Sampling, Token
 from service.errors import Draining, GenerationFailed
+from tests.waiting import simulated
 
 
 class Played:
@@ -55,7 +56,7 @@ def events_of(stream: Played, about: Origin) -> list[dict[str, Any]]:
     async def collect() -> list[dict[str, Any]]:
         return [event async for event in stream_events(stream, about, "id")]
 
-    events = asyncio.run(collect())
+    events = simulated(collect())
     for event in events:
         if "error" not in event:
             StreamEvent.model_validate(event)
@@ -86,7 +87,7 @@ def test_no_token_waits_for_the_next_one() -> None:
         async for event in stream_events(Watched(), origin(), "id"):
             seen.append(event["token"]["text"])
 
-    asyncio.run(collect())
+    simulated(collect())
     assert seen[:2] == ["a", "next"]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import socket
+import time
 from typing import Any
 
 import httpx
@@ -115,6 +116,7 @@ def test_each_is_counted_and_a_second_has_one_line(
         return float(found[1]) if found else -1.0
 
     before = counted()
+    begun = time.monotonic()
     with capture_logs() as logs:
         ids = [client.post("/generate", json=BODY).headers["x-request-id"] for _ in range(20)]
         # A line of the test before may not have been written yet, and takes some of these.
@@ -122,7 +124,7 @@ def test_each_is_counted_and_a_second_has_one_line(
         until(lambda: any(line.get("last") == ids[-1] for line in logs))
     assert counted() - before == 20
     told = [line for line in logs if line["event"] == "requests refused"]
-    assert len(told) < 10
+    assert len(told) < 2 + (time.monotonic() - begun) / 0.1
     assert not any(line["event"] == "request" and line["status"] == 503 for line in logs)
     for one in ids:
         assert any(line["first"] <= one <= line["last"] for line in told)

@@ -11,6 +11,7 @@ import pytest
 
 from service.api import sse
 from service.api.sse import EventReply, encoded
+from tests.waiting import LOOP_TIME, simulated
 
 
 class Wire:
@@ -57,7 +58,7 @@ def test_whole_stream() -> None:
         await play(EventReply(events(), lambda: closed.append(1), {"x-a": "b"}), wire)
         return wire, len(closed)
 
-    wire, closed = asyncio.run(run())
+    wire, closed = simulated(run())
     assert wire.body == b'data: {"n": 1}\n\ndata: {"n": 2}\n\n'
     assert closed == 1
     headers = dict(wire.sent[0]["headers"])
@@ -79,7 +80,7 @@ def test_a_client_that_goes_ends_it() -> None:
         await asyncio.wait_for(play(reply, wire), 10)
         return len(closed)
 
-    assert asyncio.run(run()) == 1
+    assert simulated(run()) == 1
 
 
 def test_a_client_that_went_before_the_first_event() -> None:
@@ -93,14 +94,14 @@ def test_a_client_that_went_before_the_first_event() -> None:
         await asyncio.wait_for(play(EventReply(events(), lambda: closed.append(1), {}), wire), 10)
         return len(closed)
 
-    assert asyncio.run(run()) == 1
+    assert simulated(run()) == 1
 
 
 def test_silence_is_filled_with_pings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sse, "PING_SECONDS", 0.02)
+    monkeypatch.setattr(sse, "time", LOOP_TIME)
 
     async def events() -> AsyncIterator[dict[str, int]]:
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(2.5 * sse.PING_SECONDS)
         yield {"n": 1}
 
     async def run() -> Wire:
@@ -108,6 +109,5 @@ def test_silence_is_filled_with_pings(monkeypatch: pytest.MonkeyPatch) -> None:
         await play(EventReply(events(), lambda: None, {}), wire)
         return wire
 
-    body = asyncio.run(run()).body
-    assert body.startswith(b": ping\n\n: ping\n\n")
-    assert body.endswith(b'data: {"n": 1}\n\n')
+    body = simulated(run()).body
+    assert body == b': ping\n\n: ping\n\ndata: {"n": 1}\n\n'

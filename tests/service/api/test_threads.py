@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from service.api.threads import TENANT, Threads
+from tests.waiting import PATIENCE
 
 
 class Work:
@@ -25,7 +26,7 @@ class Work:
 
         def work() -> str:
             self.began.append(name)
-            assert self.ends[name].wait(30)
+            assert self.ends[name].wait(PATIENCE)
             return name
 
         async def run() -> str:
@@ -36,7 +37,7 @@ class Work:
 
     async def running(self, *names: str) -> None:
         """Exactly these have begun, so far."""
-        for _ in range(2000):
+        for _ in range(24_000):
             if set(self.began) == set(names):
                 break
             await asyncio.sleep(0.005)
