@@ -24,13 +24,36 @@ import uvicorn
 from service.app import Server, create_app, serve
 from service.config import Settings
 from tests.oracle import make_adapter, make_base
+from tests.waiting import until
+from tests.zoo import slowly
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0  # seconds; a bound for a broken server, not a measurement
-SERVE = (
-    "import sys; from service.app import serve; from service.config import Settings; "
-    "serve(Settings.model_validate_json(sys.argv[1]))"
-)
+# As `nibble serve`; and as long as the second argument is a file, each step takes a while.
+SERVE = """
+import sys, time
+from pathlib import Path
+from service.admission import Admission
+from service.app import serve
+from service.config import Settings
+
+slow, open_door = Path(sys.argv[2]), Admission.open
+
+def open_slowed(self, *given):
+    from service.engine.model_runner import ModelRunner  # which the server has loaded by now
+
+    run = ModelRunner.run
+
+    def slowed(*step):
+        time.sleep(0.05 * slow.exists())
+        return run(*step)
+
+    ModelRunner.run = slowed
+    open_door(self, *given)
+
+Admission.open = open_slowed
+serve(Settings.model_validate_json(sys.argv[1]))
+"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,7 @@ class Started:
 
     process: subprocess.Popen[bytes]
     log: Path
+    slow: Path
     clients: ExitStack
 
     def lines(self, event: str) -> list[dict[str, Any]]:
@@ -86,11 +110,12 @@ def started(tmp_path: Path) -> Iterator[Any]:
             **settings,
         }
         log = tmp_path / f"log-{len(processes)}"
+        slow = tmp_path / f"slow-{len(processes)}"
         with log.open("wb") as sink:
-            command = [sys.executable, "-c", SERVE, json.dumps(fields)]
+            command = [sys.executable, "-c", SERVE, json.dumps(fields), str(slow)]
             process = subprocess.Popen(command, cwd=ROOT, stdout=sink, stderr=sink)
         processes.append(process)
-        return Started(process, log, clients)
+        return Started(process, log, slow, clients)
 
     with ExitStack() as clients:
         yield start
@@ -110,6 +135,7 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(
     body = {"inputs": "two boats left", "parameters": parameters}
     events: list[dict[str, Any]] = []
     first = threading.Event()
+    server.slow.touch()
 
     def read() -> None:
         with client.stream("POST", "/generate_stream", json=body) as reply:
@@ -128,6 +154,7 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(
         refused = late.post("/generate", json=body)
         alive = late.get("/health")
     assert len(events) < 600, "the stream ended too early to show anything"
+    server.slow.unlink()
     assert ready.status_code == refused.status_code == 503
     assert refused.json()["error_type"] == "draining"
     assert "retry-after" in refused.headers
@@ -152,14 +179,12 @@ def test_drain_is_bounded(base_directory: Path, tmp_path: Path) -> None:
     server = Server(uvicorn.Config(app, port=0, log_config=None), app.state.desk)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    end = time.monotonic() + PATIENCE
-    while app.state.desk.admission.state != "ready":
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(lambda: app.state.desk.admission.state == "ready", PATIENCE)
     host, port = server.servers[0].sockets[0].getsockname()[:2]
     body = {"inputs": "a", "parameters": {"max_new_tokens": 1000, "ignore_eos": True}}
     with (
         httpx.Client(base_url=f"http://{host}:{port}", timeout=PATIENCE) as client,
+        slowly(app.state.desk.serving.engine),
         client.stream("POST", "/generate_stream", json=body) as reply,
     ):
         lines = reply.iter_lines()
@@ -228,11 +253,8 @@ def test_kill_in_the_middle_of_an_upload(
     uploads = tmp_path / "home" / "uploads"
     with socket.create_connection((host, port)) as connection:
         connection.sendall(half + b"w" * 3_000_000)
-        end = time.monotonic() + PATIENCE
         # Until bytes of it are on the disk.
-        while not any(path.stat().st_size > 0 for path in uploads.iterdir()):
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(lambda: any(path.stat().st_size for path in uploads.iterdir()), PATIENCE)
         server.process.kill()
         server.process.wait()
     assert list(uploads.iterdir()), "the kill came too late to show anything"
@@ -245,6 +267,7 @@ def test_kill_in_the_middle_of_an_upload(
     assert listed == {"kept": kept.json()["digest"]}
     assert client.post("/generate", json=body).json()["generated_text"] == text
     # The first signal drains, the second one does not wait.
+    again.slow.touch()
     slow = {"inputs": "a", "parameters": {"max_new_tokens": 1000, "ignore_eos": True}}
     with client.stream("POST", "/generate_stream", json=slow) as reply:
         next(reply.iter_lines())
