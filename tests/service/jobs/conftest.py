@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,9 @@ from service.jobs.order import FileStamp, Order
 from service.jobs.process import Confinement
 from service.jobs.queue import Queue
 from service.jobs.runner import Runner, Workshop
+from tests.waiting import PATIENCE, until
 
 HOME = "0" * 32
-PATIENCE = 60.0
 
 
 @pytest.fixture
@@ -109,22 +108,20 @@ class Bench:
         self.start()
 
     def until(self, job: Job, *statuses: Status) -> Job:
-        end = time.monotonic() + PATIENCE
-        while (now := self.queue.get(job.id)).status not in statuses:
-            assert time.monotonic() < end, now
-            time.sleep(0.02)
-        return now
+        until(lambda: self.queue.get(job.id).status in statuses)
+        return self.queue.get(job.id)
 
     def step(self, job: Job, number: int) -> None:
         """Wait until a step of the job is logged."""
         log = self.home / "jobs" / job.id / "adapter/run/log.jsonl"
         self.when(lambda: log.exists() and log.read_text().count("\n") >= number)
 
+    def go(self, job: Job) -> None:
+        """Let a run go on that waits behind a step."""
+        (self.home / "jobs" / job.id / "adapter/run/go").touch()
+
     def when(self, condition: Callable[[], bool]) -> None:
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        until(condition)
 
     def messages(self, job: Job) -> list[str]:
         return [note.message for note in self.queue.notes(job.id)]

@@ -1,7 +1,8 @@
 """Stands in for `nibble train` where a test is about the queue: it keeps the contract of its log.
 
 What it does is in plan.json beside it: how its check ends, how many steps its run has, how long
-each takes, and at which step it dies once. A step's loss depends on the step alone.
+each takes, at which step it dies, once or always, and behind which it waits to be let go or to be
+asked to stop. A step's loss depends on the step alone.
 """
 
 import json
@@ -41,9 +42,11 @@ def run() -> int:
         line = {"number": step, "loss": 1 / step, "learning_rate": 0.1, "tokens": 8 * step}
         with (RUN / "log.jsonl").open("a") as file:
             file.write(json.dumps({**line, "time": time.time()}) + "\n")
-        if step == PLAN.get("dies_at") and not (RUN / "died").exists():
-            (RUN / "died").touch(exist_ok=bool(PLAN.get("always")))
+        if step == PLAN.get("dies_at") and (PLAN.get("always") or not (RUN / "died").exists()):
+            (RUN / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        while step == PLAN.get("holds_at") and not stopped and not (RUN / "go").exists():
+            time.sleep(0.01)
         if step % 2 == 0 or stopped:
             kept.write_text(str(step))
             happened("checkpoint", step=step)

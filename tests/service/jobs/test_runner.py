@@ -57,10 +57,11 @@ def test_what_was_not_published_can_be_later(bench: Bench, tmp_path: Path) -> No
     workshop = Workshop(bench.home / "jobs", "a base")
     published: Any = bench.published
     office = Office(bench.queue, bench.files, workshop, published, 8)
-    job = begin(bench, tmp_path, publish=False)
-    if bench.queue.get(job.id).status != "succeeded":
-        with pytest.raises(WrongState, match="only what succeeded"):
-            office.publish(job.id)
+    job = begin(bench, tmp_path, {"holds_at": 1}, publish=False)
+    bench.step(job, 1)
+    with pytest.raises(WrongState, match="only what succeeded"):
+        office.publish(job.id)
+    bench.go(job)
     bench.until(job, "succeeded")
     bench.published.error = InvalidAdapter("not finite", "lora_A")
     with pytest.raises(InvalidAdapter):
@@ -119,9 +120,11 @@ def test_a_file_that_the_disk_lost_ends_it(bench: Bench, tmp_path: Path) -> None
 def test_a_file_that_is_deleted_meanwhile_is_still_there_for_the_job(
     bench: Bench, tmp_path: Path
 ) -> None:
-    job = begin(bench, tmp_path, {"seconds": 0.02})
-    bench.until(job, "running")
+    job = begin(bench, tmp_path, {"holds_at": 1})
+    bench.step(job, 1)
+    assert bench.queue.get(job.id).status == "running"
     bench.files.delete(job.order.training.id)
+    bench.go(job)
     assert bench.until(job, "succeeded", "failed").status == "succeeded"
 
 
@@ -133,9 +136,10 @@ def data_of(bench: Bench, job: Job) -> list[str]:
 
 def test_a_job_that_is_over_holds_no_data(bench: Bench, tmp_path: Path) -> None:
     """Else who deletes its files and cancels it keeps them on the disk for ever."""
-    done = begin(bench, tmp_path, {"seconds": 0.02})
+    done = begin(bench, tmp_path, {"holds_at": 1})
     bench.step(done, 1)
     assert "training_file.jsonl" in data_of(bench, done)
+    bench.go(done)
     bench.until(done, "succeeded")
     bench.when(lambda: data_of(bench, done) == ["events.jsonl", "log.jsonl"])
     bench.stop()
@@ -180,13 +184,7 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(bench: Bench, tmp_path
 def test_a_run_that_is_killed_again_and_again_ends_with_the_reason(
     bench: Bench, tmp_path: Path
 ) -> None:
-    says = {"says": "", "dies_at": 1}
-    bench.plan = says
     job = begin(bench, tmp_path, {"dies_at": 1, "always": True})
-    died = bench.home / "jobs" / job.id / "adapter/run/died"
-    for _ in range(2):
-        bench.when(died.exists)
-        died.unlink()
     job = bench.until(job, "failed")
     assert job.error is not None
     assert job.error.code == "killed"
@@ -213,24 +211,23 @@ def test_why_a_run_failed_is_told(
 
 
 def test_pause_and_resume(bench: Bench, tmp_path: Path) -> None:
-    job = begin(bench, tmp_path, {"seconds": 0.05})
+    job = begin(bench, tmp_path, {"holds_at": 3})
     bench.step(job, 3)
     assert bench.queue.pause(job.id).status in ("running", "paused")
     job = bench.until(job, "paused", "succeeded")
     assert job.status == "paused"
     assert job.asked is None
-    taken = len(numbers(bench, job))
-    assert 3 <= taken < 8
+    assert numbers(bench, job) == [1, 2, 3]
     bench.queue.resume(job.id)
     assert bench.until(job, "succeeded", "failed").status == "succeeded"
     starts = progress.happened(bench.home / "jobs" / job.id, "started")
-    assert [one.data["step"] for one in starts] == [0, taken]
+    assert [one.data["step"] for one in starts] == [0, 3]
     with pytest.raises(WrongState, match="succeeded"):
         bench.queue.pause(job.id)
 
 
 def test_cancel_ends_what_runs_and_what_waits(bench: Bench, tmp_path: Path) -> None:
-    job = begin(bench, tmp_path, {"seconds": 0.05})
+    job = begin(bench, tmp_path, {"holds_at": 2})
     waiting = bench.queue.add(order_of(keep(bench.files, tmp_path)))
     bench.step(job, 2)
     bench.until(waiting, "queued")
@@ -263,16 +260,15 @@ def test_one_job_at_a_time_in_order(bench: Bench, tmp_path: Path) -> None:
 def test_a_server_that_stops_lets_its_job_go_on_at_the_next_start(
     bench: Bench, tmp_path: Path
 ) -> None:
-    job = begin(bench, tmp_path, {"seconds": 0.05})
+    job = begin(bench, tmp_path, {"holds_at": 3})
     bench.step(job, 3)
     bench.stop()
     assert bench.queue.get(job.id).status == "queued"
-    taken = len(numbers(bench, job))
-    assert 3 <= taken < 8
+    assert numbers(bench, job) == [1, 2, 3]
     bench.restart()
     assert bench.until(job, "succeeded", "failed").status == "succeeded"
     starts = progress.happened(bench.home / "jobs" / job.id, "started")
-    assert [one.data["step"] for one in starts] == [0, taken]
+    assert [one.data["step"] for one in starts] == [0, 3]
 
 
 def test_a_job_that_ran_when_the_server_was_killed_is_queued_again(
