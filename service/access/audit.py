@@ -3,9 +3,11 @@ before.
 
 Every request that changes something, every reply (with the digests that served it) and everything
 that was forbidden is a line; no prompt, output, variable, name of a file or secret ever is. A line
-taken out, put in or changed breaks the chain, and `nibble audit verify` says where; only the newest
-lines can be cut off unseen, so ship the last hash elsewhere where that matters. Lines are written
-soon after their request, off its road: what ends the process takes the last tenths of a second.
+taken out, put in or changed breaks the chain, and `nibble audit verify` says where. What is dropped
+at the beginning, since the log is full, is said by a line. What is cut off at the end is noticed by
+the server that wrote it; where none ran, by whoever kept a later hash, which a running server logs
+now and then. Lines are written soon after their request, off its road: what ends the process takes
+the last tenths of a second.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +30,8 @@ log = logging.getLogger(__name__)
 
 START = "0" * 64  # the hash before the first line
 WRITE_SECONDS = 0.2
+TELL_SECONDS = 600.0  # how often the last hash is logged, where there are new lines
+DROP, CUT = "audit drop", "audit cut"  # what is done to the log itself
 SEGMENT_BYTES = 64 << 20
 UNWRITTEN = 100_000  # lines that wait for a disk that fails
 TAIL_BYTES = 1 << 16  # longer than any line
@@ -54,11 +59,12 @@ class AuditLog:
         self._wake = threading.Event()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._newest = (0, START)  # number and hash of the last line that was written here
+        self._told = (time.monotonic(), START)
 
     def note(self, action: str, **said: Any) -> None:
         """One line: what was done, and of what; empty values are left out. Returns at once."""
-        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "action": action}
-        line |= {key: _bounded(value) for key, value in said.items() if value}
+        line = _said(action, **said)
         with self._listing:
             self._waiting.append(line)
             if self._thread is None:
@@ -72,6 +78,7 @@ class AuditLog:
         if self._thread is not None:
             self._thread.join()
         self.flush()
+        self._tell()
 
     def flush(self) -> None:
         """Write what waits, durably. A disk that fails is logged, and the lines wait on."""
@@ -92,7 +99,16 @@ class AuditLog:
             self._wake.wait()
             self._wake.clear()
             self.flush()
+            if time.monotonic() - self._told[0] > TELL_SECONDS:
+                self._tell()
             self._closed.wait(WRITE_SECONDS)
+
+    def _tell(self) -> None:
+        """Log the last hash, for whoever keeps logs elsewhere."""
+        number, newest = self._newest
+        if newest != self._told[1]:
+            log.info("audit log: line %d has the hash %s", number, newest)
+        self._told = (time.monotonic(), newest)
 
     def _append(self, batch: list[dict[str, Any]]) -> None:
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -100,9 +116,16 @@ class AuditLog:
             files = segments(self._directory)
             path = files[-1] if files else self._directory / _segment(1)
             number, previous = _end_of(files)
+            if self._was_cut(files, number):
+                gone, newest = self._newest
+                log.error("the audit log was cut: line %d, %s, is missing", gone, newest)
+                batch = [_said(CUT, line=gone, missing=newest), *batch]
+            full: list[Path] = []
             if path.exists() and path.stat().st_size > SEGMENT_BYTES:
                 path = self._directory / _segment(_index(path) + 1)
-                self._drop_oldest(files)
+                full = self._oldest(files)
+                if full:
+                    batch = [_said(DROP, through=_end_of(full)[0]), *batch]
             lines = []
             for said in batch:
                 number += 1
@@ -110,14 +133,26 @@ class AuditLog:
                 previous = _hash(line)
                 lines.append(json.dumps({**line, "hash": previous}, ensure_ascii=False))
             with path.open("ab") as file:
-                file.write(("\n".join(lines) + "\n").encode())
+                file.write(_bytes("\n".join(lines) + "\n"))
                 file.flush()
                 os.fsync(file.fileno())
+            self._newest = (number, previous)
+            for one in full:  # what was said first, and then done
+                one.unlink()
 
-    def _drop_oldest(self, files: list[Path]) -> None:
-        """Whole segments, the oldest first, until the rest is within `max_bytes`."""
-        while len(files) > 1 and sum(path.stat().st_size for path in files) > self._max_bytes:
-            files.pop(0).unlink()
+    def _was_cut(self, files: list[Path], number: int) -> bool:
+        """Whether a line that was written here is gone, or another stands in its place. Others may
+        have written since."""
+        mine, newest = self._newest
+        if number < mine:
+            return True
+        near = (line for line in _tail(files[-1]) if line["n"] == mine) if mine else ()
+        return any(line["hash"] != newest for line in near)
+
+    def _oldest(self, files: list[Path]) -> list[Path]:
+        """Whole segments, the oldest first, without which the rest is within `max_bytes`."""
+        sizes = [path.stat().st_size for path in files]
+        return [path for n, path in enumerate(files[:-1]) if sum(sizes[n:]) > self._max_bytes]
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -139,30 +174,40 @@ def lines(directory: Path) -> Iterator[dict[str, Any]]:
     for path in segments(directory):
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
-                try:
-                    line = json.loads(raw)
-                except ValueError:
-                    line = None
-                if not isinstance(line, dict):
-                    line = {"broken": f"{path.name}, line {number}: it is no line of this log"}
-                yield line
+                broken = {"broken": f"{path.name}, line {number}: it is no line of this log"}
+                yield _read(raw) or broken
 
 
-def verify(directory: Path) -> Verdict:
-    """Whether every line is as it was written, and none is missing between two others."""
-    count, number = 0, 0
-    previous: str | None = None
+def verify(directory: Path, kept: str | None = None) -> Verdict:
+    """Whether every line is as it was written and none is missing, but for what was dropped where
+    the log was full. `kept`: a hash that was the last one before, which must be there still."""
+    count, number, dropped = 0, 0, 0
+    previous, seen = START, kept in (None, START)
     for line in lines(directory):
         if "broken" in line:
-            return Verdict(count, previous or START, line["broken"])
+            return Verdict(count, previous, line["broken"])
         said = {key: value for key, value in line.items() if key != "hash"}
         where = f"line {line.get('n')} of {line.get('time')}"
-        if line.get("hash") != _hash(said):
-            return Verdict(count, previous or START, f"{where}: it was changed")
-        if previous is not None and (line["previous"], line["n"]) != (previous, number + 1):
+        if line.get("hash") != _hash(said) or not isinstance(line.get("n"), int):
+            return Verdict(count, previous, f"{where}: it was changed")
+        first = count == 0
+        if first:
+            dropped = line["n"] - 1
+        elif (line.get("previous"), line["n"]) != (previous, number + 1):
             return Verdict(count, previous, f"{where}: what came before it is missing, or another")
+        if line.get("action") == CUT:
+            gone = f"line {line.get('line')}, {line.get('missing')}, was cut off before it"
+            return Verdict(count, previous, f"{where}: {gone}")
+        if line.get("action") == DROP and line.get("through", 0) >= dropped:
+            dropped = 0
         count, number, previous = count + 1, line["n"], line["hash"]
-    return Verdict(count, previous or START)
+        seen = seen or previous == kept
+    broken = None
+    if dropped:
+        broken = f"lines 1 to {dropped} are missing, and no line says that they were dropped"
+    elif not seen:
+        broken = f"no line has the hash {kept}: it was cut off, or dropped since"
+    return Verdict(count, previous, broken)
 
 
 def find(directory: Path, request_id: str) -> list[dict[str, Any]]:
@@ -171,26 +216,65 @@ def find(directory: Path, request_id: str) -> list[dict[str, Any]]:
 
 
 def _end_of(files: list[Path]) -> tuple[int, str]:
-    """Number and hash of the last line. What a crash tore off its end is taken away."""
+    """Number and hash of the last line that can be read. What a crash tore off its end is taken
+    away; a whole line that cannot be read stays, for `verify` to show."""
     for path in reversed(files):
-        with path.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            start = max(0, size - TAIL_BYTES)
-            file.seek(start)
-            tail = file.read()
-            whole = tail.rfind(b"\n") + 1
-            if whole < len(tail):
-                file.truncate(start + whole)
-        complete = tail[:whole].splitlines()
-        if complete:
-            last = json.loads(complete[-1])
-            return int(last["n"]), str(last["hash"])
+        _mend(path)
+        if found := _tail(path):
+            return found[-1]["n"], found[-1]["hash"]
     return 0, START
+
+
+def _mend(path: Path) -> None:
+    """Cut off what follows the last end of a line: of a line half written, or of a block that a
+    power loss left empty."""
+    with path.open("r+b") as file:
+        end = size = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - TAIL_BYTES)
+            file.seek(start)
+            whole = file.read(end - start).rfind(b"\n") + 1
+            if whole:
+                end = start + whole
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+
+
+def _tail(path: Path) -> list[dict[str, Any]]:
+    """The last lines that can be read."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        found = [_read(raw) for raw in file.read().splitlines()]
+    return [
+        line
+        for line in found
+        if line and isinstance(line.get("n"), int) and isinstance(line.get("hash"), str)
+    ]
+
+
+def _read(raw: bytes) -> dict[str, Any] | None:
+    """One line; None when it is none."""
+    try:
+        line = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def _said(action: str, **said: Any) -> dict[str, Any]:
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "action": action}
+    return line | {key: _bounded(value) for key, value in said.items() if value}
 
 
 def _hash(line: Mapping[str, Any]) -> str:
     canonical = json.dumps(line, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(_bytes(canonical)).hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")  # half a character is a text of JSON too
 
 
 def _segment(index: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,9 +25,23 @@ Home = Annotated[Path | None, typer.Option(help="Home of the server, if not the 
 
 
 @app.command()
-def verify(home: Home = None, as_json: Json = False) -> None:
-    """Check that every line is as it was written and none is missing between two others."""
-    found = audit.verify(_directory(home, as_json))
+def verify(
+    kept: Annotated[
+        str | None,
+        typer.Option(
+            "--last",
+            metavar="HASH",
+            help="A last hash from before, of this command or of a server's own log: it must be "
+            "there still, so nothing up to it was cut off.",
+        ),
+    ] = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Check that every line is as it was written and none is missing."""
+    if kept is not None and not re.fullmatch("[0-9a-f]{64}", kept):
+        fail(f"--last {kept[:80]!r}: a hash has 64 of 0-9, a-f", status=2, as_json=as_json)
+    found = audit.verify(_directory(home, as_json), kept)
     if found.broken is not None:
         fail(
             f"{found.lines} lines hold together, then: {found.broken}",

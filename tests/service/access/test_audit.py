@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -95,6 +96,7 @@ def test_segments_follow_each_other_and_the_oldest_go(
     found = verify(tmp_path)
     assert found.broken is None
     assert found.lines < 40
+    assert [line for line in lines(tmp_path) if line["action"] == "audit drop"]
     assert find(tmp_path, "r39")
     assert not find(tmp_path, "r0")
 
@@ -105,6 +107,94 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / "audit").unlink()
     log.close()
     assert verify(tmp_path / "audit").lines == 3
+
+
+def cut(directory: Path, keep: slice) -> None:
+    (path,) = segments(directory)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[keep]))
+
+
+@pytest.mark.parametrize("keep", [slice(-1), slice(0), slice(2)])
+def test_a_server_that_runs_notices_that_its_last_lines_were_cut_off(
+    tmp_path: Path, keep: slice, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = written(tmp_path, 5)
+    newest = verify(tmp_path).last
+    cut(tmp_path, keep)
+    log.note("POST /generate", request="r5")
+    log.close()
+    assert f"line 5, {newest}, was cut off before it" in str(verify(tmp_path).broken)
+    assert f"line 5, {newest}, is missing" in caplog.text
+    assert find(tmp_path, "r5"), "what comes is written on"
+
+
+def test_a_last_line_in_another_s_place_is_noticed_too(tmp_path: Path) -> None:
+    log = written(tmp_path, 5)
+    cut(tmp_path, slice(-2))
+    written(tmp_path, 3, 10).close()  # by another process, which knows of nothing
+    assert verify(tmp_path).broken is None
+    log.note("POST /generate", request="r5")
+    log.close()
+    assert "was cut off before it" in str(verify(tmp_path).broken)
+
+
+def test_others_lines_are_no_cut(tmp_path: Path) -> None:
+    log = written(tmp_path, 2)
+    written(tmp_path, 400, 100).close()  # more than the end that is looked at
+    log.note("POST /generate", request="r5")
+    log.close()
+    assert (verify(tmp_path).lines, verify(tmp_path).broken) == (403, None)
+
+
+def test_a_hash_that_was_kept_shows_what_was_cut_off(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "service.access.audit"):
+        written(tmp_path, 3).close()
+    kept = verify(tmp_path).last
+    assert f"line 3 has the hash {kept}" in caplog.text
+    assert verify(tmp_path, audit.START).broken is None
+    written(tmp_path, 2, 3).close()
+    assert verify(tmp_path, kept).broken is None
+    cut(tmp_path, slice(2))
+    assert verify(tmp_path).broken is None
+    assert f"no line has the hash {kept}" in str(verify(tmp_path, kept).broken)
+
+
+def test_lines_missing_at_the_beginning_were_dropped_or_it_shows(tmp_path: Path) -> None:
+    written(tmp_path, 5).close()
+    cut(tmp_path, slice(2, None))
+    assert "lines 1 to 2 are missing" in str(verify(tmp_path).broken)
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept", "broken"),
+    [
+        (b"\x00" * 200_000, 5, False),  # a block that a power loss left empty: it is cut off
+        (b"\x00" * 300 + b"\n", 3, True),
+        (b"[" * 30_000 + b"\n", 3, True),
+        (b'{"n": "6"}\n', 3, True),
+    ],
+)
+def test_an_end_that_cannot_be_read_stops_nothing(
+    tmp_path: Path, damage: bytes, kept: int, broken: bool
+) -> None:
+    written(tmp_path, 3).close()
+    (path,) = segments(tmp_path)
+    with path.open("ab") as file:
+        file.write(damage)
+    written(tmp_path, 2, 3).close()
+    found = verify(tmp_path)
+    assert (found.lines, found.broken is not None) == (kept, broken), found.broken
+    (line,) = find(tmp_path, "r3")
+    assert line["n"] == 4
+
+
+def test_half_a_character_is_written_too(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path)
+    log.note("POST /adapters", of={"name": "\ud800"})
+    log.close()
+    assert (verify(tmp_path).lines, verify(tmp_path).broken) == (1, None)
 
 
 def _write(directory: Path, start: int) -> None:
@@ -130,12 +220,14 @@ def test_the_command(tmp_path: Path) -> None:
         done = CliRunner().invoke(command.app, [*args, "--home", str(tmp_path)])
         return done.exit_code, done.output
 
-    assert run("verify")[0] == 0
+    assert run("verify", "--last", verify(tmp_path / "audit").last)[0] == 0
+    assert run("verify", "--last", "a" * 64)[0] == 1
     assert "3 lines hold together" in run("verify")[1]
     assert json.loads(run("find", "r1", "--json")[1])[0]["digest"] == "a" * 64
     assert run("find", "r7")[0] == 1
     assert "r2" in run("list", "--limit", "1")[1]
     (path,) = segments(tmp_path / "audit")
     path.write_bytes(path.read_bytes().replace(b"r1", b"r2"))
+    assert run("verify", "--last", "0" * 63)[0] == 2
     status, said = run("verify")
     assert (status, "1 lines hold together" in said) == (1, True)
