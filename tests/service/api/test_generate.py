@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import pytest
 from adapters.template import render_chat
 from service.api.generation_schema import Completion, StreamEvent
 from tests.oracle import PeftOracle
-from tests.service.api.conftest import Running, until
+from tests.service.api.conftest import PATIENCE, Running, until
+from tests.zoo import held, slowly
 
 PROMPT = "the robin sat on a bare branch"
 
@@ -45,13 +48,15 @@ def test_prompt_lookup_says_the_same_in_fewer_steps(client: httpx.Client, server
     said = "one two three four five six seven eight " * 8
     plain = ask(client, said, **asked)
     assert "draft_tokens" not in plain["details"]
+    server.settle()
     before = _drafted(client)
     quick = ask(client, said, prompt_lookup_num_tokens=8, **asked)
     assert quick["generated_text"] == plain["generated_text"]
     assert quick["details"]["tokens"] == plain["details"]["tokens"]
     drafted, accepted = (quick["details"][f"{name}_tokens"] for name in ("draft", "accepted"))
     assert 0 < accepted <= drafted
-    until(lambda: _drafted(client) == before + drafted)  # a step counts after its tokens have gone
+    server.settle()
+    assert _drafted(client) == before + drafted
     *_, last = stream(client, said, prompt_lookup_num_tokens=8, **asked)
     assert last["index"] == 60
     assert last["generated_text"] == plain["generated_text"]
@@ -320,20 +325,21 @@ def aborted(client: httpx.Client) -> float:
 def test_a_client_that_goes_frees_everything(
     client: httpx.Client, server: Running, path: str
 ) -> None:
+    server.settle()
     before = aborted(client)
     body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 900, "ignore_eos": True, "n": 2}}
-    with httpx.Client(base_url=server.url) as leaving:
-        request = leaving.build_request("POST", path, json=body, timeout=0.3)
-        try:
-            reply = leaving.send(request, stream=True)
-            next(reply.iter_lines())
-            reply.close()
-        except httpx.ReadTimeout:
-            pass
-    until(lambda: server.desk.admission.inside == 0)
-    until(lambda: aborted(client) == before + 2)  # both sequences, long before their 900 tokens
-    assert server.desk.serving is not None
-    server.desk.serving.engine.check_integrity()  # type: ignore[attr-defined]
+    asked = httpx.Request("POST", f"{server.url}{path}", json=body)
+    lines = [
+        f"POST {path} HTTP/1.1",
+        *(f"{name}: {value}" for name, value in asked.headers.items()),
+    ]
+    with slowly(server.engine):
+        with socket.create_connection(server.address, timeout=PATIENCE) as leaving:
+            leaving.sendall("\r\n".join([*lines, "", ""]).encode() + asked.read())
+            until(lambda: server.engine.stats().running == 2)
+        until(lambda: server.desk.admission.inside == 0)
+        server.settle()
+        assert aborted(client) == before + 2  # both sequences, long before their 900 tokens
 
 
 def test_a_full_queue_says_when_to_come_back(
@@ -352,8 +358,11 @@ def test_a_full_queue_says_when_to_come_back(
     # The engine has a bound of its own, for sequences: 64 of them cannot all wait.
     body = {"inputs": PROMPT, "parameters": {"n": 16, "max_new_tokens": 40, "ignore_eos": True}}
     with ThreadPoolExecutor(24) as pool:
-        replies = list(pool.map(lambda _: client.post("/generate", json=body), range(24)))
-    assert {reply.status_code for reply in replies} == {200, 503}
+        with held(server.engine):
+            asked = [pool.submit(client.post, "/generate", json=body) for _ in range(24)]
+            until(lambda: sum(one.done() for one in asked) == 20)
+        statuses = Counter(one.result().status_code for one in asked)
+    assert statuses == {200: 4, 503: 20}
     assert server.desk.admission.inside == 0
 
 
