@@ -14,7 +14,7 @@ import torch
 
 from training.distributed import World
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=240)  # a busy machine may let one of them wait
 
 
 def in_two(work: Callable[[World], None], directory: Path, sharded: bool = False) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from base.load import Base
 from tests.training.runs import run_of
+from tests.waiting import PATIENCE
 from training.cli import app
 from training.config import TrainConfig
 from training.data import Example
@@ -85,6 +86,22 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
+# In front of a program: its eighth step is the last that it notes.
+KILLED = """
+import os, signal
+from training.run_directory import RunDirectory
+
+note = RunDirectory.note
+
+def note_and_die(self, step):
+    note(self, step)
+    if step.number == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RunDirectory.note = note_and_die
+"""
+
+
 def test_a_run_that_is_killed_goes_on_and_leaves_the_same_file(
     base_directory: Path, tmp_path: Path
 ) -> None:
@@ -92,24 +109,19 @@ def test_a_run_that_is_killed_goes_on_and_leaves_the_same_file(
     rows = [{"prompt": f"say {i}", "completion": f"word {i * 7}"} for i in range(40)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def command(out: str, *more: str) -> list[str]:
+    def command(out: str, *more: str, first: str = "") -> list[str]:
         flags = ["--base", str(base_directory), "--data", str(data), "--out", str(tmp_path / out)]
         sets = ["--set", "checkpoint_every=3", "--set", "method.dropout=0.1"]
-        program = "from training.cli import app; app()"
+        program = f"{first}from training.cli import app; app()"
         return [sys.executable, "-c", program, "run", "--steps", "40", *flags, *sets, *more]
 
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = CliRunner().invoke(app, command("whole")[3:])
     assert whole.exit_code == 0, whole.output
-    victim = subprocess.Popen(command("cut"), env=env, stdout=subprocess.DEVNULL)
+    victim = subprocess.run(command("cut", first=KILLED), env=env, stdout=subprocess.DEVNULL)
+    assert victim.returncode == -signal.SIGKILL
     log = tmp_path / "cut" / "run" / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 7):
-        assert victim.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    victim.kill()
-    victim.wait()
+    assert log.read_text().count("\n") == 8
     assert not (tmp_path / "cut" / WEIGHTS).exists()
     subprocess.run(command("cut", "--resume"), env=env, check=True, capture_output=True)
     assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
@@ -132,7 +144,7 @@ def test_ctrl_c_leaves_an_adapter_and_a_checkpoint(base_directory: Path, tmp_pat
         assert run.poll() is None
         time.sleep(0.02)
     run.send_signal(signal.SIGINT)
-    said, _ = run.communicate(timeout=60)
+    said, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 130
     assert "go on with --resume" in " ".join(said.split())
     assert (tmp_path / "a" / WEIGHTS).exists()
