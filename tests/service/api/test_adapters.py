@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from service.api import adapters as views
-from service.api.door import SMALL_BYTES
+from service.api.door import SMALL_BYTES, Bounds
 from tests.oracle import make_adapter
-from tests.service.api.conftest import Running, until
+from tests.service.api.conftest import PATIENCE, Running, until
 from tests.service.api.test_generate import ask, stream
+from tests.zoo import slowly
 
 
 @pytest.fixture(scope="module")
@@ -184,14 +185,17 @@ def test_delete_waits_for_what_runs(
 ) -> None:
     push(client, fresh, uploads / "first")
     wanted = ask(client, adapter_id=fresh, max_new_tokens=300, ignore_eos=True)["generated_text"]
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(stream, client, adapter_id=fresh, max_new_tokens=300, ignore_eos=True)
-        until(lambda: server.desk.admission.inside == 1)
-        assert server.desk.serving is not None
-        engine = server.desk.serving.engine
-        until(lambda: engine.stats().running == 1)
-        assert client.delete(f"/adapters/{fresh}").status_code == 200
-        assert engine.stats().running == 0
+    given: dict[str, Any] = {"adapter_id": fresh, "max_new_tokens": 300, "ignore_eos": True}
+    with ThreadPoolExecutor(2) as pool:
+        with slowly(server.engine):
+            running = pool.submit(stream, client, **given)
+            until(lambda: server.engine.stats().running == 1)
+            gone = pool.submit(client.delete, f"/adapters/{fresh}")
+            until(lambda: client.get(f"/adapters/{fresh}").status_code == 404)
+            assert not gone.done()
+        assert gone.result().status_code == 200
+        server.settle()
+        assert server.engine.stats().running == 0
         assert running.result()[-1]["generated_text"] == wanted
 
 
@@ -271,13 +275,14 @@ def test_uploads_change_no_token_of_sixteen_streams(
     given: dict[str, Any] = {"max_new_tokens": 300, "ignore_eos": True}
     alone = [stream(client, adapter_id=name, **given) for name in names[:4]]
     with ThreadPoolExecutor(16) as pool:
-        running = [pool.submit(stream, client, adapter_id=name, **given) for name in names]
-        until(lambda: server.desk.admission.inside == 16)
-        for which in ("first", "second"):
-            made = push(client, fresh, uploads / which)
-            assert made.status_code == 201
-            assert ask(client, adapter_id=fresh, max_new_tokens=1)
-        assert server.desk.admission.inside > 0, "the streams ended before the uploads"
+        with slowly(server.engine, 0.1):
+            running = [pool.submit(stream, client, adapter_id=name, **given) for name in names]
+            until(lambda: server.desk.admission.inside == 16)
+            for which in ("first", "second"):
+                made = push(client, fresh, uploads / which)
+                assert made.status_code == 201
+                assert ask(client, adapter_id=fresh, max_new_tokens=1)
+            assert server.desk.admission.inside == 16, "streams ended before the uploads"
         for number, one in enumerate(running):
             wanted = [event["token"]["id"] for event in alone[number % 4]]
             assert [event["token"]["id"] for event in one.result()] == wanted
@@ -360,9 +365,11 @@ def test_a_client_that_goes_in_mid_upload_leaves_nothing(server: Running) -> Non
 
 
 def test_slow_uploads_hold_up_no_fast_one(
-    client: httpx.Client, server: Running, uploads: Path, fresh: str
-) -> None:
+    client: httpx.Client, server: Running, uploads: Path, fresh: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Far more of them than have a place at a time; each has sent a part, and may take long."""
+    monkeypatch.setattr(Bounds, "left", lambda *_: PATIENCE)
     with ExitStack() as slow:
         for path, part in 6 * [("/adapters", "weights"), ("/v1/files", "file")]:
             head = (

@@ -17,6 +17,7 @@ from tests.oracle import make_adapter
 from tests.service.api.conftest import Running, until
 from tests.service.api.test_adapters import push
 from tests.service.api.test_generate import PROMPT
+from tests.zoo import slowly
 
 NAME, REFERENCE = "support", "support@prod"
 ALIAS = f"/adapters/{NAME}/aliases/prod"
@@ -159,11 +160,11 @@ def test_a_client_that_goes_is_counted_apart(
 ) -> None:
     split(client, dict.fromkeys(digests, 1))
     given = {"adapter_id": REFERENCE, "max_new_tokens": 800, "ignore_eos": True}
-    with client.stream(
-        "POST", "/generate_stream", json={"inputs": PROMPT, "parameters": given}
-    ) as reply:
-        next(reply.iter_lines())
-    until(lambda: server.desk.admission.inside == 0)
+    body = {"inputs": PROMPT, "parameters": given}
+    with slowly(server.engine):
+        with client.stream("POST", "/generate_stream", json=body) as reply:
+            next(reply.iter_lines())
+        until(lambda: server.desk.admission.inside == 0)
     arms = table(client).arms
     assert sum(arm.cancelled for arm in arms) == 1
     assert all(arm.total_seconds is None for arm in arms)
