@@ -13,7 +13,7 @@ INSTALLED_DEV := $(VENV)/.stamp-dev
 INSTALLED_ALL := $(VENV)/.stamp-all
 ARGS ?=
 
-.PHONY: help serve install dev test test-all clients deploy-tools test-deploy test-image load load-tools lint format bench samples console clean
+.PHONY: help serve venv install dev test test-all clients deploy-tools test-deploy test-image load load-tools lint format bench samples console clean
 
 help:
 	@echo "make serve     install what is missing, then serve on http://127.0.0.1:8080"
@@ -28,11 +28,16 @@ help:
 	@echo "make clean     remove the environment and everything that was built"
 	@echo "ARGS=\"...\" is handed on: make serve ARGS=\"--port 9000\""
 
+# One that outlived its Python (a system's upgrade), or that its Python could not finish.
+venv:
+	@test ! -e $(VENV) || $(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "$(VENV) has no pip for its Python, or that is gone or older than 3.11: \`make clean\`, then again" >&2; exit 1; }
+
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py base/kernels/build.py base/kernels/csrc/*) | $(BIN)/python
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py base/kernels/build.py base/kernels/csrc/*) | venv $(BIN)/python
 	$(PIP) install --quiet -c constraints.txt setuptools
 	$(PIP) install --progress-bar off -c constraints.txt --no-build-isolation -e .
 	@touch $@

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -120,3 +121,22 @@ def test_constraints_name_no_place_and_no_local_build() -> None:
 def _name(requirement: str) -> str:
     end = next((i for i, c in enumerate(requirement) if c in " <>=~![;"), len(requirement))
     return requirement[:end].lower().replace("_", "-")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+def test_an_environment_that_outlived_its_python_is_named(tmp_path: Path) -> None:
+    """After an upgrade of the system's Python: a traceback about `service` would say nothing."""
+
+    def make(where: Path) -> subprocess.CompletedProcess[str]:
+        command = ["make", "--no-print-directory", "venv", f"VENV={where}"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert make(tmp_path / "none").returncode == 0
+    broken = tmp_path / "venv"
+    (broken / "bin").mkdir(parents=True)
+    (broken / "bin" / "python").symlink_to(tmp_path / "gone")
+    assert "`make clean`, then again" in make(broken).stderr
+    pipless = tmp_path / "pipless"
+    venv.create(pipless)
+    assert "`make clean`, then again" in make(pipless).stderr
+    assert make(Path(sys.prefix)).returncode == 0
