@@ -144,10 +144,10 @@ class _Client:
         self.socket.setblocking(False)
         if self.kind == "reader":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.began = time.monotonic()
         refused = self.socket.connect_ex(self.crowd.address)
         if refused not in (0, errno.EINPROGRESS):
             raise OSError(refused, os.strerror(refused))
-        self.began = time.monotonic()
         self.crowd.enter(self)
         self.crowd.at(self.began + self.crowd.patience, self._give_up)
 

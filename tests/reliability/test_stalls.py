@@ -20,7 +20,7 @@ from tests.reliability.served import serving
 from tests.reliability.stalls import measure
 from tests.service.api.conftest import Running
 
-CLIENTS, LIMIT = 128, 0.4
+CLIENTS, LIMIT = 128, 1.0
 
 
 def test_a_hundred_stalled_clients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +21,10 @@ from service.app import Server, create_app
 from service.config import Settings
 from tests.oracle import make_base
 from tests.reliability.stops import BROKEN, TERMINATED, broken, terminated, wrong_with
+from tests.waiting import PATIENCE, until
 
-PATIENCE = 60.0
 CLIENTS = 8
+NUMBER = b"x-number"
 
 
 @pytest.fixture(scope="module")
@@ -38,32 +39,26 @@ class Serving:
         settings = Settings(base=str(base), home=home, adapters=None, kv_cache_bytes=4 << 20)
         app = create_app(settings)
         self.desk: Desk = app.state.desk
-        config = uvicorn.Config(app, port=0, log_config=None, http=connection_class(1024))
+        self.begun: set[bytes] = set()  # the numbers of requests that reached the application
+
+        async def noting(scope: Any, receive: Any, send: Any) -> None:
+            self.begun.update(value for name, value in scope.get("headers", ()) if name == NUMBER)
+            await app(scope, receive, send)
+
+        config = uvicorn.Config(noting, port=0, log_config=None, http=connection_class(1024))
         self.server = Server(config, self.desk)
-        self.closed_at = float("inf")
-        self._shutdown, self.server.shutdown = self.server.shutdown, self._close  # type: ignore[method-assign]
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
-        self.wait(lambda: self.desk.admission.state == "ready")
+        until(lambda: self.desk.admission.state == "ready")
         self.address = self.server.servers[0].sockets[0].getsockname()[:2]
         self.counted: Counter[str] = Counter()
         self._going = True
         self._clients = [threading.Thread(target=self._ask, daemon=True) for _ in range(CLIENTS)]
 
-    async def _close(self, sockets: Any = None) -> None:
-        self.closed_at = time.monotonic()
-        await self._shutdown(sockets)
-
-    def wait(self, condition: Any) -> None:
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            assert time.monotonic() < end, "waited too long"
-            time.sleep(0.005)
-
     def load(self) -> None:
         for client in self._clients:
             client.start()
-        self.wait(lambda: self.counted["200"] >= 2 * CLIENTS)
+        until(lambda: self.counted["200"] >= 2 * CLIENTS)
 
     def end(self) -> None:
         self.thread.join(PATIENCE)
@@ -76,14 +71,15 @@ class Serving:
         url = "http://{}:{}/generate".format(*self.address)
         body = {"inputs": "a", "parameters": {"max_new_tokens": 12, "ignore_eos": True}}
         while self._going:
-            sent = time.monotonic()
+            number = uuid.uuid4().hex
+            named = {NUMBER.decode(): number}
             try:
-                reply = httpx.post(url, json=body, timeout=PATIENCE)
+                reply = httpx.post(url, json=body, headers=named, timeout=PATIENCE)
             except httpx.ConnectError:
                 return  # the door is closed
             except httpx.TransportError as error:
                 # What is admitted keeps the door open. What comes as it closes may not be taken.
-                late = sent > self.closed_at - 0.5
+                late = number.encode() not in self.begun
                 self.counted["late" if late else f"lost: {error!r}"] += 1
                 return
             self.counted[str(reply.status_code)] += 1
