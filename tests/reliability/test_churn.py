@@ -18,7 +18,8 @@ from service.engine.loop import Engine
 from service.engine.request import AdapterRef, Finished, Request, Token
 from service.engine.stream import Stream
 from tests.oracle import make_adapter, make_base
-from tests.zoo import Zoo, collect, greedy, specimen, start
+from tests.waiting import PATIENCE, until
+from tests.zoo import Zoo, collect, greedy, slowly, specimen, start
 
 NAME = "support"  # of every adapter: each replaces the others
 AT_ONCE = 24
@@ -82,25 +83,26 @@ def test_no_token_of_another_adapter(
         assert found == want[which][: len(found)]
         assert cancelled or len(found) == TOKENS
 
-    for number in range(requests):
-        which = chance.randrange(len(asked))
-        if number % 100 == 50:  # the adapter is deleted while its requests run
-            running.forget(refs[number // 100 % len(refs)].digest)
-            forgotten[0] += 1
-        try:
-            stream = running.submit(asked[which])
-        except AdapterNotFound:
-            counted["not found"] += 1
-            continue
-        cancelled = chance.random() < 0.2
-        if cancelled:
-            time.sleep(chance.random() * 0.01)
-            stream.cancel()
-        open_streams.append((which, stream, cancelled))
-        if len(open_streams) == AT_ONCE:
-            judge(*open_streams.pop(chance.randrange(AT_ONCE)))
-    for one in open_streams:
-        judge(*one)
+    with slowly(running, 0.005):
+        for number in range(requests):
+            which = chance.randrange(len(asked))
+            if number % 100 == 50:  # the adapter is deleted while its requests run
+                running.forget(refs[number // 100 % len(refs)].digest)
+                forgotten[0] += 1
+            try:
+                stream = running.submit(asked[which])
+            except AdapterNotFound:
+                counted["not found"] += 1
+                continue
+            cancelled = chance.random() < 0.2
+            if cancelled:
+                time.sleep(chance.random() * 0.01)
+                stream.cancel()
+            open_streams.append((which, stream, cancelled))
+            if len(open_streams) == AT_ONCE:
+                judge(*open_streams.pop(chance.randrange(AT_ONCE)))
+        for one in open_streams:
+            judge(*one)
     running.check_integrity()
     assert counted["cancelled"] > requests // 20
     print(requests, dict(counted), f"{forgotten[0]:g} deletions")
@@ -115,16 +117,16 @@ def test_a_cancelled_request_frees_all_at_every_phase(
         running.forget(digest)
     for phase in (0, 1, 2, 5, 11):
         for ref in refs:
-            stream = running.submit(greedy(f"{phase}", [7] * 150, ref, 100))
-            events = stream.iterate(60)
-            for _ in range(phase):
-                assert isinstance(next(events), Token)
-            stream.cancel()
-            ends = [event for event in events if isinstance(event, Finished)]
+            with slowly(running, 0.02):
+                stream = running.submit(greedy(f"{phase}", [7] * 150, ref, 100))
+                events = stream.iterate(PATIENCE)
+                for _ in range(phase):
+                    assert isinstance(next(events), Token)
+                stream.cancel()
+                ends = [event for event in events if isinstance(event, Finished)]
             assert [end.reason for end in ends] == ["cancelled"]
-            stats = running.stats()
             running.check_integrity()
-            assert (stats.running, stats.waiting) == (0, 0)
+            until(lambda: _at_rest(running))
 
 
 def test_a_cancelled_request_frees_its_place_in_the_queue(
@@ -136,14 +138,17 @@ def test_a_cancelled_request_frees_its_place_in_the_queue(
         replace(greedy(f"{n}", [7 + n] * 150, refs[n % 4], 100), n=3, prompt_lookup_num_tokens=4)
         for n in range(12)
     ]
-    streams = [running.submit(request) for request in asked]
-    deadline = time.monotonic() + 60
-    while not (running.stats().waiting and running.stats().running):
-        assert time.monotonic() < deadline, "nothing waits"
-    for stream in reversed(streams):  # those that wait first
-        stream.cancel()
+    with slowly(running):
+        streams = [running.submit(request) for request in asked]
+        until(lambda: running.stats().waiting and running.stats().running)
+        for stream in reversed(streams):  # those that wait first
+            stream.cancel()
     ends = [end for stream in streams for end in collect(stream)[1]]
     assert [end.reason for end in ends] == ["cancelled"] * 3 * len(asked)
     running.check_integrity()
-    stats = running.stats()
-    assert (stats.running, stats.waiting) == (0, 0)
+    until(lambda: _at_rest(running))
+
+
+def _at_rest(engine: Engine) -> bool:
+    """By its last step, which ends after what it cancelled is told."""
+    return (engine.stats().running, engine.stats().waiting) == (0, 0)
