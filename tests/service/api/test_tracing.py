@@ -56,6 +56,8 @@ class Traced:
         return {span.name: span for span in spans if span.parent and span.parent.span_id == own}
 
     def clear(self) -> None:
+        """What is asked from now on is all that there will be."""
+        until(lambda: not self.running.server.server_state.tasks)
         self._exporter.clear()
 
     def text(self) -> str:

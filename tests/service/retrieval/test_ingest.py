@@ -102,7 +102,8 @@ collection = shelf.collection("docs") if shelf.names() else shelf.create("docs",
 documents = (document(number) for number in range(int(sys.argv[2])))
 for event in ingest(collection, documents, library.chunker, library.embedder):
     names = event.documents if isinstance(event, Added) else ()
-    print(*names, sep="\\n", flush=True)
+    # Wide, so that who is not read soon waits: it is not far ahead of what was acknowledged.
+    print(*(f"{name:<1000}" for name in names), sep="\\n", flush=True)
 """
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from service.retrieval import parsing
 from service.retrieval.errors import DocumentRefused
 from service.retrieval.parsing import Parsed, ParseLimits, Source, format_of, parse
 from tests.service.retrieval.files import write_docx, write_pdf
+from tests.waiting import PATIENCE
 
 pytest.importorskip("markitdown", reason="needs the extra rag")
 
@@ -82,9 +86,15 @@ def test_a_file_that_swells_is_refused_and_the_next_is_read(tmp_path: Path) -> N
     assert good == [Parsed("b.txt", "still read", {})]
 
 
-def test_a_file_that_takes_too_long_is_refused_and_the_next_is_read(tmp_path: Path) -> None:
+def test_a_file_that_takes_too_long_is_refused_and_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow, good = written(tmp_path, a_html="<div>" * 150_000, b_txt="still read")
-    late, after = read(slow, good, limits=ParseLimits(seconds=1.5))
+    patience = iter([1.5, PATIENCE])  # the next one's child has to start
+    clocks = SimpleNamespace(Timer=lambda _, expire: threading.Timer(next(patience), expire))
+    with monkeypatch.context() as patch:
+        patch.setattr(parsing, "threading", clocks)
+        late, after = read(slow, good, limits=ParseLimits(seconds=1.5))
     assert "did not end within 1.5 s" in refusal(late)
     assert after == [Parsed("b.txt", "still read", {})]
     # What a busy machine does not give is no fault of the file.
