@@ -20,7 +20,7 @@ ADAPTER_HUB_NAME = "adapter.safetensors"  # what AdapterHub calls the same file
 TEMPLATE_NAME = "chat_template.jinja"
 JOBS = "/v1/fine_tuning/jobs"
 TOKENIZER_NAME = "tokenizer.json"
-ADAPTERS_PAGE = 1000
+PAGE = 1000
 
 
 class ClientError(Exception):
@@ -219,16 +219,8 @@ class Client:
     def adapters(self, resident: str | None = None) -> dict[str, list[dict[str, Any]]]:
         """All, page by page. `resident`: only those in this tier (slot, host, loading, store), or
         true or false."""
-        asked: dict[str, Any] = {"limit": ADAPTERS_PAGE} | (
-            {} if resident is None else {"resident": resident}
-        )
-        found: list[dict[str, Any]] = []
-        while True:
-            page = self._call("GET", "/adapters", params=asked)
-            found += page["adapters"]
-            if not page.get("has_more"):
-                return {"adapters": found}
-            asked["after"] = found[-1]["name"]
+        asked = {} if resident is None else {"resident": resident}
+        return self._pages("/adapters", "adapters", **asked)
 
     def adapter(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self._call("GET", f"/adapters/{quote(name, safe='@:')}")
@@ -273,8 +265,8 @@ class Client:
         return found
 
     def templates(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._call("GET", "/templates")
-        return found
+        """All, page by page."""
+        return self._pages("/templates", "templates")
 
     def template(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self._call("GET", f"/templates/{quote(name, safe='@')}")
@@ -310,8 +302,8 @@ class Client:
         return found
 
     def collections(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._call("GET", "/collections")
-        return found
+        """All, page by page."""
+        return self._pages("/collections", "collections")
 
     def add_documents(self, name: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
         """POST /collections/{name}/documents: `{"id", "text", "metadata"}` each."""
@@ -397,6 +389,16 @@ class Client:
     def shares(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self._call("GET", "/tenants/shares")["shares"]
         return found
+
+    def _pages(self, path: str, key: str, **asked: Any) -> dict[str, list[dict[str, Any]]]:
+        """A list by name, all of it."""
+        found: list[dict[str, Any]] = []
+        while True:
+            after = {"after": found[-1]["name"]} if found else {}
+            page = self._call("GET", path, params={"limit": PAGE, **asked, **after})
+            found += page[key]
+            if not page.get("has_more"):
+                return {key: found}
 
     def _call(self, method: str, path: str, **rest: Any) -> Any:
         with self._reaching():

@@ -131,23 +131,29 @@ class TemplateShelf:
             raise TemplateNotFound(shown)
         return _stored(rows[0])
 
-    def latest(self) -> list[StoredTemplate]:
-        """The newest version of every name, by name."""
-        columns = (templates.c.tenant, templates.c.name)
+    def page(self, after: str, limit: int, search: str = "") -> list[StoredTemplate]:
+        """The newest version of each name behind `after`, by name: of so many names at most. With
+        `search`, only names that have it in them."""
+        name, tenant = templates.c.name, self._catalog.tenant
+        which = [ALIVE, visible(tenant, "template"), name > after]
+        if search:
+            which.append(name.contains(search, autoescape=True))
+        names = sa.select(name).where(*which).group_by(name).order_by(name).limit(limit)
+        columns = (templates.c.tenant, name)
         newest = (
             sa.select(*columns, sa.func.max(templates.c.version).label("version"))
-            .where(ALIVE, visible(self._catalog.tenant, "template"))
+            .where(ALIVE, visible(tenant, "template"), name.in_(sa.select(names.subquery())))
             .group_by(*columns)
             .subquery()
         )
         same = sa.and_(
             newest.c.tenant == templates.c.tenant,
-            newest.c.name == templates.c.name,
+            newest.c.name == name,
             newest.c.version == templates.c.version,
         )
-        others_first = sa.case((templates.c.tenant == self._catalog.tenant, 1), else_=0)
+        others_first = sa.case((templates.c.tenant == tenant, 1), else_=0)
         query = sa.select(templates).where(ALIVE).join(newest, same)
-        query = query.order_by(templates.c.name, others_first)
+        query = query.order_by(name, others_first)
         with self._catalog.reading() as connection:
             rows = {row.name: row for row in connection.execute(query)}
         return [_stored(row) for row in rows.values()]

@@ -20,7 +20,7 @@ from adapters.store import AdapterDescription
 from adapters.traffic import MAX_ARMS
 from service.api.access import Guarded, needs
 from service.api.deps import DeskDep, Serving, ServingDep
-from service.api.paging import MAX_PAGE, Limit, listed, pieces
+from service.api.paging import MAX_PAGE, After, HasMore, Limit, Search, listed, pieces
 from service.api.upload import Upload, received
 from service.api.wire import Incoming, Outgoing, PathName, refusals
 from service.engine.request import AdapterRef
@@ -86,16 +86,6 @@ ResidentQuery = Annotated[
     Literal["true", "false", "slot", "host", "loading", "store"] | None,
     Query(description="Only those in this tier; true: in memory or on its way there."),
 ]
-
-After = Annotated[
-    str,
-    Query(
-        max_length=64,
-        description="Begin behind this name, in the order of names, whether it is there or not.",
-    ),
-]
-
-Search = Annotated[str, Query(max_length=64, description="Only names that have this in them.")]
 
 
 class ResidencyView(Outgoing):
@@ -167,7 +157,7 @@ class AdapterDescriptionView(AdapterView):
 
 class AdapterList(Outgoing):
     adapters: list[AdapterView]
-    has_more: bool = Field(description="Whether `limit` cut some off: go on `after` the last.")
+    has_more: HasMore
 
 
 class AliasDropped(Outgoing):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from service.api.deps import Desk, DeskDep, Serving, ServingDep, TenantDep, unle
 from service.api.document_upload import FORM, received
 from service.api.errors import failure
 from service.api.ingestion import Ingestion, documents_of_body, documents_of_files
+from service.api.paging import MAX_PAGE, After, HasMore, Limit, Search, listed
 from service.api.retrieval import (
     CollectionName,
     PassageView,
@@ -30,7 +31,7 @@ from service.api.sse import EventReply, events_of
 from service.api.wire import Incoming, Outgoing, refusals
 from service.retrieval.chunks import DEFAULT_TOKENS, MAX_TOKENS, MIN_TOKENS
 from service.retrieval.collection import Collection, Stored
-from service.retrieval.errors import DocumentNotFound
+from service.retrieval.errors import CollectionNotFound, DocumentNotFound
 from service.retrieval.fields import MAX_FIELDS
 from service.retrieval.library import Shelf
 from service.retrieval.search import MAX_QUESTION
@@ -39,7 +40,6 @@ router = APIRouter(prefix="/collections", tags=["collections"], route_class=Guar
 
 DOCUMENTS = re.compile(r"/collections/[^/]+/(documents|files)")  # bodies that bring documents
 MAX_DOCUMENTS = 10_000  # of one request
-MAX_PAGE = 10_000
 MAX_ID = 512
 InPath = Annotated[str, Path(min_length=1, max_length=64, examples=["handbook"])]
 DocumentPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, examples=["guide.md"])]
@@ -93,6 +93,7 @@ class CollectionView(Outgoing):
 
 class CollectionList(Outgoing):
     collections: list[CollectionView]
+    has_more: HasMore
 
 
 class CollectionDeleted(Outgoing):
@@ -222,14 +223,23 @@ async def create(
 
 @router.get("", responses={200: {"model": CollectionList}, **_ERRORS})
 @needs("rag")
-async def list_collections(serving: ServingDep, tenant: TenantDep) -> JSONResponse:
-    """All collections."""
+async def list_collections(
+    serving: ServingDep,
+    tenant: TenantDep,
+    limit: Limit = None,
+    after: After = "",
+    search: Search = "",
+) -> Response:
+    """All collections by name."""
 
-    def look() -> list[dict[str, Any]]:
+    def views() -> Iterator[list[dict[str, Any]]]:
         shelf = serving.library.shelf(tenant)
-        return [_view(name, shelf.collection(name)) for name in shelf.names()]
+        for name in shelf.names():
+            if name > after and search.lower() in name:
+                with suppress(CollectionNotFound):  # deleted meanwhile
+                    yield [_view(name, shelf.collection(name))]
 
-    return JSONResponse({"collections": await asyncio.to_thread(look)})
+    return await listed(views(), limit, "collections")
 
 
 @router.get("/{name}", responses={200: {"model": CollectionView}, **_ERRORS})

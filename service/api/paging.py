@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Query
 from fastapi.responses import Response, StreamingResponse
+from pydantic import Field
 
 PIECE = 100  # adapters: some ten milliseconds
 AT_ONCE = 3  # chunks: a list of fewer is made at once
@@ -25,6 +26,17 @@ Json = dict[str, Any]
 
 Limit = Annotated[
     int | None, Query(ge=1, le=MAX_PAGE, description="At most so many; without it, all.")
+]
+After = Annotated[
+    str,
+    Query(
+        max_length=64,
+        description="Begin behind this name, in the order of names, whether it is there or not.",
+    ),
+]
+Search = Annotated[str, Query(max_length=64, description="Only names that have this in them.")]
+HasMore = Annotated[
+    bool, Field(description="Whether `limit` cut some off: go on `after` the last.")
 ]
 
 

@@ -6,10 +6,11 @@ import asyncio
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict, Field
 
 from adapters.errors import InvalidChat
@@ -28,6 +29,7 @@ from service.api.access import Guarded, caller_of, needs
 from service.api.deps import DeskDep, ServingDep, TenantDep
 from service.api.generate import Inputs
 from service.api.intake import client_key, preview, reader
+from service.api.paging import After, HasMore, Limit, Search, listed, pieces
 from service.api.retrieval import Retrieval, RetrievalDetails, Wanted
 from service.api.templating import MAX_VERSION, Variables
 from service.api.wire import (
@@ -157,6 +159,7 @@ class TemplateDescriptionView(TemplateView):
 
 class TemplateList(Outgoing):
     templates: list[TemplateView]
+    has_more: HasMore
 
 
 class TemplateVersions(Outgoing):
@@ -254,10 +257,13 @@ def _add(body: TemplateBody, templates: Templates) -> StoredTemplate:
 
 @router.get("", responses={200: {"model": TemplateList}, **_ERRORS})
 @needs("adapters:read")
-async def list_templates(serving: ServingDep) -> JSONResponse:
-    """The newest version of every name."""
-    found = await asyncio.to_thread(serving.templates.shelf.latest)
-    return JSONResponse({"templates": [view(one) for one in found]})
+async def list_templates(
+    serving: ServingDep, limit: Limit = None, after: After = "", search: Search = ""
+) -> Response:
+    """The newest version of every template by name."""
+    read = partial(serving.templates.shelf.page, search=search.lower())
+    found = pieces(read, after, lambda one: one.name)
+    return await listed(([view(one) for one in some] for some in found), limit, "templates")
 
 
 @router.get("/{name}", responses={200: {"model": TemplateDescriptionView}, **_ERRORS})

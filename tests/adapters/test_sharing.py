@@ -257,12 +257,12 @@ def test_templates(catalog: Catalog) -> None:
         for reference in ("t", "t@1", "t@prod"):
             with pytest.raises(TemplateNotFound):
                 zeta.get(reference)
-        assert zeta.latest() == []
+        assert zeta.page("", 10) == []
 
     nothing()
     Shares(catalog).set(Share("template", "acme", "t", ("zeta",)))
     assert [zeta.get(reference).version for reference in ("t", "t@1", "t@prod")] == [2, 1, 1]
-    assert zeta.latest() == [made[1]]
+    assert zeta.page("", 10) == [made[1]]
     assert zeta.versions("t") == made
     assert zeta.aliases_of("t") == {"prod": 1}
     for write in (

@@ -95,7 +95,7 @@ def test_from_an_empty_bucket_to_a_second_server(
     reply = client.post(f"{path}/documents", json={"documents": documents})
     assert (reply.json()["added"], len(reply.json()["unchanged"])) == (["d17"], len(FACTS) - 1)
     assert client.delete(path).status_code == 200
-    assert client.get("/collections").json() == {"collections": []}
+    assert client.get("/collections").json() == {"collections": [], "has_more": False}
     assert not keys(endpoint, "prefix/default/towns.lance/"), "no object is left"
 
 

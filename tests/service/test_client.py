@@ -80,22 +80,23 @@ def test_an_answer_of_some_other_server_is_an_error() -> None:
         nibble.adapters()
 
 
-def test_adapters_are_listed_page_by_page() -> None:
+@pytest.mark.parametrize("key", ["adapters", "templates", "collections"])
+def test_lists_are_read_page_by_page(key: str) -> None:
     asked = []
 
     def answer(request: httpx.Request) -> httpx.Response:
+        assert request.url.path == f"/{key}"
         asked.append(dict(request.url.params))
         after = request.url.params.get("after", "")
         names = [name for name in "abcde" if name > after][:2]
         more = names[-1] < "e"
-        return httpx.Response(
-            200, json={"adapters": [{"name": n} for n in names], "has_more": more}
-        )
+        return httpx.Response(200, json={key: [{"name": n} for n in names], "has_more": more})
 
     with client(answer) as nibble:
-        assert nibble.adapters("slot") == {"adapters": [{"name": name} for name in "abcde"]}
+        listed = nibble.adapters("slot") if key == "adapters" else getattr(nibble, key)()
+    assert listed == {key: [{"name": name} for name in "abcde"]}
     assert [one.get("after") for one in asked] == [None, "b", "d"]
-    assert {one["resident"] for one in asked} == {"slot"}
+    assert {one.get("resident") for one in asked} == {"slot" if key == "adapters" else None}
     assert {one["limit"] for one in asked} == {"1000"}
 
 

