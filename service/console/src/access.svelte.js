@@ -12,6 +12,9 @@ function stored() {
 
 export const access = $state({ key: stored(), refused: false });
 
+/** Whether the last request found nobody: the server is down, or the way to it is. */
+export const line = $state({ down: false });
+
 /** The header that says who asks; nothing where no key was given. */
 export function credentials() {
   return access.key ? { authorization: `Bearer ${access.key}` } : {};

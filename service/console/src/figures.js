@@ -26,14 +26,33 @@ export function number(value, digits = 0) {
   return value.toLocaleString('en', { maximumFractionDigits: digits });
 }
 
+const dated = (value) => new Date(typeof value === 'number' ? value * 1000 : value);
+
+/** The language of the page, where it is not the browser's. */
+function spoken() {
+  const page = document.documentElement.lang;
+  return navigator.language.startsWith(page) ? undefined : page;
+}
+
 export function moment(value) {
   if (!value) return '–';
-  const date = new Date(typeof value === 'number' ? value * 1000 : value);
-  const page = document.documentElement.lang; // of the page, which may not be the browser's
-  const own = navigator.language.startsWith(page) ? undefined : page;
-  return Number.isNaN(date.getTime()) ? String(value) : date.toLocaleString(own);
+  const date = dated(value);
+  return Number.isNaN(date.getTime()) ? String(value) : date.toLocaleString(spoken());
+}
+
+/** For a narrow place: the time where it was today, else the day. */
+export function recent(value) {
+  const date = dated(value);
+  if (!value || Number.isNaN(date.getTime())) return moment(value);
+  const today = new Date().toDateString() === date.toDateString();
+  return today ? date.toLocaleTimeString(spoken()) : date.toLocaleDateString(spoken());
 }
 
 export function short(digest) {
   return digest ? digest.replace(/^sha256:/, '').slice(0, 12) : '–';
+}
+
+/** What trained a job's adapter; `supervised` is OpenAI's word, and LoRA here. */
+export function method({ type }) {
+  return type === 'supervised' ? 'lora' : type;
 }

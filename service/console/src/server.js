@@ -1,6 +1,7 @@
 // Talking to the server: requests, refusals, events, uploads.
 
-import { access, credentials } from './access.svelte.js';
+import { access, credentials, line } from './access.svelte.js';
+import { t } from './words.svelte.js';
 
 export class Refusal extends Error {
   constructor(status, message, field, type) {
@@ -24,6 +25,12 @@ function refusal(status, text) {
   }
 }
 
+/** Nobody answered, or no longer: `status` is 0. */
+function gone(what) {
+  line.down = true;
+  return new Refusal(0, t(what));
+}
+
 export async function request(path, { json, ...options } = {}) {
   if (json !== undefined) {
     options.method ??= 'POST';
@@ -31,7 +38,9 @@ export async function request(path, { json, ...options } = {}) {
     options.body = JSON.stringify(json);
   }
   options.headers = { ...options.headers, ...credentials() };
-  const response = await fetch(path, options);
+  const response = await fetch(path, options).catch((failed) => {
+    throw failed.name === 'AbortError' ? failed : gone('The server does not answer.');
+  });
   if (response.status === 401) access.refused = true;
   if (!response.ok) throw refusal(response.status, await response.text());
   return response;
@@ -55,7 +64,9 @@ export async function* events(response) {
   let rest = '';
   try {
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await reader.read().catch((failed) => {
+        throw failed.name === 'AbortError' ? failed : gone('The connection to the server broke.');
+      });
       if (done) return;
       rest += value;
       const end = rest.lastIndexOf('\n\n') + 2;
@@ -88,7 +99,7 @@ export function upload(path, form, progress, heard) {
     sending.upload.onprogress = (event) => {
       if (event.lengthComputable) progress(event.loaded / event.total);
     };
-    sending.onerror = () => reject(new Refusal(0, 'the connection to the server broke'));
+    sending.onerror = () => reject(gone('The connection to the server broke.'));
     sending.onload = () => {
       const { status, responseText } = sending;
       if (status === 401) access.refused = true;
@@ -98,6 +109,10 @@ export function upload(path, form, progress, heard) {
     sending.send(form);
   });
 }
+
+/** What a page that asks again and again says of a failure: nothing where nobody answered, which
+ * stands above every page already. */
+export const polledFault = (failed) => (failed.status === 0 ? null : failed);
 
 let described;
 

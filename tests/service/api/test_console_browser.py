@@ -82,7 +82,7 @@ def page(chromium: Any, running: Running) -> Iterator[Any]:
 
 def _is_wrong(one: Any) -> bool:
     # That a request was refused, Chromium writes by itself; the page says it to the user.
-    refused = re.search("status of (401|422)", one.text)
+    refused = re.search("status of (401|422)|ERR_FAILED", one.text)
     return one.type in ("warning", "error") and refused is None
 
 
@@ -234,7 +234,7 @@ def test_a_job_is_planned_trained_and_published(page: Any, tmp_path: Path) -> No
     _open(page, "training")
     page.get_by_label("Bring a file").set_input_files(tmp_path / "train.jsonl")
     page.get_by_role("option", name="train.jsonl").first.wait_for(state="attached")
-    for label, value in (("Name of the adapter", "desk"), ("Steps", "4"), ("Rows of a batch", "2")):
+    for label, value in (("Name of the adapter", "desk"), ("Steps", "4"), ("Batch size", "2")):
         page.get_by_label(label, exact=True).fill(value)
     page.get_by_label("Rank", exact=True).fill("2")
     page.get_by_role("button", name="Show the plan").click()
@@ -323,6 +323,21 @@ def test_keys_alone_send_a_prompt(page: Any) -> None:
     page.get_by_role("heading", name="Adapters", level=1).wait_for()
     focused = page.get_by_role("heading", level=1)
     assert focused.and_(page.locator(":focus")).count() == 1, "a reader hears the new page"
+
+
+def test_a_server_that_is_gone_is_said_once_and_what_was_typed_stays(page: Any) -> None:
+    _open(page, "playground")
+    page.get_by_label("Message", exact=True).fill(QUESTION)
+    page.route("**/*", lambda route: route.abort())
+    page.get_by_role("button", name="Send to 2 columns").click()
+    gone = page.get_by_text("Waiting for the server. The server does not answer.")
+    gone.wait_for()
+    assert page.locator("[data-state=failed]").count() == 2
+    page.unroute("**/*")
+    gone.wait_for(state="detached")
+    assert page.get_by_label("Message", exact=True).input_value() == QUESTION
+    page.get_by_role("button", name="Send to 2 columns").click()
+    page.locator("[data-state=done]").nth(1).wait_for()
 
 
 @pytest.fixture
