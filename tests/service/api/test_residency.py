@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from service.api import adapters as views
-from tests.service.api.conftest import Running, until
+from tests.service.api.conftest import PATIENCE, Running, until
 from tests.service.api.test_adapters import fresh, push, uploads
 from tests.service.api.test_generate import ask, stream
 
@@ -33,7 +33,7 @@ class Slow:
 
     def fetch(self, ref: Any) -> Any:
         if ref.digest in self.held:
-            assert self.go.wait(60)
+            assert self.go.wait(PATIENCE)
         return self._fetch(ref)
 
     def loading(self, digest: str) -> bool:
@@ -93,7 +93,7 @@ def test_the_load_begins_before_the_prompt_is_read(
     monkeypatch.setattr(type(assembly), "text", staticmethod(late))
     slow.held.add(digest)
     cold = pool.submit(ask, client, adapter_id=fresh, max_new_tokens=2)
-    assert reading.wait(30)
+    assert reading.wait(PATIENCE)
     slow.go.set()
     assert cold.result()["generated_text"]
 
@@ -107,8 +107,7 @@ def test_a_deleted_adapter_serves_what_was_accepted_before(
     blob = slow.store.weights_path(slow.store.resolve(fresh))
     slow.held.add(made["digest"])
     queued = [pool.submit(ask, client, adapter_id=fresh, max_new_tokens=6) for _ in range(3)]
-    claims = slow.engine._tiers.claims
-    until(lambda: sum(claims._keys.values()) == 3)
+    until(lambda: slow.engine.waiting == 3)
     gone: Future[httpx.Response] = pool.submit(client.delete, f"/adapters/{fresh}")
     until(lambda: client.get(f"/adapters/{fresh}").status_code == 404)
     body = {"inputs": "a", "parameters": {"adapter_id": fresh}}

@@ -22,6 +22,7 @@ from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence
 from service.residency.tiers import Tiers
 from tests.service.engine.cells import Cells
+from tests.waiting import PATIENCE
 
 NAMES = ("a", "b", "c", "d")
 BLOCK, BLOCKS = 4, 16
@@ -126,7 +127,7 @@ class Whole(RuleBasedStateMachine):
     def step(self) -> None:
         """One turn of the engine's loop."""
         if len(self.tiers.loads):
-            self.commands.get(timeout=10)()  # what a worker has brought
+            self.commands.get(timeout=PATIENCE)()  # what a worker has brought
         schedule = self.scheduler.schedule()
         assert self.tiers.take_failures() == {}, "all of these adapters can be loaded"
         for chunk in schedule.chunks:

@@ -16,6 +16,7 @@ from service.engine.request import AdapterKey, AdapterRef
 from service.errors import Overloaded
 from service.residency.tiers import Resident, Tiers
 from tests.service.residency.test_slots import adapter
+from tests.waiting import PATIENCE
 
 SIZE = 64  # bytes of one adapter here
 
@@ -31,7 +32,7 @@ class Store:
     def fetch(self, ref: AdapterRef) -> LoweredAdapter:
         self.began.release()
         if ref.digest in self.slow:
-            assert self.slow[ref.digest].wait(30)
+            assert self.slow[ref.digest].wait(PATIENCE)
         self.fetched.append(ref.digest)
         if ref.digest == "broken":
             raise OSError("no such file")
@@ -77,7 +78,7 @@ class Bench:
     def settle(self, loads: int = 1) -> None:
         """Take in `loads` loads that end."""
         for _ in range(loads):
-            self.posted.get(timeout=30)()
+            self.posted.get(timeout=PATIENCE)()
         self.tiers.check_integrity()
 
     def claimed(self, *digests: str) -> list[AdapterRef]:
@@ -113,7 +114,7 @@ def bench() -> Iterator[Bench]:
 def test_a_load_is_made_once_and_nobody_waits_for_it(bench: Bench) -> None:
     bench.store.slow["a"] = threading.Event()
     (a,) = bench.claimed("a")
-    assert bench.store.began.acquire(timeout=30), "it begins at once, before anybody acquires"
+    assert bench.store.began.acquire(timeout=PATIENCE), "it begins at once, before anybody acquires"
     assert bench.where() == {"a": "loading"}
     for _ in range(3):
         assert not bench.tiers.acquire(a)
@@ -199,9 +200,12 @@ def test_a_tally_is_of_what_is_in_memory_and_costs_nothing_for_the_rest(bench: B
     assert [one.tier for one in bench.tiers.residents("b")] == ["host"]
     for number in range(20_000):  # that were used once: a scrape asks between two steps
         bench.tiers.seek(AdapterRef(f"{number:064x}", "x"))
-    begun = time.thread_time()
-    assert bench.tiers.tally() == told
-    assert time.thread_time() - begun < 0.002
+    took = []
+    for _ in range(20):  # the garbage of other tests may be collected in one of them
+        begun = time.thread_time()
+        assert bench.tiers.tally() == told
+        took.append(time.thread_time() - begun)
+    assert min(took) < 0.002
     bench.settle()
 
 
