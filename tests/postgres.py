@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 DEBIAN = Path("/usr/lib/postgresql")
 USER = "nibble"
+WAIT = ("-w", "-t", "240")  # for its start and its end, on a busy machine
 
 
 def programs() -> Path | None:
@@ -44,12 +45,12 @@ def running(at: Path) -> Iterator[sa.URL]:
         # Its own syncs are not what is tested.
         run(at / "initdb", "-D", data, "-U", USER, "-A", "trust", "-N", "-E", "UTF8")
         options = f"-c listen_addresses='' -c fsync=off -k {root}"
-        run(at / "pg_ctl", "-D", data, "-w", "-l", root / "log", "-o", options, "start")
+        run(at / "pg_ctl", "-D", data, *WAIT, "-l", root / "log", "-o", options, "start")
         try:
             query = {"host": str(root)}
             yield sa.URL.create("postgresql", username=USER, database="postgres", query=query)
         finally:
-            run(at / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
+            run(at / "pg_ctl", "-D", data, *WAIT, "-m", "immediate", "stop")
     finally:
         shutil.rmtree(root, ignore_errors=True)
 

@@ -175,8 +175,9 @@ def test_request_id_is_the_server_s_own(client: httpx.Client) -> None:
 
 
 def test_log_has_the_request_and_no_text_of_it(
-    client: httpx.Client, caplog: pytest.LogCaptureFixture
+    client: httpx.Client, server: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
+    server.settle()  # another test's line may not have been written yet
     parameters = {"max_new_tokens": 2, "adapter_id": "lora"}
     theirs = {"x-request-id": "a\tb" + "c" * 99}
     with capture_logs() as logs:

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from service.api.places import Places
 from service.api.spool import Spool
 from service.errors import Overloaded
+from tests.waiting import PATIENCE
 
 
 async def settle() -> None:
@@ -87,7 +88,7 @@ def test_who_leaves_the_line_takes_no_place_along(given: bool) -> None:
         assert leaving.cancelled()
         if not given:
             places.give_back(held)
-        await asyncio.wait_for(places.take("b"), 1)
+        await asyncio.wait_for(places.take("b"), PATIENCE)
 
     asyncio.run(run())
 

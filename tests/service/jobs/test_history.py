@@ -16,6 +16,7 @@ from service.jobs.history import follow, history, page
 from service.jobs.job import Job
 from service.jobs.queue import Queue
 from tests.service.jobs.conftest import keep, order_of
+from tests.waiting import PATIENCE
 
 
 def line(number: int, loss: float = 1.0, at: float | None = None) -> str:
@@ -75,7 +76,7 @@ def test_events_as_they_come_end_with_the_job(queue: Queue, job: Job, tmp_path: 
                 queue.cancel(job.id)
         return found
 
-    created, step, cancelled = asyncio.run(asyncio.wait_for(read(), 30))
+    created, step, cancelled = asyncio.run(asyncio.wait_for(read(), PATIENCE))
     assert created.startswith("Created")
     assert step.startswith("Step 1: training loss=1.0")
     assert cancelled == "Cancelled."
