@@ -67,12 +67,12 @@ async def create(
     that was uploaded under its name, the key needs the scope `adapters:write` too."""
     desk.admission.check()
     order = await asyncio.to_thread(_order, body, serving, desk)
-    office = serving.jobs
+    office, most = serving.jobs, _most_minutes(serving)
     if body.dry_run:
-        plan = await unless_gone(request, desk.plans.run(partial(office.plan, order)))
+        plan = await unless_gone(request, desk.plans.run(partial(office.plan, order, most)))
         named = {"object": "fine_tuning.plan", "model": order.model, "method": _method(order, plan)}
         return JSONResponse({**named, **plan})
-    job = await desk.slowly(office.create, order, _most_minutes(serving))
+    job = await desk.slowly(office.create, order, most)
     return JSONResponse(_view(job, office))
 
 

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -91,13 +91,22 @@ class Office:
         self._runner.wake()
         return job
 
-    def plan(self, order: Order) -> dict[str, Any]:
-        """What a job would do and cost, by trying; nothing is kept. Raises as `create`."""
+    def plan(self, order: Order, most_minutes: int | None = None) -> dict[str, Any]:
+        """What a job would do and cost, by trying, which takes of the tenant's minutes; nothing is
+        kept. Raises as `create`."""
         shop = self._workshop
-        with self._temporary() as directory:
+        with self._temporary() as directory, ExitStack() as stack:
             prepare(order, directory, self.files, shop.base, shop.double_quant)
-            asked = ("train", "plan", CONFIG, "--json")
-            found = self._ask(order, directory, asked, PLAN_SECONDS)
+            seconds = PLAN_SECONDS
+            if most_minutes is not None:
+                seconds = stack.enter_context(self.queue.planning(most_minutes, seconds))
+            try:
+                asked = ("train", "plan", CONFIG, "--json")
+                found = self._ask(order, directory, asked, seconds)
+            except Overloaded as error:
+                if seconds < PLAN_SECONDS:
+                    raise minutes_used() from error
+                raise
         train = found["data"][0]
         config = settled(order, found["config"], train["examples"], train["tokens"])
         plan = dict(found["plan"])

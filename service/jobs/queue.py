@@ -10,9 +10,11 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -28,7 +30,9 @@ from service.jobs.job import ENDED, JOB_ID, STATUSES, Asked, Checked, Fault, Job
 from service.jobs.order import Order
 
 Level = Literal["info", "warn", "error"]
-MONTH = 30 * 24 * 3600.0
+DAY = 24 * 3600.0
+MONTH = 30 * DAY
+PLANS = "plans"  # in place of a server, whose ids are hexadecimal
 FULL_SECONDS = 60.0  # after which to try again
 
 
@@ -140,7 +144,7 @@ class Queue:
 
     def minutes(self, since: float) -> float:
         """What the tenant's jobs created since a time, on all servers, have trained, or may still
-        train."""
+        train, and what its plans took."""
         with self._catalog.reading() as connection:
             return self._minutes(connection, since)
 
@@ -148,6 +152,35 @@ class Queue:
         whose = jobs.c.tenant == (self._tenant or DEFAULT_TENANT)
         rows = connection.execute(sa.select(jobs).where(whose, jobs.c.created >= since)).all()
         return sum(row.minutes if row.status in ENDED else _allowed(row) for row in rows)
+
+    @contextmanager
+    def planning(self, most_minutes: float, seconds: float) -> Iterator[float]:
+        """Let a plan be made, which tries steps: the seconds that it may take, of these and of what
+        the tenant has left. What it takes counts as trained. Raises QuotaExceeded."""
+        now = time.time()
+        with self._catalog.writing() as connection:
+            left = most_minutes - self._minutes(connection, now - MONTH)
+            if left <= 0:
+                raise minutes_used()
+            taken = min(left, seconds / 60)
+            day = self._add_plan(connection, now, taken)
+        begun = time.monotonic()
+        try:
+            yield taken * 60
+        finally:
+            self.trained(day, (time.monotonic() - begun) / 60 - taken)
+
+    def _add_plan(self, connection: sa.Connection, now: float, minutes: float) -> str:
+        """Note minutes of a plan. A tenant's plans of a day are one row, which is no server's, so
+        that it is no job."""
+        tenant = self._tenant or DEFAULT_TENANT
+        day = f"plan-{sha256(tenant.encode()).hexdigest()[:24]}-{int(now // DAY)}"
+        change = sa.update(jobs).where(jobs.c.id == day).values(minutes=jobs.c.minutes + minutes)
+        if connection.execute(change).rowcount == 0:
+            nothing = {"status": "succeeded", "starts": 0, "ordered": "{}"}
+            row = {"id": day, "home": PLANS, "tenant": tenant, "created": now, **nothing}
+            connection.execute(sa.insert(jobs).values(**row, finished=now, minutes=minutes))
+        return day
 
     def trained(self, job_id: str, minutes: float) -> None:
         """So much more was trained."""

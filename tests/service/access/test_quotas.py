@@ -8,25 +8,32 @@ import math
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from adapters.catalog import Catalog
 from adapters.errors import QuotaReached
 from adapters.prompts.shelf import TemplateShelf
 from adapters.prompts.template import parse_template
+from adapters.tables import training_jobs
 from service.access.keys import Keys
 from service.access.quotas import Meter, Quotas, Tenants
 from service.errors import NotFound, QuotaExceeded
 from service.jobs.files import TrainingFiles
 from service.jobs.job import Fault
-from service.jobs.office import within
+from service.jobs.office import Office, within
+from service.jobs.process import Confinement
 from service.jobs.queue import Queue
+from service.jobs.runner import Workshop
 from tests.adapters.test_manifest import MANIFEST
 from tests.service.jobs.conftest import keep, order_of
 from tests.waiting import PATIENCE, until
@@ -354,6 +361,58 @@ def test_minutes_of_training(catalog: Catalog, tmp_path: Path) -> None:
     assert queue.of("zeta").minutes(0.0) == 0.0
     with pytest.raises(QuotaExceeded, match="thirty days"):
         within(order, 0.0)
+
+
+def test_a_dry_run_takes_of_the_minutes_what_it_lasts(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it may last while it runs, so that two at once cannot have the same minutes."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    one, other = (Queue(catalog, home * 32).of("acme") for home in "01")
+    with one.planning(12.0, 600.0) as seconds:
+        assert seconds == 600.0
+        with other.planning(12.0, 600.0) as left:
+            assert left == pytest.approx(120.0)
+            with pytest.raises(QuotaExceeded, match="thirty days"), one.planning(12.0, 600.0):
+                pass
+            clock[0] += 30
+        with suppress(OSError), other.planning(12.0, 600.0):
+            clock[0] += 30
+            raise OSError
+    assert one.minutes(0.0) == pytest.approx(2.0)  # the first for a minute, the others half of one
+    assert one.of("zeta").minutes(0.0) == 0.0
+    assert one.newest(None, 9) == ([], False)
+    assert sum(one.counts().values()) == 0
+    assert one.minutes(time.time() + 1) == 0.0
+    with pytest.raises(QuotaExceeded), one.planning(2.0, 600.0):
+        pass
+
+
+def test_a_dry_run_ends_with_the_minutes(catalog: Catalog, tmp_path: Path) -> None:
+    files = TrainingFiles(catalog, tmp_path / "files", "0" * 32)
+    queue = Queue(catalog, "0" * 32)
+    sleeps = Confinement(nibble=(sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"))
+    workshop = Workshop(tmp_path / "jobs", "b", sleeps)
+    nobody: Any = None
+    office = Office(queue, files, workshop, nobody, 8).of("acme")
+    order = order_of(keep(files.of("acme"), tmp_path))
+    with queue.of("acme").planning(1.0, 60.0) as _:
+        pass
+    queue.trained(next(iter(plans(catalog))), 1.0 - 1 / 120)  # half a second is left
+    begun = time.perf_counter()
+    with pytest.raises(QuotaExceeded, match="thirty days"):
+        office.plan(order, 1)
+    assert time.perf_counter() - begun < 20.0
+    assert queue.of("acme").minutes(0.0) >= 1.0
+    with pytest.raises(QuotaExceeded, match="thirty days"):
+        office.plan(order, 1)
+    assert list((tmp_path / "jobs").glob("plan-*")) == []
+
+
+def plans(catalog: Catalog) -> list[str]:
+    with catalog.reading() as connection:
+        return list(connection.execute(sa.select(training_jobs.c.id)).scalars())
 
 
 @pytest.fixture
