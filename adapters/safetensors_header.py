@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import InvalidAdapter, StoreUnavailable, TooLarge, UnsupportedMedia
+from adapters.json_fault import fault
 from adapters.limits import Limits
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4}
@@ -26,7 +27,11 @@ MAX_DIMENSIONS = 4
 
 # First bytes of what people upload by mistake (or not by mistake), and what to call it.
 FOREIGN = (
-    (b"PK", "a zip archive (torch.save writes these)"),
+    (
+        b"PK",
+        "a zip archive (torch.save writes these); send what is in it, or what PEFT's "
+        "save_pretrained writes: adapter_model.safetensors",
+    ),
     (b"\x1f\x8b", "a gzip archive"),
     (b"BZh", "a bzip2 archive"),
     (b"\xfd7zXZ", "an xz archive"),
@@ -137,6 +142,8 @@ def parse_json_object(raw: bytes, where: str, what: str) -> dict[str, Any]:
         table = json.loads(
             raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant
         )
+    except json.JSONDecodeError as error:
+        raise InvalidAdapter(f"the {what} is not JSON: {fault(error)}", where) from error
     except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"the {what} is not JSON: {str(error)[:200]}", where) from error
     if not isinstance(table, dict):

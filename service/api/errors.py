@@ -14,8 +14,10 @@ OpenAI's envelope (`service.api.openai_errors`).
 from __future__ import annotations
 
 import errno
+import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any
@@ -45,7 +47,9 @@ from adapters.errors import (
     Unkeepable,
     UnsupportedMedia,
 )
+from adapters.json_fault import fault
 from service.admission import Loading
+from service.api import hints
 from service.api.openai_errors import openai_envelope, openai_status, speaks_openai
 from service.errors import (
     AdapterLoadFailed,
@@ -196,6 +200,7 @@ _HTTP = {
     405: "method_not_allowed",
     413: "too_large",
 }
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.IGNORECASE)
 # A driver's words name the database's host and user: they are for the log.
 _WITHOUT_WORDS = "the catalog failed; the server's log has the cause under this id"
 _INTERNAL = Failure(500, "internal", "the server failed; its log has the cause under this id")
@@ -207,7 +212,7 @@ def failure(error: BaseException) -> Failure:
         headers = {"retry-after": "5"} if error.status in (429, 503) else {}
         return Failure(error.status, error.error_type, str(error), error.field, headers)
     if isinstance(error, RequestValidationError):
-        return _invalid_body(error)
+        return _invalid_body(error, None)
     if isinstance(error, HTTPException) and error.status_code == 400:
         return Failure(422, "validation", f"the body is not JSON: {_unreadable(error.__cause__)}")
     if isinstance(error, HTTPException):
@@ -221,7 +226,7 @@ def failure(error: BaseException) -> Failure:
     for cause, status, error_type in _STATUS:
         if isinstance(error, cause):
             of_driver = status >= 500 and isinstance(error.__cause__, SQLAlchemyError)
-            words = _WITHOUT_WORDS if of_driver else str(error)
+            words = _WITHOUT_WORDS if of_driver else str(error) + _listed(error)
             return Failure(status, error_type, words, _field(error), _headers(error, status))
     return _INTERNAL
 
@@ -250,6 +255,8 @@ async def _reply(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError) and not _is_json(request):
         wanted = "send a body with Content-Type: application/json"
         answer = Failure(415, "unsupported_media", wanted)
+    elif isinstance(error, RequestValidationError):
+        answer = _invalid_body(error, request.scope.get("endpoint"))
     return answer.reply(request.scope)
 
 
@@ -266,6 +273,16 @@ def log_failure(error: BaseException) -> None:
     own = isinstance(error, AdapterError | ServiceError)
     detail = {"reason": str(error)[:500]} if own else {}
     logger.error("request failed", kind=type(error).__name__, frames=frames[-12:], **detail)
+
+
+def _listed(error: Exception) -> str:
+    """Where to look for what was not found."""
+    if not isinstance(error, AdapterNotFound):
+        return ""
+    name, at, _ = error.reference.partition("@")
+    if at and _NAME.fullmatch(name):
+        return f"; GET /adapters/{name} lists its versions and aliases"
+    return "; GET /adapters lists those that do"
 
 
 def _field(error: Exception) -> str | None:
@@ -292,7 +309,8 @@ def _headers(error: Exception, status: int) -> dict[str, str]:
 def _no_route(request: Request, status: int) -> Failure:
     path = request.url.path[:MAX_ECHO]
     if status == 404:
-        return Failure(404, "not_found", f"{path!r} does not exist here; /docs lists what does")
+        hint = hints.of_path(request) or "; /docs lists what does"
+        return Failure(404, "not_found", f"{path!r} does not exist here{hint}")
     allowed = ", ".join(_methods(request))
     message = f"{path!r} does not take {request.method[:16]}; it takes {allowed}"
     return Failure(405, "method_not_allowed", message, None, {"allow": allowed})
@@ -317,9 +335,11 @@ def _is_json(request: Request) -> bool:
     return json or not has_body
 
 
-def _invalid_body(error: RequestValidationError) -> Failure:
+def _invalid_body(error: RequestValidationError, endpoint: Callable[..., Any] | None) -> Failure:
     found = error.errors()
-    listed = [_explain(one) for one in found[:MAX_LISTED]]
+    if found[0]["type"] == "json_invalid":
+        return Failure(422, "validation", f"the body is not JSON: {_not_json(error)}")
+    listed = [_explain(one, endpoint) for one in found[:MAX_LISTED]]
     if len(found) > MAX_LISTED:
         listed.append(f"and {len(found) - MAX_LISTED} more")
     return Failure(422, "validation", "; ".join(listed), _where(found[0]["loc"]) or None)
@@ -343,14 +363,16 @@ def _where(loc: Sequence[Any]) -> str:
     return ".".join(parts)[: 2 * MAX_ECHO]
 
 
-def _explain(one: Mapping[str, Any]) -> str:
-    if one["type"] == "json_invalid":
-        cause = one.get("ctx", {}).get("error", "")
-        return f"the body is not JSON: {cause} at character {one['loc'][-1]}"
+def _not_json(error: RequestValidationError) -> str:
+    cause = error.__cause__
+    return fault(cause) if isinstance(cause, json.JSONDecodeError) else "it could not be read"
+
+
+def _explain(one: Mapping[str, Any], endpoint: Callable[..., Any] | None) -> str:
     where = _where(one["loc"]) or "body"
     message = str(one["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     if one["type"] == "extra_forbidden":
-        return f"{where}: there is no such field"
+        return f"{where}: there is no such field{hints.of_field(endpoint, one['loc'])}"
     if one["type"] == "union_tag_not_found":
         return f"{where}: should be a string or a list of messages"
     if one["type"] == "missing":

@@ -58,8 +58,11 @@ _NEXT_STEPS = {
     429: "Try again in a moment; `nibble tenants list` shows what a tenant may use.",
     503: "The server is starting, stopping or out of resources: its log tells which.",
 }
-# What lists the things of a path, by how the path begins.
+# What lists what was not found, by how the refusal or else the path begins.
 _LISTS = {
+    "collection ": "rag",
+    "template ": "templates",
+    "adapter ": "adapters",
     "/collections": "rag",
     "/templates": "templates",
     "/keys": "keys",
@@ -88,8 +91,12 @@ def connect(url: str | None, as_json: bool) -> Iterator[Client]:
 def _next_step(error: ServerRefused) -> str:
     if error.status != 404:
         return _NEXT_STEPS.get(error.status, "")
-    found = (what for begins, what in _LISTS.items() if error.path.startswith(begins))
-    return f"`nibble {next(found, 'adapters')} list` shows what is there."
+    said = str(error)
+    if said.startswith("'/"):  # a path that no server of ours has
+        return "Name the server alone, without a path: --url http://HOST:PORT"
+    found = [what for begins, what in _LISTS.items() if said.startswith(begins)]
+    found += [what for begins, what in _LISTS.items() if error.path.startswith(begins)]
+    return f"`nibble {(found or ['adapters'])[0]} list` shows what is there."
 
 
 def default_url() -> str:

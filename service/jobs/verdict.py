@@ -36,9 +36,16 @@ def verdict(order: Order, status: int, said: str) -> Checked | Fault:
 def _bad_rows(report: dict[str, Any], limit: int) -> str:
     if not report["rows"]:
         return f"{report['path']}: no rows: at least one example is needed"
-    lines = report["rejects"][:MOST_REJECTS]
-    if report["bad"] > len(lines):
-        lines = [*lines, f"and {report['bad'] - len(lines):,} more"]
+    alike: dict[str, list[str]] = {}
+    for place, _, why in (reject.partition(": ") for reject in report["rejects"]):
+        alike.setdefault(why, []).append(place)
+    shown = dict(list(alike.items())[:MOST_REJECTS])
+    lines = [
+        f"{places[0]}: {why}" + (f" (and {len(places) - 1:,} like it)" if places[1:] else "")
+        for why, places in shown.items()
+    ]
+    if more := report["bad"] - sum(map(len, shown.values())):
+        lines.append(f"and {more:,} more")
     count = f"{report['bad']:,} of {report['rows']:,} rows are bad (data.max_bad_rows is {limit}): "
     return count + "; ".join(lines)
 

@@ -154,8 +154,10 @@ def test_a_file_that_cannot_be_trusted_further_is_refused(
         (
             "a.jsonl",
             b'{"a": 1}\n{"a"\n{"a": 2}\n',
-            r"a\.jsonl:2: not JSON: Expecting ':' delimiter, column 5",
+            r"a\.jsonl:2: not JSON: it ends too early, column 5",
         ),
+        ("a.jsonl", b'{"a": 1}\n{"a": 3},\n{"a": 2}\n', "a comma behind the value.*, column 9"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 3,}\n{"a": 2}\n', "a comma before '}'.*, column 9"),
         ("a.jsonl", b'{"a": 1}\n"\xff"\n{"a": 2}\n', r"a\.jsonl:2: not UTF-8"),
         ("a.json", b'[{"a": 1},\n 7,\n{"a": 2}]', r"a\.json:2, item 2: .*int"),
         ("a.csv", b"a\n1\n2,3\n2\n", r"a\.csv:3: 2 fields"),
@@ -202,3 +204,10 @@ def test_another_encoding_is_named(tmp_path: Path, name: str, encoding: str, sai
     path.write_text("prompt,completion\n서울,a\n" if ".csv" in name else '{"a": "서"}', encoding)
     with pytest.raises(DataError, match=said):
         list(read_rows(path))
+
+
+def test_an_array_is_no_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\n[\n {"a": 1}\n]\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl: a JSON array: name it \.json"):
+        list(scan(path))

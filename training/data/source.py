@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from adapters.json_fault import slip
 from training.data.arrow import dataset_directory, parquet
 from training.data.text import TEXTS, passages, raw_files
 from training.errors import DataError
@@ -100,15 +101,19 @@ def _shards(path: Path) -> Iterator[Found]:
 
 
 def _json_lines(path: Path) -> Iterator[Found]:
+    begun = False
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if not raw.strip():
                 continue
             place = f"{path}:{number}"
+            first, begun = not begun, True
+            if first and raw.lstrip()[:1] == b"[":
+                raise DataError(f"{path}: a JSON array: name it .json, or have a row on each line")
             try:
                 yield place, _object(place, json.loads(raw.decode("utf-8-sig").rstrip()))
             except json.JSONDecodeError as error:
-                why = f"{error.msg}, column {error.colno}"
+                why = f"{slip(error)}, column {error.colno}"
                 yield place, DataError(f"{place}: not JSON: {why}")
             except UnicodeDecodeError as error:
                 if number == 1 and raw.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):

@@ -181,6 +181,7 @@ def test_an_unknown_adapter_names_the_next_step(url: str) -> None:
     ("args", "lists"),
     [
         (("rag", "search", "gone", "a question"), "nibble rag list"),
+        (("rag", "ask", "gone", "a question"), "nibble rag list"),
         (("templates", "show", "gone"), "nibble templates list"),
         (("jobs", "show", "ftjob-gone"), "nibble jobs list"),
     ],
@@ -189,6 +190,12 @@ def test_what_is_missing_is_listed_by_its_own_command(
     url: str, args: tuple[str, ...], lists: str
 ) -> None:
     assert lists in nibble(*args, "--url", url, status=1)
+
+
+def test_an_address_with_a_path_is_told_so(url: str) -> None:
+    output = nibble("adapters", "list", "--url", f"{url}/v1", status=1)
+    assert "did you mean /adapters?" in output
+    assert "without a path: --url http://HOST:PORT" in output
 
 
 def test_sigterm_ends_with_zero(server: Running, url: str) -> None:

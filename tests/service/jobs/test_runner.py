@@ -18,6 +18,7 @@ from service.jobs.directory import prepare
 from service.jobs.job import Job
 from service.jobs.office import Office
 from service.jobs.runner import Workshop
+from service.jobs.verdict import _bad_rows
 from tests.service.jobs.conftest import Bench, keep, order_of
 
 
@@ -105,6 +106,13 @@ def test_bad_rows_end_it_with_their_line_and_field(bench: Bench, tmp_path: Path)
     assert f"training_file {job.order.training.id}:3: prompt:" in job.error.message
     with pytest.raises(WrongState, match="before it could start"):
         bench.queue.resume(job.id)
+
+
+def test_bad_rows_that_are_alike_are_said_once() -> None:
+    rejects = [f"a.jsonl:{n}: fields ['question']" for n in (1, 2, 3)] + ["a.jsonl:4: no text"]
+    said = _bad_rows({"path": "a.jsonl", "rows": 9, "bad": 7, "rejects": rejects}, 0)
+    rows = "a.jsonl:1: fields ['question'] (and 2 like it); a.jsonl:4: no text; and 3 more"
+    assert said == f"7 of 9 rows are bad (data.max_bad_rows is 0): {rows}"
 
 
 def test_a_file_that_the_disk_lost_ends_it(bench: Bench, tmp_path: Path) -> None:
