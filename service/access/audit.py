@@ -26,6 +26,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from service.access.caller import redacted
+
 log = logging.getLogger(__name__)
 
 START = "0" * 64  # the hash before the first line
@@ -291,4 +293,4 @@ def _bounded(value: Any) -> Any:
         return {str(key)[:MAX_TEXT]: _bounded(one) for key, one in list(value.items())[:16]}
     if isinstance(value, list | tuple):
         return [_bounded(one) for one in value[:64]]
-    return value if isinstance(value, bool | int | float) else str(value)[:MAX_TEXT]
+    return value if isinstance(value, bool | int | float) else redacted(str(value))[:MAX_TEXT]

@@ -11,6 +11,7 @@ from service.errors import Forbidden
 
 Scope = Literal["infer", "adapters:read", "adapters:write", "rag", "train", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+SECRET = re.compile(r"(nbl_[0-9a-f]{12}_)[0-9a-f]+")
 TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # also a directory's name (service.retrieval)
 
 
@@ -30,6 +31,11 @@ class Caller:
         """Raises Forbidden, which names what is missing."""
         if not self.may(*wanted):
             raise Forbidden(wanted, tuple(one for one in SCOPES if one in self.scopes))
+
+
+def redacted(text: str) -> str:
+    """Without the secrets of keys: some send one where its id belongs, in a path."""
+    return SECRET.sub(r"\1…", text) if "nbl_" in text else text
 
 
 # Without any key: on this machine's own address whoever asks may do all; behind `--open` all but

@@ -23,7 +23,7 @@ from adapters.catalog import Catalog
 from adapters.room import several
 from adapters.tables import api_keys as rows
 from adapters.tables import tenants
-from service.access.caller import SCOPES, TENANT, Caller, Scope
+from service.access.caller import SCOPES, TENANT, Caller, Scope, redacted
 from service.config import Settings
 from service.errors import InvalidRequest, NotFound, WrongState
 
@@ -164,7 +164,7 @@ class Keys:
         query = sa.select(rows).where(rows.c.id == key_id).with_for_update()
         row = connection.execute(query).first() if KEY_ID.fullmatch(key_id) else None
         if row is None:
-            raise NotFound(f"key {key_id[:80]!r} does not exist", "key_id")
+            raise NotFound(f"key {redacted(key_id)[:80]!r} does not exist", "key_id")
         found = _key(row)
         if found.state() != "active":
             raise WrongState(f"key {key_id} is {found.state()}: only an active one is {done}")

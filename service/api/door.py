@@ -20,6 +20,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.access.caller import redacted
 from service.api.errors import Refused, failure, log_failure, too_slow
 from service.tracing.trace import Passage as Trace
 from service.tracing.trace import Tracing
@@ -228,7 +229,7 @@ class _Passage:
         """Method, path, status, time. Never a query, a header or a body."""
         said: dict[str, Any] = {
             "method": self._scope["method"][:16],
-            "path": self._scope["path"][:200],
+            "path": redacted(self._scope["path"])[:200],
             "status": self._status,
             "seconds": round(time.monotonic() - self._since, 4),
         }

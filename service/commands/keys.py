@@ -14,11 +14,11 @@ from adapters.errors import AdapterError
 from adapters.manifest import DEFAULT_TENANT
 from service.access.audit import AuditLog
 from service.access.caller import SCOPES
-from service.access.keys import MAX_DAYS, OVERLAP, Keys, opened
+from service.access.keys import MAX_DAYS, OVERLAP, TOKEN, Keys, opened
 from service.commands.output import fail, print_json, print_table
 from service.commands.server import Json, connect
 from service.config import ConfigError, configure
-from service.errors import ServiceError
+from service.errors import InvalidRequest, ServiceError
 
 app = typer.Typer(
     help="Create, list, rotate and revoke API keys.",
@@ -37,7 +37,21 @@ Url = Annotated[
     ),
 ]
 Home = Annotated[Path | None, typer.Option(help="Home of another server than the configured one.")]
-KeyId = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `list` shows it.")]
+
+
+def _id(given: str) -> str:
+    """Of a whole key its id: who has to revoke one in a hurry has it at hand. Its secret goes no
+    further."""
+    key = TOKEN.fullmatch(given.strip())
+    return key[1] if key else given
+
+
+KeyId = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID", callback=_id, help="The key's id, as `list` shows it; or the whole key."
+    ),
+]
 
 
 class Office(Protocol):
@@ -167,6 +181,8 @@ def _office(url: str | None, home: Path | None, as_json: bool) -> Iterator[Offic
         fail(str(error), status=2, as_json=as_json)
     except AdapterError as error:
         fail(str(error), "Is the database up, and NIBBLE_CATALOG its URL?", as_json=as_json)
+    except InvalidRequest as error:
+        fail(f"{error.field}: {error}", as_json=as_json, status=2, field=error.field)
     except ServiceError as error:
         fail(str(error), "`nibble keys list` shows what is there.", as_json=as_json)
 

@@ -13,6 +13,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute, _IncludedRouter
 
 from adapters.catalog import Catalog
+from service.access.audit import AuditLog, lines
 from service.access.caller import SCOPES
 from service.access.gate import Gate
 from service.access.keys import Keys
@@ -210,6 +211,32 @@ def test_keys_over_http(server: Running, closed: Keys) -> None:
         assert admin.delete("/keys/ffffffffffff").status_code == 404
         bad = admin.post("/keys", json={**body, "scopes": ["root"]})
         assert bad.status_code == 422
+
+
+def test_a_whole_key_in_a_path_is_in_no_log(
+    server: Running, closed: Keys, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where its id belongs, or anywhere else; whoever may do that, and who may not."""
+    admin = closed.create("admin", "default", ["admin"]).token
+    user = closed.create("user", "default", ["infer"]).token
+    secret = user.rpartition("_")[2]
+    serving, audit = server.desk.serving, AuditLog(tmp_path / "audit")
+    assert serving is not None
+    server.desk.serving = replace(serving, audit=audit)  # `closed` puts back what there was
+    with httpx.Client(base_url=server.url) as client:
+        for token in (admin, user):
+            client.headers["authorization"] = f"Bearer {token}"
+            for method, path in (
+                ("POST", f"/keys/{user}/rotate"),
+                ("DELETE", f"/keys/{user}"),
+                ("GET", f"/adapters/{user}"),
+                ("DELETE", f"/templates/{user}"),
+            ):
+                assert client.request(method, path).status_code in (403, 404, 405, 422)
+    audit.close()
+    logged = "".join(capfd.readouterr()) + str(list(lines(tmp_path / "audit")))
+    assert logged.count(user.rpartition("_")[0]) >= 8
+    assert secret[:8] not in logged
 
 
 def test_metrics_can_be_kept_to_operators(server: Running, closed: Keys) -> None:

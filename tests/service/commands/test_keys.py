@@ -35,8 +35,22 @@ def test_the_life_of_a_key(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
-    assert "is no scope" in run(tmp_path, "create", "ci", "--scopes", "root", status=1)
-    assert "does not exist" in run(tmp_path, "revoke", "000000000000", status=1)
+    for field, wrong in (("scopes", "root"), ("days", "nan"), ("days", "-1"), ("tenant", "../a")):
+        refused = run(tmp_path, "create", "ci", f"--{field}", wrong, status=2)
+        assert refused.startswith(f"nibble: {field}: ")
+        assert wrong in refused
+        assert "keys list" not in refused
+    missing = run(tmp_path, "revoke", "000000000000", status=1)
+    assert "does not exist\n`nibble keys list`" in missing
+
+
+def test_a_whole_key_stands_for_its_id_and_its_secret_goes_nowhere(tmp_path: Path) -> None:
+    token = run(tmp_path, "create", "leaked").strip()
+    assert "is revoked" in run(tmp_path, "revoke", token)
+    unknown = f"nbl_{'0' * 12}_{'5' * 64}"
+    for no_key in (unknown, f"'{unknown}'"):
+        assert "555" not in run(tmp_path, "revoke", no_key, status=1)
+    assert "555" not in "".join(path.read_text() for path in (tmp_path / "audit").glob("*.jsonl"))
 
 
 def test_a_running_server_is_asked_with_the_key_of_the_environment(
