@@ -143,6 +143,7 @@ class _Generation:
             {"gen_ai.provider.name": "nibble", "gen_ai.response.id": request_id}
         )
         self._waits_for: AdapterKey | None = None
+        self._streamed = False
         self._lock = threading.Lock()
         self._open = True
 
@@ -168,7 +169,6 @@ class _Generation:
         sampling = request.sampling
         said: dict[str, Any] = {
             "gen_ai.request.max_tokens": sampling.max_new_tokens,
-            "gen_ai.request.choice.count": request.n,
             "gen_ai.request.temperature": sampling.temperature if sampling.do_sample else 0.0,
             "gen_ai.request.top_p": sampling.top_p,
             "gen_ai.request.top_k": sampling.top_k,
@@ -177,6 +177,10 @@ class _Generation:
         }
         if sampling.seed is not None:
             said["gen_ai.request.seed"] = sampling.seed
+        if request.n != 1:
+            said["gen_ai.request.choice.count"] = request.n
+        if request.streamed:
+            said["gen_ai.request.stream"] = self._streamed = True
         self._span.set_attributes(said)
         return _Followed(stream, request.n, self)
 
@@ -213,13 +217,14 @@ class _Generation:
         reasons = [REASONS[end.reason] for end in ends] + ["abort"] * (wanted - len(ends))
         self._span.set_attribute("gen_ai.response.finish_reasons", reasons)
         if ends:
-            first = min(end.queue_seconds + end.prefill_seconds for end in ends)
+            if self._streamed:
+                first = min(end.queue_seconds + end.prefill_seconds for end in ends)
+                self._span.set_attribute("gen_ai.response.time_to_first_chunk", first)
             self._span.set_attributes(
                 {
                     "gen_ai.usage.input_tokens": ends[0].prompt_tokens,
                     "gen_ai.usage.cache_read.input_tokens": max(e.cached_tokens for e in ends),
                     "gen_ai.usage.output_tokens": sum(e.generated_tokens for e in ends),
-                    "gen_ai.response.time_to_first_chunk": first,
                 }
             )
         faults = [type(end.error).__name__ for end in ends if end.error is not None]
