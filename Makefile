@@ -37,7 +37,7 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py base/kernels/build.py base/kernels/csrc/*) | venv $(BIN)/python
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py base/kernels/build.py base/kernels/csrc/* service/net/csrc/*) | venv $(BIN)/python
 	$(PIP) install --quiet -c constraints.txt setuptools
 	$(PIP) install --progress-bar off -c constraints.txt --no-build-isolation -e .
 	@touch $@
@@ -134,5 +134,5 @@ console:
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) .venv-load service/console/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f base/kernels/_native.*
+	rm -f base/kernels/_native.* service/net/_net.*
 	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

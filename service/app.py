@@ -66,6 +66,7 @@ from service.experiments import Experiments
 from service.grammars import Grammars
 from service.log import configure_logging
 from service.metrics import Metrics
+from service.net.listening import Listening
 from service.retrieval.chunks import Chunker
 from service.retrieval.embedding import open_embedder
 from service.retrieval.errors import RetrievalError
@@ -466,7 +467,7 @@ def open_store(settings: Settings) -> AdapterStore:
     return store
 
 
-class Server(uvicorn.Server):
+class Server(Listening):
     """uvicorn with our way to stop: first drain behind an open door, then close it."""
 
     def __init__(self, config: uvicorn.Config, desk: Desk) -> None:

@@ -32,24 +32,31 @@ _VNNI = [*_AVX512, "-mavx512vnni"]
 _AT_ONCE = 4  # compilers, of up to half a GB each
 _MARK = b"nibble's kernels, made from "
 
+Units = dict[str, list[str]]  # source files by name, each with the instruction sets it may use
+
 
 class BuildFailed(Exception):
     """No compiler, or it refused."""
 
 
 def build(out_dir: Path | None = None) -> Path | None:
-    """Compile the library into `out_dir` (default: this package) and return its path.
+    """Compile the kernels into `out_dir` (default: this package), as `build_library` says."""
+    return build_library((out_dir or Path(__file__).parent) / LIBRARY, SOURCES, _units())
 
-    None where that is impossible: the reason is then in `_native.txt` beside it.
+
+def build_library(target: Path, sources: Path, units: Units | None = None) -> Path | None:
+    """Compile units of `sources` (default: all) into the library `target`, and return its path.
+
+    None where that is impossible: the reason is then beside it, in a file of its name with `.txt`.
     CC names the compiler; NIBBLE_CFLAGS adds flags (sanitizers). One that is there already and was
     made from the same sources, by the same compiler with the same flags, stays as it is.
     """
-    target = (out_dir or Path(__file__).parent) / LIBRARY
-    reason = target.with_name(REASON)
+    reason = target.with_suffix(".txt")
+    units = units or {source.stem: [] for source in sorted(sources.glob("*.c"))}
     try:
         compiler, flags = _compiler(), _flags()
-        if not _says(target, mark := _mark(compiler, flags)):
-            _compile(target, compiler, flags, mark)
+        if not _says(target, mark := _mark(compiler, flags, sources, units)):
+            _compile(target, compiler, flags, mark, sources, units)
     except (BuildFailed, OSError) as error:
         target.unlink(missing_ok=True)
         reason.write_text(f"{error}\n")
@@ -61,7 +68,7 @@ def build(out_dir: Path | None = None) -> Path | None:
 def is_current(library: Path) -> bool:
     """Was it made from these sources, as `build` would make it now? False without a compiler."""
     try:
-        return _says(library, _mark(_compiler(), _flags()))
+        return _says(library, _mark(_compiler(), _flags(), SOURCES, _units()))
     except (BuildFailed, OSError):
         return False
 
@@ -74,26 +81,28 @@ def _flags() -> list[str]:
     return [*_FLAGS, *shlex.split(os.environ.get("NIBBLE_CFLAGS", ""))]
 
 
-def _mark(compiler: list[str], flags: list[str]) -> bytes:
+def _mark(compiler: list[str], flags: list[str], sources: Path, units: Units) -> bytes:
     """What a library holds that was made from these sources by this compiler."""
     made = hashlib.sha256(_run([*compiler, "--version"]).encode())
-    made.update(repr((compiler, flags, _units())).encode())
-    for source in sorted(SOURCES.iterdir()):
+    made.update(repr((compiler, flags, units)).encode())
+    for source in sorted(sources.iterdir()):
         made.update(f"\0{source.name}\0".encode() + source.read_bytes())
     return _MARK + made.hexdigest().encode()
 
 
-def _compile(target: Path, compiler: list[str], flags: list[str], mark: bytes) -> None:
+def _compile(
+    target: Path, compiler: list[str], flags: list[str], mark: bytes, sources: Path, units: Units
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         marked = Path(folder) / "made_from.c"
         marked.write_text(
             f'__attribute__((used)) const char nibble_made_from[] = "{mark.decode()}";\n'
         )
-        units = {marked: list[str](), **{SOURCES / f"{n}.c": more for n, more in _units().items()}}
-        objects = [f"{folder}/{source.stem}.o" for source in units]
+        files = {marked: list[str](), **{sources / f"{n}.c": more for n, more in units.items()}}
+        objects = [f"{folder}/{source.stem}.o" for source in files]
         commands = [
             [*compiler, *flags, *more, "-c", str(source), "-o", made]
-            for (source, more), made in zip(units.items(), objects, strict=True)
+            for (source, more), made in zip(files.items(), objects, strict=True)
         ]
         with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as threads:
             list(threads.map(_run, commands))
@@ -108,10 +117,9 @@ def _compile(target: Path, compiler: list[str], flags: list[str], mark: bytes) -
             fresh.unlink(missing_ok=True)
 
 
-def _units() -> dict[str, list[str]]:
-    """Source files by name, each with the instruction sets it may use."""
+def _units() -> Units:
     names = ("portable", "fast_portable", "dispatch", "decoder", "pool")
-    units: dict[str, list[str]] = {name: [] for name in names}
+    units: Units = {name: [] for name in names}
     if platform.machine().lower() in ("x86_64", "amd64"):
         units |= {"avx2": _AVX2, "avx512": _AVX512, "fast_avx2": _AVX2, "fast_vnni": _VNNI}
     elif platform.machine().lower() in ("aarch64", "arm64"):

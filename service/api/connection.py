@@ -20,6 +20,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from service.api.door import LINGER_BYTES, LINGER_SECONDS, SMALL_BYTES, Bounds
 from service.api.openai_errors import openai_envelope, speaks_openai
 from service.api.shedding import Reply, Shedder
+from service.net.filter import Come
+from service.net.library import Counts
 
 HEAD_BYTES = 16384  # of one request line and its headers
 PIPELINED = 128  # requests that a client may send ahead of their replies
@@ -78,6 +80,8 @@ class Connection(HttpToolsProtocol):
     bounds: ClassVar[Bounds] = Bounds(SMALL_BYTES)
     shedder: ClassVar[Shedder] = Shedder()
     shared: ClassVar[Room] = Room(HELD_BY_ALL)
+    counts: ClassVar[Counts] = Counts()  # the filter's, where there is one
+    come: Come | None = None  # what it brings from there
     url: bytes = b""  # of the head that comes, as much as has come
     _deadline: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
@@ -89,12 +93,14 @@ class Connection(HttpToolsProtocol):
     _held: tuple[RequestResponseCycle, Any] | None = None  # a request that has not begun
     _borrowed = 0  # bytes of the room that all share, for its body
     _since = _came = 0.0  # of its body: when its first and its last piece were expected and came
+    _waited = 0.0  # for the head or body that comes, before we had the connection
     _between = False  # what came last was answered, and nothing came after it
     _unheard: int | None = None  # of an ended connection: bytes that may come before it is closed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.max_open:
+        self.counts.open = len(self.connections)
+        if self.come.full if self.come is not None else self.counts.open > self.max_open:
             transport.write(_envelope("503 Service Unavailable", _TOO_MANY, "overloaded"))
             transport.close()
             return
@@ -104,7 +110,22 @@ class Connection(HttpToolsProtocol):
         if _UNSENT is not None:
             with suppress(OSError):  # no TCP
                 self._socket.setsockopt(socket.IPPROTO_TCP, _UNSENT, UNSENT_BYTES)
-        self._expect_head()
+        if self.come is None:
+            self._expect_head()
+        else:
+            self._resume(self.come)
+
+    def _resume(self, come: Come) -> None:
+        """With what the filter has read."""
+        self.come, self._waited = None, come.waited
+        self.data_received(come.content)
+        self._waited = 0.0
+        if self.flow.read_paused:  # before there was anything to pause: uvloop begins to read now
+            self.loop.call_soon(self._pause_again)
+
+    def _pause_again(self) -> None:
+        if self.flow.read_paused:
+            self.transport.pause_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._got_head()
@@ -114,6 +135,7 @@ class Connection(HttpToolsProtocol):
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
+        self.counts.open = len(self.connections)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing() or self._ended(data):
@@ -354,7 +376,8 @@ class Connection(HttpToolsProtocol):
 
     def _expect_head(self) -> None:
         if self._deadline is None:
-            self._deadline = self.loop.call_later(self.head_seconds, self._too_slow)
+            left = max(self.head_seconds - self._waited, 0.0)
+            self._deadline = self.loop.call_later(left, self._too_slow)
 
     def _got_head(self) -> None:
         if self._deadline is not None:
@@ -370,9 +393,9 @@ class Connection(HttpToolsProtocol):
         self._came = self.loop.time()
         if not self._since:
             self._got_head()
-            self._since = self._came
-            patience = min(self.bounds.grace_seconds, self.bounds.silence_seconds)
-            self._deadline = self.loop.call_later(patience, self._check_body)
+            self._since = self._came - self._waited
+            patience = min(self.bounds.grace_seconds - self._waited, self.bounds.silence_seconds)
+            self._deadline = self.loop.call_later(max(patience, LOOK_SECONDS), self._check_body)
 
     def _check_body(self) -> None:
         self._deadline = None
@@ -396,7 +419,12 @@ class Connection(HttpToolsProtocol):
             return
         self._held[0].response_complete = True
         self._let_go()
-        self._end(_envelope("503 Service Unavailable", "this server is stopping", "draining"))
+        self._end(stopping())
+
+
+def stopping() -> bytes:
+    """What is said to a request that is not here when the server stops."""
+    return _envelope("503 Service Unavailable", "this server is stopping", "draining")
 
 
 def room() -> int:

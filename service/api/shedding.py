@@ -22,7 +22,8 @@ from starlette.routing import BaseRoute
 
 from service.admission import Admission
 from service.api.access import Guarded
-from service.api.errors import Failure, failure, too_slow
+from service.api.door import Bounds
+from service.api.errors import Failure, Refused, failure, too_slow
 from service.api.openai_errors import speaks_openai
 from service.errors import Overloaded, ServiceError
 
@@ -89,6 +90,14 @@ class Shedder:
     def _signed(self, answer: Failure, reply: Reply) -> Reply:
         request_id = self._log.note(f"{answer.status} {answer.error_type}")
         return reply[0], reply[1].replace(ID, request_id)
+
+
+def late_reply(bounds: Bounds, path: str) -> Reply:
+    """What is said to a body that came too slowly, by who says the same to all."""
+    grace, rate, silence = bounds.grace_seconds, bounds.bytes_per_second, bounds.silence_seconds
+    how = f"it has {grace:g} seconds and one more for each {rate:.0f} bytes"
+    what = f"the body came too slowly: {how}, and may not stop for {silence:g}"
+    return rendered(failure(Refused(408, "timeout", what)), path)
 
 
 class Lines:

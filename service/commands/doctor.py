@@ -14,6 +14,7 @@ from service.commands.installation import shadowed, versions
 from service.commands.output import fail, print_json, print_table
 from service.commands.server import Json
 from service.config import GIB, MIB, ConfigError, Settings, configure
+from service.net.library import load as load_filter
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -50,6 +51,7 @@ def run(
                 "machine": asdict(machine),
                 "dtype": {"name": dtype, "why": why},
                 "kernels": native_status(),
+                "accept_filter": load_filter()[1],
                 "precision": {"default": _default_precision(), "fast": fast_status()},
                 "kept": {"bases": str(kept_folder(cache)), "bytes": kept_bytes(cache)},
                 "kv_dtype": kept,
@@ -63,6 +65,7 @@ def run(
         computed = {
             "dtype": f"{dtype}: {why}",
             "CPU kernels": native_status(),
+            "accept filter": load_filter()[1],
             "precision": f"{_default_precision()} unless --precision; fast: {fast_status()}",
             "kept bases": f"{_gib(kept_bytes(cache))} in {kept_folder(cache)}; may be removed",
         }

@@ -23,11 +23,13 @@ from tests.service.api.conftest import Running
 CLIENTS, LIMIT = 128, 1.0
 
 
-def test_a_hundred_stalled_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("filtered", [True, False])
+def test_a_hundred_stalled_clients(monkeypatch: pytest.MonkeyPatch, filtered: bool) -> None:
     monkeypatch.setattr(Connection, "head_seconds", LIMIT)
     monkeypatch.setattr(Connection, "stall_seconds", LIMIT)
     monkeypatch.setattr("service.api.door.LINGER_SECONDS", 0.1)
     monkeypatch.setattr("service.api.connection.LINGER_SECONDS", 0.1)
+    monkeypatch.setattr("service.net.listening.LINGER_SECONDS", 0.1)
     app = FastAPI()
     bounds = Bounds(1 << 20, grace_seconds=LIMIT, silence_seconds=LIMIT)
     app.add_middleware(Door, bounds=bounds, tracing=Untraced())
@@ -52,7 +54,7 @@ def test_a_hundred_stalled_clients(monkeypatch: pytest.MonkeyPatch) -> None:
         await client.close()
         return await stalling, times
 
-    running = Running(app, bounds=bounds)
+    running = Running(app, bounds=bounds, filtered=filtered)
     stalled, times = asyncio.run(both())
     running.stop()
     assert set(stalled.borne) == set(KINDS)

@@ -17,6 +17,7 @@ from service.api.deps import Desk
 from service.api.door import Bounds
 from service.app import create_app, shedder
 from service.config import Settings
+from service.net.listening import Listening
 from tests.oracle import make_adapter, make_base
 from tests.waiting import PATIENCE, until
 
@@ -26,7 +27,13 @@ __all__ = ["PATIENCE", "Running", "until"]
 class Running:
     """An application behind a real socket, in a thread of this process."""
 
-    def __init__(self, app: FastAPI, max_open: int = 1024, bounds: Bounds | None = None) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        max_open: int = 1024,
+        bounds: Bounds | None = None,
+        filtered: bool = True,
+    ) -> None:
         self.app = app
         asked = shedder(app) if isinstance(app, FastAPI) and hasattr(app.state, "desk") else None
         config = uvicorn.Config(
@@ -38,7 +45,7 @@ class Running:
             log_config=None,
             access_log=False,
         )
-        self.server = uvicorn.Server(config)
+        self.server = Listening(config, filtered)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         until(lambda: self.server.started)

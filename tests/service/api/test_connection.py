@@ -34,7 +34,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     async def here() -> str:
         return "here"
 
-    found = Running(app, max_open=3)
+    found = Running(app, max_open=3, filtered=False)
     yield found
     found.stop()
 
@@ -298,7 +298,7 @@ def echoing() -> Iterator[Running]:
         await send({"type": "http.response.start", **head})
         await send({"type": "http.response.body", "body": told})
 
-    found = Running(app)  # type: ignore[arg-type]
+    found = Running(app, filtered=False)  # type: ignore[arg-type]
     yield found
     found.stop()
 
