@@ -64,7 +64,7 @@ def test_from_files_to_an_answer(url: str, tmp_path: Path) -> None:
     assert "[1] deep/dorin.txt · 0-20" in asked.output
     nibble(url, "remove", "people", "merla.md")
     nibble(url, "remove", "people", "--yes")
-    assert httpx.get(f"{url}/collections").json() == {"collections": []}
+    assert httpx.get(f"{url}/collections").json()["collections"] == []
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_the_second_question_finds_its_passages_computed(tmp_path: Path) -> None
         assert found["pairs"]["least_cached"] > 0.9
         assert found["pairs"]["first"]["cached"] < 0.1
         assert found["pairs"]["prompt_tokens"] > 800, "six whole passages"
-        assert httpx.get(f"{url}/collections").json() == {"collections": []}, "nothing is left"
+        assert httpx.get(f"{url}/collections").json()["collections"] == [], "nothing is left"
 
 
 def test_what_is_wrong_is_said(url: str, tmp_path: Path) -> None:
