@@ -69,6 +69,7 @@ class Variable:
         return samples.get(self.type, text)
 
     def _wrong(self, value: Any) -> str | None:
+        """What is wrong, without the value: a client's words are a part of its prompt."""
         kind = type(value).__name__
         if self.type in ("integer", "number"):
             return self._wrong_number(value, kind)
@@ -76,8 +77,8 @@ class Variable:
             return None if isinstance(value, bool) else f"is a {kind}; true or false is needed"
         if self.type == "enum":
             known = isinstance(value, str) and value in self.values
-            shown = repr(value)[:60] if isinstance(value, str) else f"a {kind}"
-            return None if known else f"is {shown}; one of {', '.join(self.values)} is needed"
+            wrong = "is none of its values" if isinstance(value, str) else f"is a {kind}"
+            return None if known else f"{wrong}; one of {', '.join(self.values)} is needed"
         if self.type == "list":
             return self._wrong_list(value, kind)
         return self._wrong_text(value, "")
@@ -88,8 +89,7 @@ class Variable:
         if isinstance(value, bool) or not isinstance(value, wanted):
             return f"is a {kind}; {'a whole number' if whole else 'a number'} is needed"
         if not self.minimum <= value <= self.maximum:  # NaN is not, either
-            bounds = f"from {self.minimum:g} to {self.maximum:g} is needed"
-            return f"is {repr(value)[:60]}; {bounds}"
+            return f"is out of bounds; from {self.minimum:g} to {self.maximum:g} is needed"
         return None
 
     def _wrong_list(self, value: Any, kind: str) -> str | None:

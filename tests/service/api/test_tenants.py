@@ -394,8 +394,14 @@ def test_no_secret_shows_anywhere(site: Site, capfd: pytest.CaptureFixture[str])
     key = {"authorization": f"Bearer nbl_{'0' * 12}_{CANARY}"}
     chat = [{"role": "user", "content": CANARY}]
     bad_regex = {"type": "regex", "value": "("}
-    variables = {"secret": {"type": "string"}}
-    template = {"name": "canary", "user": "{{ secret }}", "variables": variables}
+    variables: dict[str, Any] = {"secret": {"type": "string"}}
+    variables |= {"kind": {"type": "enum", "values": ["plain"], "default": "plain"}}
+    variables |= {"number": {"type": "number", "maximum": 9, "default": 1}}
+    template = {
+        "name": "canary",
+        "user": "{{ secret }}{{ kind }}{{ number }}",
+        "variables": variables,
+    }
     replies = [site.acme.post("/generate", json={"inputs": CANARY}, headers=key)]
     replies += [site.acme.get("/adapters", headers=key, params={"key": CANARY})]
     failing: list[tuple[str, Any]] = [
@@ -435,6 +441,8 @@ def test_no_secret_shows_anywhere(site: Site, capfd: pytest.CaptureFixture[str])
             ("/generate", {"template": {"name": "canary", "variables": {"wrong": CANARY}}}),
             ("/generate", {"template": {"name": "canary", "variables": {"secret": [CANARY]}}}),
             ("/templates/canary/render", {"variables": {"secret": {"a": CANARY}}}),
+            ("/templates/canary/render", {"variables": {"secret": "a", "kind": CANARY}}),
+            ("/templates/canary/render", {"variables": {"secret": "a", "number": CANARY}}),
         ]
         for path, body in failing:
             reply = site.acme.post(path, json=body)
