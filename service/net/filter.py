@@ -33,8 +33,10 @@ class Filter:
         self, library: Library, rules: Rules, counts: Counts, listeners: Sequence[int]
     ) -> None:
         self._library = library
-        self._kept = rules, counts  # the thread reads and writes them
         self.counts = counts
+        # The thread uses them until the process ends, where nobody calls `end`.
+        for kept in (rules, counts):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
         which = (ctypes.c_int * len(listeners))(*listeners)
         self._filter = library.start(rules, counts, which, len(listeners))
         if not self._filter:

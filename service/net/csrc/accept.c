@@ -105,7 +105,7 @@ static double clock_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* ---- The wheel: a list of clients for each of the next ticks ------------------------------------ */
+/* ---- The wheel: a list of clients for each of the next ticks --------------------------------- */
 
 static void unplace(struct filter *f, struct client *c) {
     if (!c->link) return;
@@ -142,8 +142,10 @@ static double due(const struct filter *f, const struct client *c) {
     return all < silent ? all : silent;
 }
 
-/* ---- Clients ------------------------------------------------------------------------------------ */
+/* ---- Clients --------------------------------------------------------------------------------- */
 
+/* Before it is closed, too: a child between fork and exec has the same descriptors, and epoll would
+ * go on to tell of what is freed here. */
 static void unwatch(struct filter *f, struct client *c) {
     if (c->watched) epoll_ctl(f->poll, EPOLL_CTL_DEL, c->source.fd, NULL);
     c->watched = 0;
@@ -158,8 +160,9 @@ static void drop_bytes(struct filter *f, struct client *c) {
 
 static void leave(struct filter *f, struct client *c) {
     unplace(f, c);
+    unwatch(f, c);
     if (c->phase == LINGER) f->lingering--;
-    close(c->source.fd); /* epoll forgets it: nobody else has this descriptor */
+    close(c->source.fd);
     drop_bytes(f, c);
     add(&f->counts->held, -1);
     free(c);
@@ -253,7 +256,7 @@ static void heard(struct filter *f, struct client *c) {
     if (found == MORE && !c->link) place(f, c, due(f, c));
 }
 
-/* ---- Refusals ----------------------------------------------------------------------------------- */
+/* ---- Refusals -------------------------------------------------------------------------------- */
 
 /* RFC 9110's form, which is that of no locale. */
 static void write_date(char *out) {
@@ -324,7 +327,7 @@ static int expire(struct filter *f) {
     return 0;
 }
 
-/* ---- Newcomers ---------------------------------------------------------------------------------- */
+/* ---- Newcomers ------------------------------------------------------------------------------- */
 
 static void newcomer(struct filter *f, int fd, int family) {
     struct client *c = calloc(1, sizeof *c);
@@ -361,12 +364,11 @@ static int accept_one(struct filter *f, const struct listener *l) {
         return 1;
     }
     if (errno == EAGAIN || errno == EWOULDBLOCK) return 0;
-    if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+    if (errno == ECONNABORTED || errno == EINTR || errno == EPROTO || errno == EPERM) return 1;
+    if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM)
         add_long(&f->counts->starved, 1);
-        listen_to(f, 0);
-        return 0;
-    }
-    return 1; /* that one has left already */
+    listen_to(f, 0); /* whatever it is, to ask again at once would be for nothing */
+    return 0;
 }
 
 static void accept_some(struct filter *f, const struct listener *l) {
@@ -379,7 +381,7 @@ static void accept_some(struct filter *f, const struct listener *l) {
     }
 }
 
-/* ---- The thread --------------------------------------------------------------------------------- */
+/* ---- The thread ------------------------------------------------------------------------------ */
 
 static int stop_asked(struct filter *f) {
     pthread_mutex_lock(&f->lock);
@@ -394,6 +396,7 @@ static void stop(struct filter *f) {
     for (int i = 0; i < f->how_many; i++) {
         struct listener *l = &f->listeners[i];
         while (accept_one(f, l) && connections(f) < 2 * f->rules.max_open) continue;
+        epoll_ctl(f->poll, EPOLL_CTL_DEL, l->source.fd, NULL); /* the event loop has it, too */
         close(l->source.fd);
     }
     f->how_many = 0;
@@ -457,7 +460,7 @@ static void *run(void *given) {
     return NULL;
 }
 
-/* ---- The other side ----------------------------------------------------------------------------- */
+/* ---- The other side -------------------------------------------------------------------------- */
 
 static void release(struct filter *f) {
     for (int i = 0; i < f->how_many; i++) close(f->listeners[i].source.fd);
@@ -551,7 +554,8 @@ int accept_take(struct filter *f, struct taken *out, int most) {
     pthread_mutex_lock(&f->lock);
     for (; *end && taken < most; end = &(*end)->next) {
         const struct client *c = *end;
-        out[taken++] = (struct taken){c->bytes, c->size, c->waited, c->source.fd, c->family, c->full};
+        out[taken++] =
+            (struct taken){c->bytes, c->size, c->waited, c->source.fd, c->family, c->full};
     }
     if (taken) {
         f->lent = f->ready;
