@@ -29,6 +29,7 @@ export default {
   'The connection to the server broke.': '서버와의 연결이 끊어졌습니다.',
   'This page could not be fetched from the server.': '서버에서 이 페이지를 가져오지 못했습니다.',
   'Load the console again': '콘솔 새로 고침',
+  'Another key may: forget this one.': '다른 키로는 가능할 수 있습니다. 이 키를 지우세요.',
   'Skip to content': '본문으로 건너뛰기',
   'Pages': '페이지',
   'Language': '언어',

@@ -82,7 +82,7 @@ def page(chromium: Any, running: Running) -> Iterator[Any]:
 
 def _is_wrong(one: Any) -> bool:
     # That a request was refused, Chromium writes by itself; the page says it to the user.
-    refused = re.search("status of (401|422)|ERR_FAILED", one.text)
+    refused = re.search("status of (401|403|422)|ERR_FAILED", one.text)
     return one.type in ("warning", "error") and refused is None
 
 
@@ -232,7 +232,7 @@ def test_a_job_is_planned_trained_and_published(page: Any, tmp_path: Path) -> No
     row = {"messages": [{"role": role, "content": text} for role, text in turns]}
     (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
     _open(page, "training")
-    page.get_by_label("Bring a file").set_input_files(tmp_path / "train.jsonl")
+    page.get_by_label("Upload a file").set_input_files(tmp_path / "train.jsonl")
     page.get_by_role("option", name="train.jsonl").first.wait_for(state="attached")
     for label, value in (("Name of the adapter", "desk"), ("Steps", "4"), ("Batch size", "2")):
         page.get_by_label(label, exact=True).fill(value)
@@ -295,6 +295,25 @@ def test_a_server_with_keys_asks_for_one(page: Any, running: Running) -> None:
         form.wait_for()
     finally:
         desk.serving = before
+
+
+def test_what_a_key_may_not_is_asked_once(page: Any) -> None:
+    """Each refusal is a line of the audit log, and the page would ask every four seconds."""
+    said = "this needs the scope adapters:read; the key has infer"
+    envelope = {"error": said, "error_type": "forbidden", "request_id": "0"}
+    asked: list[str] = []
+
+    def refuse(route: Any) -> None:
+        asked.append(route.request.url)
+        route.fulfill(status=403, json=envelope)
+
+    page.route("**/adapters?limit=50*", refuse)
+    page.add_init_script("sessionStorage.setItem('nibble.key', 'a key')")
+    _open(page, "adapters")
+    page.get_by_text(said).wait_for()
+    page.get_by_text("Another key may: forget this one.").wait_for()
+    page.wait_for_timeout(5_000)
+    assert len(asked) == 1
 
 
 def test_korean_dark_and_narrow(page: Any) -> None:

@@ -1,1 +1,0 @@
-function e(e,t){e();let n=setInterval(()=>document.hidden||e(),t);return()=>clearInterval(n)}export{e as t};

@@ -1,0 +1,1 @@
+function e(e,t,n){e();let r=setInterval(()=>document.hidden||n()?.status===403||e(),t);return()=>clearInterval(r)}export{e as t};
