@@ -16,6 +16,7 @@ message with "weight": 0, as OpenAI's files have it, bears none.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,9 @@ def turns(place: str, row: Mapping[str, Any]) -> list[Turn]:
         said = _conversation(place, _parsed(row["conversations"]), row.get("system"))
         return _of_chat(place, "conversations", said)
     if not isinstance(row.get("continues", True), bool):
-        raise DataError(f"{place}: continues is {row['continues']!r}; true or false is needed")
+        raise DataError(
+            f"{place}: continues is {_shown(row['continues'])}; true or false is needed"
+        )
     for key in row.keys() - {"continues", "history"}:
         if not isinstance(row[key], str):
             raise DataError(
@@ -180,14 +183,20 @@ def _messages(place: str, messages: Any) -> list[Message]:
         if not well_formed:
             raise DataError(f"{place}: messages[{index}] needs role and content, both strings")
         if message.get("weight", 1) not in (0, 1):
-            raise DataError(
-                f"{place}: messages[{index}].weight is {message['weight']!r}; 0 or 1 is needed"
-            )
+            weight = _shown(message["weight"])
+            raise DataError(f"{place}: messages[{index}].weight is {weight}; 0 or 1 is needed")
         if message["role"] not in ROLES:
-            raise DataError(
-                f"{place}: messages[{index}].role is {message['role']!r}; one of {ROLES} is needed"
-            )
+            role = _shown(message["role"])
+            raise DataError(f"{place}: messages[{index}].role is {role}; one of {ROLES} is needed")
     return messages
+
+
+def _shown(value: Any) -> str:
+    """What stands where a word or a number belongs. A longer text may be what somebody wrote: it
+    belongs in no error, which is kept and shown elsewhere."""
+    if isinstance(value, str):
+        return repr(value) if re.fullmatch(r"\w{1,16}", value) else "a text"
+    return repr(value) if isinstance(value, int | float | None) else f"a {type(value).__name__}"
 
 
 def _conversation(place: str, said: Any, system: Any) -> list[Message]:
@@ -204,7 +213,7 @@ def _conversation(place: str, said: Any, system: Any) -> list[Message]:
             raise DataError(f"{place}: conversations[{index}] needs from and value, both strings")
         if turn["from"] not in SPEAKERS:
             raise DataError(
-                f"{place}: conversations[{index}].from is {turn['from']!r}; "
+                f"{place}: conversations[{index}].from is {_shown(turn['from'])}; "
                 f"one of {', '.join(SPEAKERS)} is needed"
             )
         if system and SPEAKERS[turn["from"]] == "system":
