@@ -72,6 +72,8 @@ class Native:
         self._fast_name.restype = ctypes.c_char_p
         self._fast_levels = library.nibble_fast_levels
         self._fast_levels.argtypes, self._fast_levels.restype = [_PTR], ctypes.c_float
+        self._fast_bytes = library.nibble_fast_bytes
+        self._fast_bytes.argtypes, self._fast_bytes.restype = [_PTR], None
         self._fast_linear = library.nibble_fast_linear
         self._fast_linear.argtypes = [ctypes.c_char_p, _I64, _PTR, _I64, _I64, ctypes.c_int]
         self._nf4_rows = library.nibble_nf4_rows
@@ -103,6 +105,13 @@ class Native:
         steps = torch.empty(16, dtype=torch.int32)
         unit: float = self._fast_levels(steps.data_ptr())
         return steps.double() * unit
+
+    @property
+    def fast_bytes(self) -> Tensor:
+        """The bytes of a weight in 8 bits as those products take them: float64 [256]."""
+        values = torch.empty(256)
+        self._fast_bytes(values.data_ptr())
+        return values.double()
 
     def nf4_linear(
         self, x: Tensor, weight: NF4Weight, bias: Tensor | None, y: Tensor | None = None

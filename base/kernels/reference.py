@@ -28,10 +28,10 @@ def fast_linear(
 ) -> Tensor:
     """y = x Wᵀ + b as the fast precision rounds, its sums in float64: x [T, in] -> [T, out].
 
-    Each block of 64 values of x is round(127 x / m) * m / 127 with m = max |x|; the `levels` of NF4
-    are those of the instruction set, `Native.fast_levels`.
+    Each block of 64 values of x is round(127 x / m) * m / 127 with m = max |x|; the `levels` of a
+    code are those of the instruction set, `Native.fast_levels` or, in 8 bits, `Native.fast_bytes`.
     """
-    w = _of_levels(weight, levels) if weight.bits == 4 else weight.dequantize(torch.float64)
+    w = _of_levels(weight, levels)
     y = rounded_rows(x) @ w.t()
     return y if bias is None else y + bias.double()
 

@@ -102,6 +102,13 @@ EXPORT float nibble_fast_levels(int32_t *levels) {
     return selected_fast->unit;
 }
 
+/* The 256 bytes of a weight in 8 bits, likewise: as stored, or halves rounded up, and less what that
+ * adds on average. */
+EXPORT void nibble_fast_bytes(float *values) {
+    for (int i = 0; i < 256; i++)
+        values[i] = selected_fast->byte_unit == 1 ? i - 128 : (i + 1) / 2 * 2 - 128.5f;
+}
+
 EXPORT int nibble_fast_linear(const fast_product *products, int64_t count, const float *x,
                               int64_t in, int64_t rows, int threads) {
     int64_t work = 0;

@@ -1,7 +1,8 @@
 /* What fast.h multiplies with, on each instruction set: products of bytes, sums of four in 32 bits.
  *
- * dot4 takes whole bytes, level_dot the levels of NF4; start_ and level_start begin their sums with
- * what takes off the 128, or LEVEL_ZERO, that a byte of W has too many.
+ * dot4 takes the bytes of terms, level_dot the levels of NF4, byte_dot the bytes of weights; start_,
+ * level_start and byte_start begin their sums with what takes off the 128, or LEVEL_ZERO, that a
+ * byte of W has too many.
  */
 #if defined(FAST_AVX2)
 /* round(64.06 level) + 64: two levels times two x8 are no more than 2 * 128 * 127, which 16 bits
@@ -60,7 +61,7 @@ typedef __m256i w8;
 typedef __m256i i32v;
 typedef __m256 f32v;
 INLINE i32v start_(int32_t sum) { (void)sum; return _mm256_setzero_si256(); }
-INLINE i32v level_start(int32_t sum) { return _mm256_set1_epi32(sum / (128 / LEVEL_ZERO)); }
+INLINE i32v level_start(int32_t sum) { return _mm256_set1_epi32(sum); }
 INLINE w8 line8(const uint8_t *p) {
     return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)p), _mm256_set1_epi8(-128));
 }
@@ -86,26 +87,25 @@ INLINE i32v dot4(i32v sum, w8 w, int32_t x) {
         _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_set1_epi32(x), w));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-/* For many rows of x the sign goes another way: -x is ~x + 1, so |w8| of where w8 < 0 is left over,
- * whatever x is, and the xor goes to any of three ports. */
-typedef struct { w8 size, minus; } many_w;
-INLINE many_w many_line(w8 w, i32v *left) { /* left: in 16 bits, of 64 columns at most */
-    const many_w many = {_mm256_abs_epi8(w), _mm256_cmpgt_epi8(_mm256_setzero_si256(), w)};
-    *left = _mm256_sub_epi16(*left, _mm256_maddubs_epi16(many.size, many.minus));
-    return many;
+/* A byte of a weight gives up its last bit, halves rounded up, and is a level of 0 to 128 then: the
+ * sign costs an instruction for each row of x. What that adds, a quarter of a level on average,
+ * add_bytes takes off again. */
+#define BYTE_UNIT 2.0f
+INLINE w8 byte_line(const uint8_t *p) {
+    return _mm256_avg_epu8(_mm256_loadu_si256((const __m256i *)p), _mm256_setzero_si256());
 }
-INLINE i32v many_left(i32v left) { return _mm256_madd_epi16(left, _mm256_set1_epi16(1)); }
-INLINE i32v many_dot(i32v sum, w8 size, const w8 *minus, int32_t x) {
-    __m256i product = _mm256_set1_epi32(x);
-    __asm__("vpxor %2, %1, %1\n\tvpmaddubsw %1, %3, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
-            : "+x"(sum), "+x"(product)
-            : "xm"(*minus), "x"(size), "x"(_mm256_set1_epi16(1)));
-    return sum;
-}
+INLINE i32v byte_start(int32_t sum) { return level_start(sum); }
+INLINE i32v byte_dot(i32v sum, w8 w, int32_t x) { return level_dot(sum, w, x); }
 INLINE f32v scales(const float *p) { return _mm256_loadu_ps(p); }
 INLINE f32v scale_(float scale) { return _mm256_set1_ps(scale); }
 INLINE void add_block(float *sums, i32v n, f32v x_scale, f32v w_scale) {
     const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(n), x_scale);
+    _mm256_storeu_ps(sums, _mm256_fmadd_ps(value, w_scale, _mm256_loadu_ps(sums)));
+}
+INLINE void add_bytes(float *sums, i32v n, int32_t x_sum, f32v x_scale, f32v w_scale) {
+    const __m256 quarter = /* of sum x8, exactly */
+        _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_set1_epi32(x_sum)), _mm256_set1_ps(0.25f / LEVEL_ZERO));
+    const __m256 value = _mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(n), quarter), x_scale);
     _mm256_storeu_ps(sums, _mm256_fmadd_ps(value, w_scale, _mm256_loadu_ps(sums)));
 }
 
@@ -172,6 +172,14 @@ INLINE void add_block(float *sums, i32v n, f32v x_scale, f32v w_scale) {
 #if !defined(FAST_AVX2)
 INLINE i32v level_start(int32_t sum) { return start_(sum); }
 INLINE i32v level_dot(i32v sum, w8 w, int32_t x) { return dot4(sum, w, x); }
+#define BYTE_UNIT 1.0f
+INLINE w8 byte_line(const uint8_t *p) { return line8(p); }
+INLINE i32v byte_start(int32_t sum) { return start_(sum); }
+INLINE i32v byte_dot(i32v sum, w8 w, int32_t x) { return dot4(sum, w, x); }
+INLINE void add_bytes(float *sums, i32v n, int32_t x_sum, f32v x_scale, f32v w_scale) {
+    (void)x_sum;
+    add_block(sums, n, x_scale, w_scale);
+}
 #endif
 #if !defined(FEW)
 #define FEW FAST_TILE

@@ -3,7 +3,8 @@
  *
  * x8 = round(127 x / m), x_scale = m / 127 with m the largest |x| of the block: 8 bits, to the
  * nearest, made here once for all weights that read the same x. w8 is a signed byte: for NF4 the
- * level in steps of NF4_UNIT (LEVELS, unit = NF4_UNIT), else as stored (unit = 1).
+ * level in steps of NF4_UNIT (LEVELS, unit = NF4_UNIT), else as stored (unit = 1), and with AVX2 the
+ * byte in steps of two (unit = BYTE_UNIT).
  *
  * Order of additions: blocks ascending, one float32 sum for each (t, o); then unit, then the bias.
  * Rows of x, tiles, stretches and threads do not enter.
@@ -16,8 +17,8 @@
  * `_lines4` and `_lines8` in panels.py lay them out.
  *
  * x8 is kept by tiles of rows, one of up to FAST_TILE or many of up to X_TILE: for each block [rows][64] bytes, [rows] scales, [rows]
- * sums. The sums, -128 sum x8, take off what the 128 too many in a byte of w8 has added (or the 64,
- * where levels have those).
+ * sums. The sums, -LEVEL_ZERO sum x8, take off what the 128 too many in a byte of w8 has added, or
+ * the 64 where levels have those.
  *
  * Tiling. For one tile of rows the codes go to the registers directly; for more, wide.h.
  */
@@ -77,81 +78,56 @@ typedef struct {
     int64_t n;
 } far_panel;
 
+/* Columns 0 to 3 and 4 to 7 of a vector of rows. */
+INLINE void two_lines(const uint8_t *p, const int bits, w8 *low, w8 *high) {
+    if (bits == 4) {
+        line4(p, low, high);
+    } else {
+        *low = byte_line(p);
+        *high = byte_line(p + 128);
+    }
+}
+
+INLINE i32v any_start(const int bits, int32_t sum) {
+    return bits == 4 ? level_start(sum) : byte_start(sum);
+}
+
+INLINE i32v any_dot(const int bits, i32v sum, w8 w, int32_t x) {
+    return bits == 4 ? level_dot(sum, w, x) : byte_dot(sum, w, x);
+}
+
 /* n[t][g] += a block of GROUP vectors of W from their first lines on, for `tile` rows of x. */
-INLINE void level_block(const uint8_t *line, const int8_t *x8, const int tile, i32v n[][GROUP]) {
+INLINE void fast_block(const uint8_t *line, const int bits, const int8_t *x8, const int tile,
+                       i32v n[][GROUP]) {
     const int some = tile > FEW ? 1 : GROUP;
 #pragma GCC unroll 2
     for (int first = 0; first < GROUP; first += some) {
         const uint8_t *p = line + first * (64 / PARTS8);
 #pragma GCC unroll 1
-        for (int k = 0; k < BLOCK; k += 8, p += 128) {
+        for (int k = 0; k < BLOCK; k += 8, p += 32 * bits) {
             w8 low[GROUP], high[GROUP];
             IN_ORDER;
 #pragma GCC unroll 2
-            for (int g = 0; g < some; g++) line4(p + g * (64 / PARTS8), &low[g], &high[g]);
+            for (int g = 0; g < some; g++) two_lines(p + g * (64 / PARTS8), bits, &low[g], &high[g]);
 #pragma GCC unroll 16
             for (int t = 0; t < tile; t++)
 #pragma GCC unroll 2
                 for (int g = 0; g < some; g++)
                     n[t][first + g] =
-                        level_dot(n[t][first + g], low[g], four_(x8 + t * BLOCK + k));
+                        any_dot(bits, n[t][first + g], low[g], four_(x8 + t * BLOCK + k));
 #pragma GCC unroll 16
             for (int t = 0; t < tile; t++)
 #pragma GCC unroll 2
                 for (int g = 0; g < some; g++)
                     n[t][first + g] =
-                        level_dot(n[t][first + g], high[g], four_(x8 + t * BLOCK + k + 4));
+                        any_dot(bits, n[t][first + g], high[g], four_(x8 + t * BLOCK + k + 4));
         }
     }
 }
 
-/* The same for whole bytes. */
-INLINE void byte_block(const uint8_t *line, const int8_t *x8, const int tile, i32v n[][GROUP]) {
-#pragma GCC unroll 1
-    for (int k = 0; k < BLOCK; k += 16, line += 512)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            w8 w[GROUP];
-            IN_ORDER;
-#pragma GCC unroll 2
-            for (int g = 0; g < GROUP; g++) w[g] = line8(line + 128 * i + g * (64 / PARTS8));
-#pragma GCC unroll 16
-            for (int t = 0; t < tile; t++)
-#pragma GCC unroll 2
-                for (int g = 0; g < GROUP; g++)
-                    n[t][g] = dot4(n[t][g], w[g], four_(x8 + t * BLOCK + k + 4 * i));
-        }
-}
-
-#if defined(FAST_AVX2)
-/* The same for more than FEW rows of x. */
-INLINE void many_block(const uint8_t *line, const int8_t *x8, const int tile, i32v n[][GROUP]) {
-#pragma GCC unroll 2
-    for (int g = 0; g < GROUP; g++) {
-        const uint8_t *p = line + g * (64 / PARTS8);
-        i32v left = start_(0);
-#pragma GCC unroll 1
-        for (int k = 0; k < BLOCK; k += 4, p += 128) {
-            IN_ORDER;
-            const many_w w = many_line(line8(p), &left);
-#pragma GCC unroll 8
-            for (int t = 0; t < tile; t++)
-                n[t][g] = many_dot(n[t][g], w.size, &w.minus, four_(x8 + t * BLOCK + k));
-        }
-        left = many_left(left);
-#pragma GCC unroll 8
-        for (int t = 0; t < tile; t++) n[t][g] = _mm256_add_epi32(n[t][g], left);
-    }
-}
-#endif
-
-INLINE void fast_block(const uint8_t *line, const int bits, const int8_t *x8, const int tile,
-                       i32v n[][GROUP]) {
-    if (bits == 4) level_block(line, x8, tile, n);
-#if defined(FAST_AVX2)
-    else if (tile > FEW) many_block(line, x8, tile, n);
-#endif
-    else byte_block(line, x8, tile, n);
+INLINE void add_any(const int bits, float *sums, i32v n, int32_t x_sum, f32v x_scale, f32v w_scale) {
+    if (bits == 4) add_block(sums, n, x_scale, w_scale);
+    else add_bytes(sums, n, x_sum, x_scale, w_scale);
 }
 
 /* sums[t][r] += the terms of `blocks` blocks, for the 32 rows r of a panel and `tile` rows of x. */
@@ -180,7 +156,7 @@ INLINE void fast_tile(const uint8_t *panel, const int bits, const far_panel *far
             for (int t = 0; t < tile; t++)
 #pragma GCC unroll 2
                 for (int g = 0; g < GROUP; g++)
-                    n[t][g] = bits == 4 ? level_start(x_sum[t]) : start_(x_sum[t]);
+                    n[t][g] = any_start(bits, x_sum[t]);
             fast_block(line, bits, x8, tile, n);
             f32v own[GROUP];
 #pragma GCC unroll 2
@@ -190,7 +166,7 @@ INLINE void fast_tile(const uint8_t *panel, const int bits, const far_panel *far
                 const f32v all = scale_(x_scale[t]);
 #pragma GCC unroll 2
                 for (int g = 0; g < GROUP; g++)
-                    add_block(sums[t] + (v + g) * LINE_ROWS, n[t][g], all, own[g]);
+                    add_any(bits, sums[t] + (v + g) * LINE_ROWS, n[t][g], x_sum[t], all, own[g]);
             }
         }
         panel += bytes;
@@ -252,7 +228,7 @@ INLINE int32_t round_block(const float *x, float factor, int8_t *x8) {
     return total;
 }
 
-/* One block of a row: 64 bytes, the scale and -128 times their sum. A block of zeros, or of less
+/* One block of a row: 64 bytes, the scale and -LEVEL_ZERO times their sum. A block of zeros, or of less
  * than 1e-36, is zero; one with Inf or NaN makes the whole row of y NaN through its scale. */
 INLINE void fast_quantize_block(const float *x, int8_t *x8, float *scale, int32_t *sum) {
     const uint32_t most = largest_bits(x);
@@ -264,7 +240,7 @@ INLINE void fast_quantize_block(const float *x, int8_t *x8, float *scale, int32_
         *sum = 0;
         return;
     }
-    *sum = -128 * round_block(x, 127.0f / largest, x8);
+    *sum = -LEVEL_ZERO * round_block(x, 127.0f / largest, x8);
     *scale = largest / 127.0f;
 }
 
@@ -286,7 +262,7 @@ INLINE int is_wide(int64_t rows) { return rows > FAST_TILE; }
 /* sums -> y[o0 ...] in the end, count values of one row of x. */
 INLINE void fast_finish(const fast_product *p, const float *sums, int64_t o0, const int64_t count,
                         float *y) {
-    const float unit = p->bits == 4 ? NF4_UNIT : 1.0f;
+    const float unit = p->bits == 4 ? NF4_UNIT : BYTE_UNIT;
     if (p->bias)
         for (int64_t r = 0; r < count; r++) y[r] = sums[r] * unit + p->bias[o0 + r];
     else
@@ -412,4 +388,5 @@ static void fast_linear(const fast_product *products, int64_t count, const float
     }
 }
 
-#define FAST_TABLE(name) {name, LEVELS, LEVEL_ZERO, NF4_UNIT, fast_linear, fast_workspace}
+#define FAST_TABLE(name) {name, LEVELS, LEVEL_ZERO, NF4_UNIT, (int)BYTE_UNIT, \
+                          fast_linear, fast_workspace}

@@ -65,12 +65,13 @@ typedef struct {
 } fast_product;
 
 /* One instruction set's fast products. `in` is a multiple of 64; the workspace is in bytes. An NF4
- * level is taken as (levels[code] - level_zero) * unit. */
+ * level is taken as (levels[code] - level_zero) * unit, a weight's byte in steps of byte_unit. */
 typedef struct {
     const char *name;
     const uint8_t *levels;
     int level_zero;
     float unit;
+    int byte_unit;
     void (*linear)(const fast_product *products, int64_t count, const float *x, int64_t in,
                    int64_t rows, int threads, uint8_t *workspace);
     int64_t (*workspace)(const fast_product *products, int64_t count, int64_t in, int64_t rows,

@@ -6,8 +6,6 @@
  *
  * AVX-512: two panels at a time, 10 loads for 24 multiply-adds. One panel and 12 rows of x make 14,
  * which is what takes the time where a core loads one vector of 64 bytes in a cycle.
- * AVX2: whole bytes keep their size and their sign apart (`many_dot`), and what is left over of a
- * block's rows stands behind its scales.
  */
 #define VECTOR_BYTES (64 / PARTS8) /* of 8 bits */
 
@@ -15,7 +13,6 @@
 #define WIDE_PANELS 1
 #define WIDE_GROUP 2 /* vectors of W whose sums are in registers: 12 sums, 2 w, 1 x, 1 constant */
 #define WIDE_TILE 6
-#define WIDE_KEPT(bits) ((bits) == 8 ? 2 : 1) /* vectors that are kept for one of W */
 #elif defined(FAST_VNNI)
 #define WIDE_PANELS 2
 #define WIDE_GROUP 4 /* 24 sums, 4 w, 1 x */
@@ -29,18 +26,15 @@
 #define WIDE_GROUP 2
 #define WIDE_TILE 2
 #endif
-#if !defined(WIDE_KEPT)
-#define WIDE_KEPT(bits) 1
-#endif
 
 #define X_TILE (2 * WIDE_TILE)
 #define WIDE (ROWS * WIDE_PANELS)
 #define WIDE_VECTORS (VECTORS * WIDE_PANELS)
 #define WIDE_STEP (WIDE_VECTORS * VECTOR_BYTES)
 #define WIDE_STEPS (BLOCK / 4)
-#define WIDE_BYTES(bits) ((WIDE_STEPS * WIDE_STEP + WIDE * 4) * WIDE_KEPT(bits)) /* of one block */
+#define WIDE_BYTES (WIDE_STEPS * WIDE_STEP + WIDE * 4) /* of one block */
 #define STRETCH 6 /* blocks that are decoded at a time */
-#define WIDE_ROOM ((int64_t)(STRETCH * WIDE_BYTES(8)))
+#define WIDE_ROOM ((int64_t)(STRETCH * WIDE_BYTES))
 
 /* Rows in the tile of x8 that begins with row t0. */
 INLINE int64_t x_tile(const fast_job *job, int64_t t0) {
@@ -58,14 +52,10 @@ INLINE void wide_keep(uint8_t *p, w8 w) { memcpy(p, &w, sizeof w); }
 /* A panel's blocks to a stretch, to its vectors from `v0` on. */
 INLINE void wide_decode(const uint8_t *panel, const int bits, int64_t blocks, int v0,
                         uint8_t *to) {
-    for (; blocks > 0; blocks--, to += WIDE_BYTES(bits)) {
+    for (; blocks > 0; blocks--, to += WIDE_BYTES) {
         uint8_t *step = to + v0 * VECTOR_BYTES;
-        uint8_t *const scales = to + WIDE_STEPS * WIDE_STEP * WIDE_KEPT(bits) + v0 * LINE_ROWS * 4;
+        uint8_t *const scales = to + WIDE_STEPS * WIDE_STEP + v0 * LINE_ROWS * 4;
         const uint8_t *w_scale = panel + (bits == 4 ? ROWS * BLOCK / 2 : ROWS * BLOCK);
-#if defined(FAST_AVX2)
-        i32v left[VECTORS];
-        for (int v = 0; v < VECTORS; v++) left[v] = start_(0);
-#endif
         if (bits == 4)
             for (; panel < w_scale; panel += 128, step += 2 * WIDE_STEP)
 #pragma GCC unroll 8
@@ -76,24 +66,11 @@ INLINE void wide_decode(const uint8_t *panel, const int bits, int64_t blocks, in
                     wide_keep(step + WIDE_STEP + v * VECTOR_BYTES, high);
                 }
         else
-            for (; panel < w_scale; panel += 128, step += WIDE_KEPT(bits) * WIDE_STEP)
+            for (; panel < w_scale; panel += 128, step += WIDE_STEP)
 #pragma GCC unroll 8
-                for (int v = 0; v < VECTORS; v++) {
-                    const w8 w = line8(panel + v * VECTOR_BYTES);
-#if defined(FAST_AVX2)
-                    const many_w many = many_line(w, left + v);
-                    wide_keep(step + v * VECTOR_BYTES, many.size);
-                    wide_keep(step + WIDE_STEP + v * VECTOR_BYTES, many.minus);
-#else
-                    wide_keep(step + v * VECTOR_BYTES, w);
-#endif
-                }
+                for (int v = 0; v < VECTORS; v++)
+                    wide_keep(step + v * VECTOR_BYTES, byte_line(panel + v * VECTOR_BYTES));
         memcpy(scales, w_scale, ROWS * 4);
-#if defined(FAST_AVX2)
-        if (bits == 8)
-            for (int v = 0; v < VECTORS; v++)
-                wide_keep(scales + WIDE * 4 + v * VECTOR_BYTES, many_left(left[v]));
-#endif
         panel = w_scale + ROWS * 4;
     }
 }
@@ -114,27 +91,11 @@ INLINE wide_x wide_rows(const fast_job *job, int64_t t0, int64_t tile, int64_t r
                     tile * X_BYTES, job->blocks * tile * X_BYTES};
 }
 
-INLINE i32v wide_start(const int bits, int32_t x_sum, const uint8_t *left) {
-#if defined(FAST_AVX2)
-    if (bits == 8) return wide_line(left);
-#endif
-    (void)left;
-    return bits == 4 ? level_start(x_sum) : start_(x_sum);
-}
-
-INLINE i32v wide_dot(const int bits, i32v sum, w8 w, const uint8_t *line, int32_t x) {
-#if defined(FAST_AVX2)
-    if (bits == 8) return many_dot(sum, w, (const w8 *)(line + WIDE_STEP), x);
-#endif
-    (void)line;
-    return bits == 4 ? level_dot(sum, w, x) : dot4(sum, w, x);
-}
-
 /* sums[t][r] += the terms of `blocks` blocks of a stretch, for its WIDE rows r and `rows` of x. */
 INLINE void wide_tile(const uint8_t *w, const int bits, int64_t blocks, wide_x x, const int rows,
                       float sums[][WIDE]) {
-    const int64_t size = WIDE_STEPS * WIDE_STEP * WIDE_KEPT(bits);
-    for (; blocks > 0; blocks--, w += WIDE_BYTES(bits)) {
+    const int64_t size = WIDE_STEPS * WIDE_STEP;
+    for (; blocks > 0; blocks--, w += WIDE_BYTES) {
         const float *w_scale = (const float *)(w + size);
 #if defined(__x86_64__)
 #pragma GCC unroll 8
@@ -149,11 +110,11 @@ INLINE void wide_tile(const uint8_t *w, const int bits, int64_t blocks, wide_x x
             for (int t = 0; t < rows; t++)
 #pragma GCC unroll 4
                 for (int g = 0; g < WIDE_GROUP; g++)
-                    n[t][g] = wide_start(bits, x.sum[t], w + size + WIDE * 4 + (v + g) * VECTOR_BYTES);
+                    n[t][g] = any_start(bits, x.sum[t]);
 #pragma GCC unroll 1
             for (int s = 0; s < WIDE_STEPS; s += 2)
 #pragma GCC unroll 2
-                for (int i = 0; i < 2; i++, line += WIDE_KEPT(bits) * WIDE_STEP) {
+                for (int i = 0; i < 2; i++, line += WIDE_STEP) {
                     w8 part[WIDE_GROUP];
                     IN_ORDER;
 #pragma GCC unroll 4
@@ -162,8 +123,8 @@ INLINE void wide_tile(const uint8_t *w, const int bits, int64_t blocks, wide_x x
                     for (int t = 0; t < rows; t++)
 #pragma GCC unroll 4
                         for (int g = 0; g < WIDE_GROUP; g++)
-                            n[t][g] = wide_dot(bits, n[t][g], part[g], line + g * VECTOR_BYTES,
-                                               four_(x.x + t * BLOCK + 4 * (s + i)));
+                            n[t][g] = any_dot(bits, n[t][g], part[g],
+                                              four_(x.x + t * BLOCK + 4 * (s + i)));
                 }
             IN_ORDER;
 #pragma GCC unroll 4
@@ -173,7 +134,7 @@ INLINE void wide_tile(const uint8_t *w, const int bits, int64_t blocks, wide_x x
                 const f32v all = scale_(x.scale[t]);
 #pragma GCC unroll 4
                 for (int g = 0; g < WIDE_GROUP; g++)
-                    add_block(sums[t] + (v + g) * LINE_ROWS, n[t][g], all, own[g]);
+                    add_any(bits, sums[t] + (v + g) * LINE_ROWS, n[t][g], x.sum[t], all, own[g]);
             }
         }
         x.x += x.step;

@@ -15,6 +15,7 @@
 EXPORT const char *nibble_select(const char *name);
 EXPORT const char *nibble_fast_name(void);
 EXPORT float nibble_fast_levels(int32_t *levels);
+EXPORT void nibble_fast_bytes(float *values);
 EXPORT int nibble_dense_linear(const void *w, int64_t stored, const float *x, int64_t rows,
                                int64_t in, int64_t out, const float *bias, float *y, int threads);
 
@@ -85,6 +86,7 @@ static uint16_t half_of(float x) { /* towards zero: any bfloat16 will do */
 /* Products in 8 bits: fast.h. */
 
 static int32_t levels[16]; /* of NF4, as the instruction set takes them */
+static float bytes[256];   /* of a weight in 8 bits, likewise */
 static float unit;
 
 static float mul_add(float a, float b, float c) {
@@ -109,8 +111,8 @@ static uint8_t *panels_of(int64_t out, int64_t blocks, int64_t bits) {
     return panels;
 }
 
-static int weight8(const uint8_t *block, int64_t bits, int64_t r, int64_t k) {
-    if (bits == 8) return block[128 * (k / 4) + 4 * r + k % 4] - 128;
+static float weight8(const uint8_t *block, int64_t bits, int64_t r, int64_t k) {
+    if (bits == 8) return bytes[block[128 * (k / 4) + 4 * r + k % 4]];
     const uint8_t pair = block[128 * (k / 8) + 4 * r + k % 4];
     return levels[k % 8 < 4 ? pair & 15 : pair >> 4];
 }
@@ -133,10 +135,10 @@ static void product_row(const fast_product *p, const float *x, int64_t in, float
         for (int64_t o = 0; o < p->out; o++) {
             const uint8_t *block = p->panels + (o / 32 * blocks + b) * size;
             float w_scale;
-            int32_t n = 0;
+            float n = 0; /* of halves at least, so exact */
             memcpy(&w_scale, block + size - 128 + o % 32 * 4, 4);
             for (int k = 0; k < BLOCK; k++) n += weight8(block, p->bits, o % 32, k) * x8[k];
-            y[o] = mul_add((float)n * x_scale, w_scale, y[o]);
+            y[o] = mul_add(n * x_scale, w_scale, y[o]);
         }
     }
     for (int64_t o = 0; o < p->out; o++) {
@@ -557,6 +559,7 @@ int main(int count, char **names) {
     }
     fused = strcmp(nibble_fast_name(), "portable") != 0;
     unit = nibble_fast_levels(levels);
+    nibble_fast_bytes(bytes);
     printf("%s, fast products %s\n", isa, nibble_fast_name());
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         const int64_t before = compared;

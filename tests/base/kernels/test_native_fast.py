@@ -33,7 +33,8 @@ def fast(
 def right(
     kernels: native.Native, x: Tensor, weight: PanelWeight, bias: Tensor | None = None
 ) -> Tensor:
-    return reference.fast_linear(x, weight, kernels.fast_levels, bias)
+    levels = kernels.fast_levels if weight.bits == 4 else kernels.fast_bytes
+    return reference.fast_linear(x, weight, levels, bias)
 
 
 @one_thread()
@@ -104,9 +105,21 @@ def test_the_stated_error(kernels: native.Native, shape: tuple[int, int]) -> Non
         assert (y - wanted).norm() <= allowed * wanted.norm()
 
 
+def test_the_stated_error_of_whole_bytes(kernels: native.Native) -> None:
+    """0.9 % of the result's norm; 1.4 % with AVX2, which leaves the last bit of a weight out. What
+    that adds on average is taken off: x of one sign alone would show it."""
+    allowed = 0.014 if kernels.fast_isa == "avx2" else 0.009
+    w = torch.randn(896, 896)
+    for x in (torch.randn(16, 896), torch.rand(16, 896) + 1):
+        y, wanted = fast(kernels, x, PanelWeight.quantize8(w)), x @ w.t()
+        assert (y - wanted).norm() <= allowed * wanted.norm()
+
+
 def test_the_largest_sums_do_not_overflow(kernels: native.Native) -> None:
     """Every byte at its end, of one sign and of both: 16 bit sums would be full here."""
     for bits in (4, 8):
+        halved = bits == 8 and kernels.fast_isa == "avx2"  # 127 is 127.5 then, of 127
+        allowed = 0.51 / 127 if halved else 0.1 / 100
         for signs in (torch.ones(128), torch.tensor([1.0, -1.0]).repeat(64)):
             w = signs.repeat(32, 1) * torch.tensor([1.0, -1.0]).repeat(16)[:, None]
             weight = (
@@ -115,7 +128,7 @@ def test_the_largest_sums_do_not_overflow(kernels: native.Native) -> None:
                 else PanelWeight.quantize8(w)
             )
             x = torch.stack([signs, -signs, torch.ones(128)])
-            assert (fast(kernels, x, weight) - x @ w.t()).abs().max() <= 0.1 * 128 / 100
+            assert (fast(kernels, x, weight) - x @ w.t()).abs().max() <= allowed * 128
 
 
 @pytest.mark.parametrize("bits", [4, 8])
