@@ -311,12 +311,14 @@ def replies(running: Running, *pieces: bytes) -> list[tuple[int, Any]]:
     when it is asked for that, behind them."""
     came = b""
     with dial(running) as connection:
-        with contextlib.suppress(ConnectionError):  # it closed already
+        closed = contextlib.suppress(ConnectionError)  # before it read all
+        with closed:
             for piece in (*pieces, LAST):
                 connection.sendall(piece)
                 time.sleep(0.01 * (len(pieces) > 1))
-        while piece := connection.recv(1 << 16):
-            came += piece
+        with closed:
+            while piece := connection.recv(1 << 16):
+                came += piece
     found: list[tuple[int, Any]] = []
     while came:
         head, _, came = came.partition(b"\r\n\r\n")
