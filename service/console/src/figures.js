@@ -45,7 +45,7 @@ export function recent(value) {
   const date = dated(value);
   if (!value || Number.isNaN(date.getTime())) return moment(value);
   const today = new Date().toDateString() === date.toDateString();
-  return today ? date.toLocaleTimeString(spoken()) : date.toLocaleDateString(spoken());
+  return today ? date.toLocaleTimeString(spoken(), { timeStyle: 'short' }) : date.toLocaleDateString(spoken());
 }
 
 export function short(digest) {

@@ -1,1 +1,0 @@
-import{D as e,E as t,J as n,L as r,V as i,Y as a,k as o,n as s}from"./index-BJ04N1yp.js";var c=o(`<p class="panel empty"> </p>`);function l(o,l){a(l,!0);var u=c(),d=i(u,!0);r(e=>t(d,e),[()=>s(`This server has no {what}: its API description lists no such routes.`,{what:l.what})]),e(o,u),n()}export{l as t};

@@ -1,0 +1,1 @@
+import{D as e,E as t,J as n,L as r,V as i,Y as a,k as o,n as s}from"./index-Bt2XXi1O.js";var c=o(`<p class="panel empty"> </p>`);function l(o,l){a(l,!0);var u=c(),d=i(u,!0);r(e=>t(d,e),[()=>s(`This server has no {what}: its API description lists no such routes.`,{what:l.what})]),e(o,u),n()}export{l as t};
