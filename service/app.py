@@ -373,6 +373,7 @@ def assemble(settings: Settings, metrics: Metrics, tracing: Tracing) -> Serving:
     publication = Publication(store, base.spec, limits, probe, audit)
     jobs = open_office(settings, publication)
     metrics.watch_jobs(jobs.queue.counts)
+    metrics.watch_audit(lambda: (audit.unwritten, audit.cuts))
     return Serving(
         spec=base.spec,
         dtype=dtype,

@@ -19,7 +19,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from adapters.errors import AdapterError
@@ -288,6 +288,11 @@ class Metrics:
         """Say at each scrape how many training jobs are in each state."""
         self.registry.register(_Jobs(self._model, counts))
 
+    def watch_audit(self, state: Callable[[], tuple[int, int]]) -> None:
+        """Say at each scrape how many lines of the audit log wait for the disk, and how often lines
+        of it were gone."""
+        self.registry.register(_Audit(self._model, state))
+
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -366,6 +371,25 @@ class _Jobs(Collector):
             for status, count in self._counts().items():
                 found.add_metric((self._model, status), count)
         return [found]
+
+
+class _Audit(Collector):
+    def __init__(self, model_name: str, state: Callable[[], tuple[int, int]]) -> None:
+        self._model = model_name
+        self._state = state
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        waiting, cuts = self._state()
+        what = "Lines of the audit log that are not on the disk yet."
+        gauge = GaugeMetricFamily("nibble:audit_lines_waiting", what, labels=("model_name",))
+        gauge.add_metric((self._model,), waiting)
+        what = "How often lines of the audit log were gone that this server had written."
+        counter = CounterMetricFamily("nibble:audit_cuts", what, labels=("model_name",))
+        counter.add_metric((self._model,), cuts)
+        return [gauge, counter]
 
 
 def _listed(names: Iterable[str]) -> str:

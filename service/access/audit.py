@@ -56,6 +56,8 @@ class AuditLog:
         self._directory = directory
         self._max_bytes = max_bytes
         self._waiting: list[dict[str, Any]] = []
+        self.unwritten = 0  # lines that are not on the disk yet, what is being written too
+        self.cuts = 0  # how often lines of ours were gone
         self._listing = threading.Lock()
         self._writing = threading.Lock()
         self._wake = threading.Event()
@@ -69,6 +71,7 @@ class AuditLog:
         line = _said(action, **said)
         with self._listing:
             self._waiting.append(line)
+            self.unwritten += 1
             if self._thread is None:
                 self._thread = threading.Thread(target=self._main, name="nibble-audit", daemon=True)
                 self._thread.start()
@@ -95,6 +98,10 @@ class AuditLog:
                 log.error("audit lines could not be written: %s", error)
                 with self._listing:
                     self._waiting = [*batch, *self._waiting][-UNWRITTEN:]
+                    self.unwritten = len(self._waiting)
+                return
+            with self._listing:
+                self.unwritten -= len(batch)
 
     def _main(self) -> None:
         while not self._closed.is_set():
@@ -120,6 +127,7 @@ class AuditLog:
             number, previous = _end_of(files)
             if self._was_cut(files, number):
                 gone, newest = self._newest
+                self.cuts += 1
                 log.error("the audit log was cut: line %d, %s, is missing", gone, newest)
                 batch = [_said(CUT, line=gone, missing=newest), *batch]
             full: list[Path] = []

@@ -104,9 +104,10 @@ def test_segments_follow_each_other_and_the_oldest_go(
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / "audit").write_text("in the way of the directory")
     log = written(tmp_path / "audit", 3)
+    assert log.unwritten == 3
     (tmp_path / "audit").unlink()
     log.close()
-    assert verify(tmp_path / "audit").lines == 3
+    assert (verify(tmp_path / "audit").lines, log.unwritten) == (3, 0)
 
 
 def cut(directory: Path, keep: slice) -> None:
@@ -126,6 +127,7 @@ def test_a_server_that_runs_notices_that_its_last_lines_were_cut_off(
     assert f"line 5, {newest}, was cut off before it" in str(verify(tmp_path).broken)
     assert f"line 5, {newest}, is missing" in caplog.text
     assert find(tmp_path, "r5"), "what comes is written on"
+    assert (log.cuts, log.unwritten) == (1, 0)
 
 
 def test_a_last_line_in_another_s_place_is_noticed_too(tmp_path: Path) -> None:
