@@ -64,6 +64,7 @@ def test_wheel_holds_every_tracked_file_of_the_packages(wheel: zipfile.ZipFile) 
     ("folder", "suffix"),
     [
         ("base/kernels/csrc/", ".c"),
+        ("service/net/csrc/", ".c"),
         ("base/mini/", ".safetensors"),
         ("base/mini/", "tokenizer.json"),
         ("adapters/migrations/", ".py"),
@@ -73,6 +74,16 @@ def test_wheel_holds_every_tracked_file_of_the_packages(wheel: zipfile.ZipFile) 
 )
 def test_what_runs_offline_is_inside(wheel: zipfile.ZipFile, folder: str, suffix: str) -> None:
     assert any(name.endswith(suffix) for name in _of(wheel.namelist(), folder))
+
+
+def test_both_libraries_are_inside_where_there_is_a_compiler(wheel: zipfile.ZipFile) -> None:
+    made = {name for name in wheel.namelist() if name.endswith((".so", ".txt")) and "/_" in name}
+    kinds = {name.rpartition(".")[2] for name in made if "dist-info" not in name}
+    assert len(kinds) == 1, made
+    assert {name.rpartition(".")[0] for name in made} >= {
+        "base/kernels/_native",
+        "service/net/_net",
+    }
 
 
 def test_nothing_else_is_inside(wheel: zipfile.ZipFile) -> None:
