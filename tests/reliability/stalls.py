@@ -96,9 +96,9 @@ class Measure:
     def round(self, number: int, last: bool) -> bool:
         """Saturated first: that says what half is. Whether it counts; the last one always does."""
         self._stolen = []
-        full = self._twice(self._saturated)
+        full = self._twice(self._saturated, number)
         moments = poisson(SHARE * len(full[0].times(200)) / self.seconds, self.seconds, number)
-        half = self._twice(lambda: open_loop(self.address, CONTENT, moments, self.seconds))
+        half = self._twice(lambda: open_loop(self.address, CONTENT, moments, self.seconds), number)
         if (stolen := max(self._stolen)) > STOLEN:
             what = "counted, for there is no repeat left" if last else "measured again"
             print(f"the host took up to {stolen:.1%} in round {number + 1}: {what}", flush=True)
@@ -111,9 +111,12 @@ class Measure:
     def _saturated(self) -> Coroutine[Any, Any, Load]:
         return closed_loop(self.address, CONTENT, SATURATING, self.seconds)
 
-    def _twice(self, load: Loading) -> tuple[Load, Load]:
-        """Without stalled clients, and with them."""
-        return self._once(load, 0), self._once(load, self.clients)
+    def _twice(self, load: Loading, number: int) -> tuple[Load, Load]:
+        """Without stalled clients, and with them; in every second round the other way round."""
+        if number % 2 == 0:
+            return self._once(load, 0), self._once(load, self.clients)
+        crowded = self._once(load, self.clients)
+        return self._once(load, 0), crowded
 
     def _once(self, load: Loading, clients: int) -> Load:
         def crowd() -> Any:
