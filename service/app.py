@@ -476,6 +476,11 @@ class Server(Listening):
         self._desk = desk
         self._stop_at: float | None = None
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.connection is not None:
+            self._desk.metrics.watch_connections(self.connection.counts)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second one ends the process at once."""
         if self._stop_at is not None:

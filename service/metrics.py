@@ -26,6 +26,7 @@ from adapters.errors import AdapterError
 from service.engine.observer import StepReport
 from service.engine.request import AdapterKey, Finished
 from service.jobs.job import Status
+from service.net.library import Counts
 
 # A process-wide switch of the library: without it every counter has a second series that only says
 # when it was made.
@@ -293,6 +294,10 @@ class Metrics:
         of it were gone."""
         self.registry.register(_Audit(self._model, state))
 
+    def watch_connections(self, counts: Counts) -> None:
+        """Say at each scrape who is connected, and who was cut off before a first request came."""
+        self.registry.register(_Connections(self._model, counts))
+
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -389,6 +394,29 @@ class _Audit(Collector):
         what = "How often lines of the audit log were gone that this server had written."
         counter = CounterMetricFamily("nibble:audit_cuts", what, labels=("model_name",))
         counter.add_metric((self._model,), cuts)
+        return [gauge, counter]
+
+
+class _Connections(Collector):
+    def __init__(self, model_name: str, counts: Counts) -> None:
+        self._model = model_name
+        self._counts = counts
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        found = self._counts
+        what = "Connections: held until their first request is whole, and open to the event loop."
+        gauge = GaugeMetricFamily("nibble:connections", what, labels=("model_name", "state"))
+        gauge.add_metric((self._model, "held"), found.held)
+        gauge.add_metric((self._model, "open"), found.open)
+        what = "Connections cut off before their first request was whole, by what did not come."
+        counter = CounterMetricFamily(
+            "nibble:connections_cut", what, labels=("model_name", "missing")
+        )
+        counter.add_metric((self._model, "head"), found.closed)
+        counter.add_metric((self._model, "body"), found.late)
         return [gauge, counter]
 
 

@@ -37,19 +37,23 @@ class Listening(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, filtered: bool = True) -> None:
         super().__init__(config)
+        http = config.http
+        own = isinstance(http, type) and issubclass(http, Connection)
+        self.connection: type[Connection] | None = http if own else None  # type: ignore[assignment]
         self._library = load()[0] if filtered else None
         self._filter: Filter | None = None
         self._prefix = secrets.token_hex(5)
         self._late = self._starved = 0  # of what the filter counts: told already
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        if sockets is not None or self._library is None or not self._can_wait():
+        bound = self.config.ssl or self.config.uds or self.config.fd is not None or sockets
+        if bound or self._library is None or self.connection is None:
             await super().startup(sockets)
             return
         await super().startup([])  # all but to listen
         self.started = False
         try:
-            await self._listen(self._library)
+            await self._listen(self._library, self.connection)
         except OSError as error:
             logging.getLogger("uvicorn.error").error(error)
             await self.lifespan.shutdown()
@@ -57,12 +61,7 @@ class Listening(uvicorn.Server):
         self._log_started_message(self.servers[0].sockets)
         self.started = True
 
-    def _can_wait(self) -> bool:
-        config = self.config
-        own = isinstance(config.http, type) and issubclass(config.http, Connection)
-        return own and config.ssl is None and config.uds is None and config.fd is None
-
-    async def _listen(self, library: Library) -> None:
+    async def _listen(self, library: Library, connection: type[Connection]) -> None:
         """Raises OSError."""
         loop, config = asyncio.get_running_loop(), self.config
         server = await loop.create_server(
@@ -74,7 +73,6 @@ class Listening(uvicorn.Server):
             with socket.socket(fileno=listener) as found:
                 found.listen(config.backlog)
                 found.detach()
-        connection: type[Connection] = config.http  # type: ignore[assignment]
         counts = connection.counts = Counts()
         try:
             own = rules(config, connection, self._prefix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -131,6 +132,7 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(
     # Alive and honest from the first moment, long before the base is there.
     assert httpx.get(f"{server.url}/health").json() == {"status": "alive"}
     client = server.ready()
+    assert re.search(r'nibble:connections{.*state="open"} 1.0', client.get("/metrics").text)
     parameters = {"max_new_tokens": 600, "ignore_eos": True}
     body = {"inputs": "two boats left", "parameters": parameters}
     events: list[dict[str, Any]] = []

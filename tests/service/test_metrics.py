@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.engine.observer import Observer, StepReport
 from service.engine.request import AdapterKey, Finished
 from service.metrics import LISTED_ADAPTERS, Metrics
+from service.net.library import Counts
 
 STEP = StepReport(2, 3, 5, 20, 7, 2, 1, 16, 8, 0.01, 1, 6, 4)
 
@@ -207,6 +208,16 @@ def test_no_series_grows_with_adapters() -> None:
     assert value(metrics, "nibble:adapter_loaded_bytes_total") == 200_000
     assert value(metrics, "nibble:adapter_evictions_total", tier="slot") == 200
     assert value(metrics, "nibble:adapter_evictions_total", tier="host") == 0
+
+
+def test_connections_are_counted_at_every_scrape() -> None:
+    metrics, counts = Metrics("m"), Counts()
+    metrics.watch_connections(counts)
+    counts.held, counts.open, counts.late, counts.closed = 3, 2, 5, 7
+    assert value(metrics, "nibble:connections", state="held") == 3
+    assert value(metrics, "nibble:connections", state="open") == 2
+    assert value(metrics, "nibble:connections_cut_total", missing="body") == 5
+    assert value(metrics, "nibble:connections_cut_total", missing="head") == 7
 
 
 def test_the_engine_is_asked_at_every_scrape() -> None:
