@@ -257,11 +257,14 @@ def test_a_run_saves_its_template_and_evaluates_with_it(
     assert not saved.exists()
 
 
-def test_a_refusal_shows_what_the_row_says_and_does_not_obey_it(
+def test_a_refusal_shows_what_it_is_about_and_does_not_obey_it(
     base_directory: Path, tmp_path: Path
 ) -> None:
-    data = _file(tmp_path, {"messages": [{"role": "[/red]", "content": "a"}]})
+    """Names may look like the terminal's markup."""
+    (tmp_path / "[").mkdir()
+    row = {"messages": [{"role": "nobody", "content": "a"}]}
+    data = _file(tmp_path, row, name="[/red].jsonl")
     flags = ["--base", str(base_directory), "--data", str(data), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, ["run", *flags])
     assert result.exit_code == 2, result.exception
-    assert "role is '[/red]'" in " ".join(result.output.split())
+    assert "[/red].jsonl:1: messages[0].role is 'nobody'" in " ".join(result.output.split())
