@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Coroutine
 from statistics import median
+from typing import Any
 
 import uvloop
 
 from tests.reliability.clients import Load, closed_loop, evenly, generate, open_loop, quantile
+from tests.reliability.host import Host
 from tests.reliability.served import Served, scratch, serving
 
 RUNNING, QUEUE, TIMES = 8, 8, 10
@@ -27,17 +30,24 @@ FLAGS = (
 )
 
 
-def measure(served: Served, tokens: int, seconds: float) -> tuple[Load, Load, float]:
+def measure(
+    served: Served, tokens: int, seconds: float, host: Host | None = None
+) -> tuple[Load, Load, float]:
     """At capacity, overloaded, and the CPU time of a refusal in the event loop."""
     address, content = ("127.0.0.1", served.port), generate("a question", tokens)
-    before = served.loop_seconds()
-    full = uvloop.run(closed_loop(address, content, RUNNING + QUEUE, seconds))
-    between = served.loop_seconds()
-    rate = len(full.times(200)) / seconds
-    over = uvloop.run(open_loop(address, content, evenly(TIMES * rate, seconds), seconds))
-    spent = served.loop_seconds() - between
+
+    def once(load: Callable[[], Coroutine[Any, Any, Load]]) -> tuple[Load, float]:
+        before = served.loop_seconds()
+        return uvloop.run(load()), served.loop_seconds() - before
+
+    host = host or Host(0)
+    full, at_capacity = host.quiet(
+        lambda: once(lambda: closed_loop(address, content, RUNNING + QUEUE, seconds))
+    )
+    moments = evenly(TIMES * len(full.times(200)) / seconds, seconds)
+    over, spent = host.quiet(lambda: once(lambda: open_loop(address, content, moments, seconds)))
     # What the admitted ones cost is known from before.
-    own = (between - before) / max(1, len(full.times(200))) * len(over.times(200))
+    own = at_capacity / max(1, len(full.times(200))) * len(over.times(200))
     return full, over, max(0.0, spent - own) / max(1, len(over.times(503)))
 
 
@@ -66,16 +76,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=8, help="where the host disturbed")
     parser.add_argument("--base", help="directory or name of a model; default: a tiny random one")
     asked = parser.parse_args()
-    ratios, refusals, wrong = [], [], []
+    ratios, refusals, wrong, host = [], [], [], Host(asked.repeats)
     with (
         scratch(asked.base) as (work, base),
         serving(work / "run", "--base", base, *FLAGS) as served,
     ):
         measure(served, 8, 2)
         for _ in range(asked.rounds):
-            full, over, cost = measure(served, asked.tokens, asked.seconds)
+            full, over, cost = measure(served, asked.tokens, asked.seconds, host)
             wrong += wrong_with(full, over)
             ratios.append(quantile(over.times(200), 0.99) / quantile(full.times(200), 0.99))
             refusals += over.times(503)
@@ -86,7 +97,7 @@ def main() -> None:
             )
     print(f"admitted p99 over at capacity: {median(ratios):.2f}, {min(ratios):.2f} to", end=" ")
     print(f"{max(ratios):.2f}; refusals p50 {1e3 * quantile(refusals, 0.5):.1f} ms", end=", ")
-    print(f"p99 {1e3 * quantile(refusals, 0.99):.1f} ms", *wrong, sep="\n")
+    print(f"p99 {1e3 * quantile(refusals, 0.99):.1f} ms; {host}", *wrong, sep="\n")
     sys.exit(1 if wrong else 0)
 
 

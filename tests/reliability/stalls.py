@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -35,13 +33,13 @@ from tests.reliability.clients import (
     quantile,
 )
 from tests.reliability.crowd import Stalled, one_large_reply, stalling
+from tests.reliability.host import Host
 from tests.reliability.served import Served, scratch, serving
 
 CUT_SECONDS = 10.0  # the deadlines leave a machine that is not too busy a second to notice
 CONTENT = generate("a question", 16)
 SATURATING = 4  # clients
 SHARE = 0.5  # of the capacity, in an open loop
-STOLEN = 0.01  # of the machine's time, by its host, in a round that counts
 
 Loading = Callable[[], Coroutine[Any, Any, Load]]
 
@@ -82,41 +80,35 @@ async def _beside(crowd: Callable[[], Any], load: Loading) -> tuple[Load, Any]:
 
 
 class Measure:
-    def __init__(self, served: Served, clients: int, seconds: float, elsewhere: Executor) -> None:
+    def __init__(
+        self, served: Served, clients: int, seconds: float, elsewhere: Executor, host: Host
+    ) -> None:
         self.served = served
+        self.host = host
         self.address = ("127.0.0.1", served.port)
         self.clients = clients
         self.seconds = seconds
         self.half = Pair("at half of capacity")
         self.full = Pair("saturated")
         self.longest = 0.0
-        self._stolen: list[float] = []  # in each phase of a round
         self._elsewhere = elsewhere
 
-    def round(self, number: int, last: bool) -> bool:
-        """Saturated first: that says what half is. Whether it counts; the last one always does."""
-        self._stolen = []
+    def round(self, number: int) -> None:
+        """Saturated first: that says what half is."""
         full = self._twice(self._saturated, number)
+        self.full.add(*(load.times(200) for load in full))
         moments = poisson(SHARE * len(full[0].times(200)) / self.seconds, self.seconds, number)
         half = self._twice(lambda: open_loop(self.address, CONTENT, moments, self.seconds), number)
-        if (stolen := max(self._stolen)) > STOLEN:
-            what = "counted, for there is no repeat left" if last else "measured again"
-            print(f"the host took up to {stolen:.1%} in round {number + 1}: {what}", flush=True)
-            if not last:
-                return False
-        self.full.add(*(load.times(200) for load in full))
         self.half.add(*(load.since_due(200) for load in half))
-        return True
 
     def _saturated(self) -> Coroutine[Any, Any, Load]:
         return closed_loop(self.address, CONTENT, SATURATING, self.seconds)
 
     def _twice(self, load: Loading, number: int) -> tuple[Load, Load]:
         """Without stalled clients, and with them; in every second round the other way round."""
-        if number % 2 == 0:
-            return self._once(load, 0), self._once(load, self.clients)
-        crowded = self._once(load, self.clients)
-        return self._once(load, 0), crowded
+        order = (0, self.clients) if number % 2 == 0 else (self.clients, 0)
+        found = {one: self.host.quiet(lambda one=one: self._once(load, one)) for one in order}
+        return found[0], found[self.clients]
 
     def _once(self, load: Loading, clients: int) -> Load:
         def crowd() -> Any:
@@ -126,15 +118,11 @@ class Measure:
             return loop.run_in_executor(self._elsewhere, stalling, self.address, clients)
 
         before = self.served.cpu_seconds(), self.served.loop_seconds()
-        host = _host_seconds()
         found, stalled = uvloop.run(_beside(crowd, load))
         spent = self.served.cpu_seconds() - before[0], self.served.loop_seconds() - before[1]
-        stolen, passed = (now - then for now, then in zip(_host_seconds(), host, strict=True))
-        self._stolen.append(stolen / passed)
         told = dict(found.lost + found.statuses)
         p99 = 1e3 * quantile(found.since_due(200), 0.99)
-        used = f"CPU {spent[0]:.2f} s, event loop {spent[1]:.2f} s, the host {stolen / passed:.2%}"
-        print(f"{told}, p99 {p99:.1f} ms; {used}", flush=True)
+        print(f"{told}, p99 {p99:.1f} ms; CPU {spent[0]:.2f} s, event loop {spent[1]:.2f} s")
         if stalled is not None:
             self._heed(stalled)
         return found
@@ -142,13 +130,6 @@ class Measure:
     def _heed(self, stalled: Stalled) -> None:
         self.longest = max(self.longest, stalled.longest)
         print(f"  beside stalled clients: {stalled}; their own CPU {stalled.cpu_seconds:.2f} s")
-
-
-def _host_seconds() -> tuple[float, float]:
-    """Seconds of all cores that their host gave to others, and all that passed."""
-    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
-    ticks = [int(field) for field in fields]
-    return ticks[7] / os.sysconf("SC_CLK_TCK"), sum(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 async def _acquaint(address: Address) -> None:
@@ -164,13 +145,12 @@ def measure(served: Served, clients: int, seconds: float, rounds: int, repeats: 
     with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:
         elsewhere.submit(stalling, ("127.0.0.1", served.port), 0).result()  # it has begun
         uvloop.run(_acquaint(("127.0.0.1", served.port)))
-        found = Measure(served, clients, seconds, elsewhere)
+        found = Measure(served, clients, seconds, elsewhere, Host(repeats))
         for number in range(rounds):
-            while not found.round(number, last=repeats == 0):
-                repeats -= 1
+            found.round(number)
     for pair in (found.half, found.full):
         print(pair)
-    print(f"cut after {found.longest:.1f} s at most; {served.look()}")
+    print(f"cut after {found.longest:.1f} s at most; {found.host}; {served.look()}")
     return found.longest
 
 
@@ -179,7 +159,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=12.0)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=2, help="of rounds that the host disturbed")
+    parser.add_argument("--repeats", type=int, default=8, help="where the host disturbed")
     parser.add_argument("--base", help="directory of a model; default: a tiny random one")
     asked = parser.parse_args()
     with scratch(asked.base) as (work, base), serving(work / "run", "--base", base) as served:
