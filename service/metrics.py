@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -53,6 +54,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 _LOAD = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 Tally = Callable[[], Mapping[str, tuple[int, int]]]  # by tier: adapters, and their bytes
+Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
 
 # The engine's reasons in vLLM's words.
 REASONS = {
@@ -282,25 +284,71 @@ class Metrics:
             ("nibble:build_info", "What runs here.", build),
         ):
             Gauge(name, text, list(labels), registry=self.registry).labels(**labels).set(1)
-        self.registry.register(_Residents(self._model, tally))
+        self.registry.register(_AtScrape(lambda: self._residents(tally())))
         self._show_adapters((), ())  # a gateway looks for it before anybody has asked
 
     def watch_jobs(self, counts: Callable[[], Mapping[Status, int]]) -> None:
         """Say at each scrape how many training jobs are in each state."""
-        self.registry.register(_Jobs(self._model, counts))
+        self.registry.register(_AtScrape(lambda: self._jobs(counts)))
 
     def watch_audit(self, state: Callable[[], tuple[int, int]]) -> None:
         """Say at each scrape how many lines of the audit log wait for the disk, and how often lines
         of it were gone."""
-        self.registry.register(_Audit(self._model, state))
+        self.registry.register(_AtScrape(lambda: self._audit(*state())))
 
     def watch_connections(self, counts: Counts) -> None:
         """Say at each scrape who is connected, and who was cut off before a first request came."""
-        self.registry.register(_Connections(self._model, counts))
+        self.registry.register(_AtScrape(lambda: self._connections(counts)))
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def _residents(self, held: Mapping[str, tuple[int, int]]) -> Iterable[Metric]:
+        found = {tier: held.get(tier, (0, 0)) for tier in ("slot", "host")}
+        adapters = {tier: count for tier, (count, _) in found.items()}
+        sizes = {tier: nbytes for tier, (_, nbytes) in found.items()}
+        loading, _ = held.get("loading", (0, 0))
+        gauge = GaugeMetricFamily
+        yield self._by(gauge, "nibble:adapters_resident", "Adapters held.", "tier", adapters)
+        yield self._by(gauge, "nibble:adapter_bytes", "Bytes they take.", "tier", sizes)
+        yield self._one(gauge, "nibble:adapter_loads_pending", "Loads under way.", loading)
+
+    def _jobs(self, counts: Callable[[], Mapping[Status, int]]) -> Iterable[Metric]:
+        """Of the queue; without them while the catalog fails."""
+        found: Mapping[Status, int] = {}
+        with suppress(AdapterError):
+            found = counts()
+        what = "Training jobs by state."
+        yield self._by(GaugeMetricFamily, "nibble:training_jobs", what, "status", found)
+
+    def _audit(self, waiting: int, cuts: int) -> Iterable[Metric]:
+        what = "Lines of the audit log that are not on the disk yet."
+        yield self._one(GaugeMetricFamily, "nibble:audit_lines_waiting", what, waiting)
+        what = "How often lines of the audit log were gone that this server had written."
+        yield self._one(CounterMetricFamily, "nibble:audit_cuts", what, cuts)
+
+    def _connections(self, found: Counts) -> Iterable[Metric]:
+        what = "Connections: held until their first request is whole, and open to the event loop."
+        here = {"held": found.held, "open": found.open}
+        yield self._by(GaugeMetricFamily, "nibble:connections", what, "state", here)
+        what = "Connections cut off before their first request was whole, by what did not come."
+        cut = {"head": found.closed, "body": found.late}
+        yield self._by(CounterMetricFamily, "nibble:connections_cut", what, "missing", cut)
+
+    def _one(self, kind: Kind, name: str, text: str, value: float) -> Metric:
+        found = kind(name, text, labels=("model_name",))
+        found.add_metric((self._model,), value)
+        return found
+
+    def _by(
+        self, kind: Kind, name: str, text: str, label: str, values: Mapping[Any, float]
+    ) -> Metric:
+        """`values` by those of `label`."""
+        found = kind(name, text, labels=("model_name", label))
+        for which, value in values.items():
+            found.add_metric((self._model, which), value)
+        return found
 
     def _show_adapters(self, running: Iterable[str], waiting: Iterable[str]) -> None:
         labels = (self._max_lora, _listed(waiting), _listed(running))
@@ -333,91 +381,17 @@ class Metrics:
         return family.labels(self._model)
 
 
-class _Residents(Collector):
-    """Asks the engine at scrape time, so that nothing has to be kept in step."""
+class _AtScrape(Collector):
+    """Metrics that are asked for at each scrape, and not before."""
 
-    def __init__(self, model_name: str, tally: Tally) -> None:
-        self._model = model_name
-        self._tally = tally
-
-    def describe(self) -> Iterable[Metric]:
-        return []
-
-    def collect(self) -> Iterable[Metric]:
-        labels = ("model_name", "tier")
-        count = GaugeMetricFamily("nibble:adapters_resident", "Adapters held.", labels=labels)
-        size = GaugeMetricFamily("nibble:adapter_bytes", "Bytes they take.", labels=labels)
-        held = self._tally()
-        for tier in ("slot", "host"):
-            adapters, nbytes = held.get(tier, (0, 0))
-            count.add_metric((self._model, tier), adapters)
-            size.add_metric((self._model, tier), nbytes)
-        queue = GaugeMetricFamily(
-            "nibble:adapter_loads_pending", "Loads under way.", labels=("model_name",)
-        )
-        queue.add_metric((self._model,), held.get("loading", (0, 0))[0])
-        return [count, size, queue]
-
-
-class _Jobs(Collector):
-    """Asks the queue at scrape time; without it while the catalog fails."""
-
-    def __init__(self, model_name: str, counts: Callable[[], Mapping[Status, int]]) -> None:
-        self._model = model_name
-        self._counts = counts
+    def __init__(self, ask: Callable[[], Iterable[Metric]]) -> None:
+        self._ask = ask
 
     def describe(self) -> Iterable[Metric]:
         return []
 
     def collect(self) -> Iterable[Metric]:
-        labels = ("model_name", "status")
-        found = GaugeMetricFamily("nibble:training_jobs", "Training jobs by state.", labels=labels)
-        with suppress(AdapterError):
-            for status, count in self._counts().items():
-                found.add_metric((self._model, status), count)
-        return [found]
-
-
-class _Audit(Collector):
-    def __init__(self, model_name: str, state: Callable[[], tuple[int, int]]) -> None:
-        self._model = model_name
-        self._state = state
-
-    def describe(self) -> Iterable[Metric]:
-        return []
-
-    def collect(self) -> Iterable[Metric]:
-        waiting, cuts = self._state()
-        what = "Lines of the audit log that are not on the disk yet."
-        gauge = GaugeMetricFamily("nibble:audit_lines_waiting", what, labels=("model_name",))
-        gauge.add_metric((self._model,), waiting)
-        what = "How often lines of the audit log were gone that this server had written."
-        counter = CounterMetricFamily("nibble:audit_cuts", what, labels=("model_name",))
-        counter.add_metric((self._model,), cuts)
-        return [gauge, counter]
-
-
-class _Connections(Collector):
-    def __init__(self, model_name: str, counts: Counts) -> None:
-        self._model = model_name
-        self._counts = counts
-
-    def describe(self) -> Iterable[Metric]:
-        return []
-
-    def collect(self) -> Iterable[Metric]:
-        found = self._counts
-        what = "Connections: held until their first request is whole, and open to the event loop."
-        gauge = GaugeMetricFamily("nibble:connections", what, labels=("model_name", "state"))
-        gauge.add_metric((self._model, "held"), found.held)
-        gauge.add_metric((self._model, "open"), found.open)
-        what = "Connections cut off before their first request was whole, by what did not come."
-        counter = CounterMetricFamily(
-            "nibble:connections_cut", what, labels=("model_name", "missing")
-        )
-        counter.add_metric((self._model, "head"), found.closed)
-        counter.add_metric((self._model, "body"), found.late)
-        return [gauge, counter]
+        return self._ask()
 
 
 def _listed(names: Iterable[str]) -> str:
