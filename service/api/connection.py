@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from service.api.door import LINGER_BYTES, LINGER_SECONDS, SMALL_BYTES, Bounds
 from service.api.openai_errors import openai_envelope, speaks_openai
-from service.api.shedding import Reply, Shedder
+from service.api.shedding import Reply, Shedder, whole
 from service.net.filter import Come
 from service.net.library import Counts
 
@@ -271,8 +271,7 @@ class Connection(HttpToolsProtocol):
         return True
 
     def _said(self, reply: Reply, keep_alive: bool) -> bytes:
-        own = [b"%s: %s\r\n" % pair for pair in self.server_state.default_headers]
-        return b"".join([reply[0], *own, b"" if keep_alive else b"connection: close\r\n", reply[1]])
+        return whole(reply, self.server_state.default_headers, keep_alive)
 
     def _check_head(self) -> None:
         """Raises BadRequest."""

@@ -53,8 +53,16 @@ class Bounds:
     @property
     def largest(self) -> int:
         """Bytes of the largest body of any route."""
+        return max(self._sizes())
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of a body that no route refuses for its size."""
+        return min(self._sizes())
+
+    def _sizes(self) -> list[int]:
         patterns = (limit for _, _, limit in self.by_pattern)
-        return max(self.max_body_bytes, *self.by_route.values(), *patterns)
+        return [self.max_body_bytes, *self.by_route.values(), *patterns]
 
     def of(self, scope: Mapping[str, Any]) -> int:
         for method, path, limit in self.by_pattern:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -32,6 +31,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Scope
 
+from adapters.catalog import NAME
 from adapters.errors import (
     AdapterError,
     AdapterInUse,
@@ -200,7 +200,6 @@ _HTTP = {
     405: "method_not_allowed",
     413: "too_large",
 }
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.IGNORECASE)
 # A driver's words name the database's host and user: they are for the log.
 _WITHOUT_WORDS = "the catalog failed; the server's log has the cause under this id"
 _INTERNAL = Failure(500, "internal", "the server failed; its log has the cause under this id")
@@ -280,7 +279,7 @@ def _listed(error: Exception) -> str:
     if not isinstance(error, AdapterNotFound):
         return ""
     name, at, _ = error.reference.partition("@")
-    if at and _NAME.fullmatch(name):
+    if at and NAME.fullmatch(name.lower()):
         return f"; GET /adapters/{name} lists its versions and aliases"
     return "; GET /adapters lists those that do"
 

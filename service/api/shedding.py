@@ -100,36 +100,44 @@ def late_reply(bounds: Bounds, path: str) -> Reply:
     return rendered(failure(Refused(408, "timeout", what)), path)
 
 
+def whole(reply: Reply, headers: Iterable[tuple[bytes, bytes]], keep_alive: bool) -> bytes:
+    """With the headers that the connection adds."""
+    own = [b"%s: %s\r\n" % pair for pair in headers]
+    return b"".join([reply[0], *own, b"" if keep_alive else b"connection: close\r\n", reply[1]])
+
+
+def tell(prefix: str, first: int, last: int, counts: Mapping[str, int]) -> None:
+    """One line for all that were refused in a second. Their ids count up, so that the first and the
+    last name those between as well."""
+    ids = {"first": numbered(prefix, first), "last": numbered(prefix, last)}
+    logger.info("requests refused", seconds=LINE_SECONDS, **ids, **counts)
+
+
+def numbered(prefix: str, number: int) -> str:
+    """The id of a request that was refused."""
+    return f"{prefix}{number & 0xFFFFFF:06x}"
+
+
 class Lines:
-    """One line a second for all requests that were refused in it. Their ids count up, so that the
-    first and the last of a line name those between as well."""
+    """Numbers requests that are refused, and tells of them once a second."""
 
     def __init__(self) -> None:
         self._prefix = secrets.token_hex(5)
-        self._number = 0
-        self._first = b""
+        self._number = self._first = 0
         self._counts: Counter[str] = Counter()
 
     def note(self, what: str) -> bytes:
         """The id of a request that is refused."""
-        self._number = (self._number + 1) % (1 << 24)
-        request_id = b"%s%06x" % (self._prefix.encode(), self._number)
+        self._number += 1
         if not self._counts:
-            self._first = request_id
+            self._first = self._number
             asyncio.get_running_loop().call_later(LINE_SECONDS, self._tell)
         self._counts[what] += 1
-        return request_id
+        return numbered(self._prefix, self._number).encode()
 
     def _tell(self) -> None:
-        last = f"{self._prefix}{self._number:06x}"
-        counts, self._counts = dict(self._counts), Counter()
-        logger.info(
-            "requests refused",
-            seconds=LINE_SECONDS,
-            first=self._first.decode(),
-            last=last,
-            **counts,
-        )
+        counts, self._counts = self._counts, Counter()
+        tell(self._prefix, self._first, self._number, counts)
 
 
 def rendered(answer: Failure, path: str) -> Reply:

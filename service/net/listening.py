@@ -13,16 +13,15 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Sequence
 
 import structlog
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
 from service.api.connection import HEAD_BYTES, HELD_BY_ALL, Connection, stopping
-from service.api.door import LINGER_BYTES, LINGER_SECONDS, Bounds
+from service.api.door import LINGER_BYTES, LINGER_SECONDS
 from service.api.openai_errors import PREFIX
-from service.api.shedding import ID, late_reply
+from service.api.shedding import ID, late_reply, tell, whole
 from service.net.filter import Come, Filter
 from service.net.library import Counts, Library, Reply, Rules, load
 
@@ -102,10 +101,7 @@ class Listening(uvicorn.Server):
         """One line of log a second, as of all that is refused by the dozen."""
         late, starved = counts.late, counts.starved
         if late > self._late:
-            ids = (f"{self._prefix}{number & 0xFFFFFF:06x}" for number in (self._late + 1, late))
-            said = dict(zip(("first", "last"), ids, strict=True))
-            refused = {"408 timeout": late - self._late}
-            logger.info("requests refused", seconds=1.0, **said, **refused)
+            tell(self._prefix, self._late + 1, late, {"408 timeout": late - self._late})
         if starved > self._starved:
             held = {"held": counts.held, "open": counts.open}
             logger.warning("no descriptor is left for another connection", **held)
@@ -124,7 +120,8 @@ def rules(config: uvicorn.Config, connection: type[Connection], id_prefix: str) 
     bounds = connection.bounds
     headers = [(b"date", DATE), *config.encoded_headers]
     late, late_v1 = (
-        _reply(_said(late_reply(bounds, path), headers)) for path in ("/", f"{PREFIX}models")
+        _reply(whole(late_reply(bounds, path), headers, keep_alive=False))
+        for path in ("/", f"{PREFIX}models")
     )
     return Rules(
         head_seconds=connection.head_seconds,
@@ -134,7 +131,7 @@ def rules(config: uvicorn.Config, connection: type[Connection], id_prefix: str) 
         linger_seconds=LINGER_SECONDS,
         linger_bytes=LINGER_BYTES,
         head_bytes=HEAD_BYTES,
-        body_bytes=_hold(bounds),
+        body_bytes=min(HOLD_BYTES, bounds.smallest),
         all_bytes=HELD_BY_ALL,
         late=late,
         late_v1=late_v1,
@@ -142,17 +139,6 @@ def rules(config: uvicorn.Config, connection: type[Connection], id_prefix: str) 
         id_prefix=id_prefix.encode(),
         max_open=connection.max_open,
     )
-
-
-def _hold(bounds: Bounds) -> int:
-    """Bytes of a body that no route refuses for its size."""
-    patterns = (limit for _, _, limit in bounds.by_pattern)
-    return min((HOLD_BYTES, bounds.max_body_bytes, *bounds.by_route.values(), *patterns))
-
-
-def _said(reply: tuple[bytes, bytes], headers: Sequence[tuple[bytes, bytes]]) -> bytes:
-    own = [b"%s: %s\r\n" % pair for pair in (*headers, (b"connection", b"close"))]
-    return b"".join([reply[0], *own, reply[1]])
 
 
 def _reply(content: bytes) -> Reply:
